@@ -1,0 +1,48 @@
+"""mambify: pretrained Transformers into hybrid Mamba models that keep their quality, cost less and run faster.
+
+>>> import mambify
+>>> student = mambify.convert("smollm2", mixer="mamba2", attention=0.5)
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+#: public name → module that defines it; loaded on first use, so that the command line starts without torch
+_PUBLIC = {
+    "HybridConfig": "mambify.config",
+    "HybridForCausalLM": "mambify.model",
+    "MambifyError": "mambify.errors",
+    "convert": "mambify.conversion.convert",
+    "load": "mambify.families.load",
+    "save": "mambify.families.load",
+}
+
+if TYPE_CHECKING:
+    from mambify.config import HybridConfig
+    from mambify.conversion.convert import convert
+    from mambify.errors import MambifyError
+    from mambify.families.load import load, save
+    from mambify.model import HybridForCausalLM
+
+__all__ = ["HybridConfig", "HybridForCausalLM", "MambifyError", "__version__", "convert", "load", "save"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'mambify' has no attribute '{name}'")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def _started_as_command() -> bool:
+    """Whether this process is the ``mambify`` command, whose ``--help`` must not wait for torch."""
+    return Path(sys.argv[0] if sys.argv else "").stem == "mambify"
+
+
+if not _started_as_command():
+    importlib.import_module("mambify.model")  # registers with transformers' auto classes

@@ -1,0 +1,109 @@
+"""HybridConfig: what a model is made of. The teacher's block facts, and per layer which mixer sits in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from mambify.errors import InvalidOptionError
+
+ATTENTION = "attention"
+LINEAR = "linear_attention"
+
+
+class HybridConfig(PreTrainedConfig):  # type: ignore[misc]
+    """Configuration of :class:`mambify.model.HybridForCausalLM`.
+
+    The fields are the union of what the supported Transformer families vary, under transformers' own
+    names, and three of ours:
+
+    Args:
+        layer_mixers: one name a layer, ``"attention"`` or a row of :data:`mambify.mixers.MIXERS`.
+            ``None`` means attention everywhere: the unconverted teacher.
+        layer_types: transformers' cache and mask kind a layer (``full_attention``,
+            ``sliding_attention``, ``linear_attention``). For a layer whose mixer is not attention it is
+            always ``linear_attention``; derived when ``None``.
+        attention_output_bias: whether ``o_proj`` has a bias; ``attention_bias`` speaks of q, k and v.
+        qk_norm: RMS norm over each head of q and k before RoPE (Qwen3).
+        conv_kernel: width K of the causal convolution of a Mamba mixer.
+        mamba1_state_size: N of Mamba1; a head of P channels is P/N sub-heads.
+        mamba1_dt_rank: rank of Mamba1's Δ projection; ``None`` is ⌈D/16⌉.
+        teacher_family: the family file that the teacher was read with.
+        teacher: the name the teacher was loaded by.
+
+    Raises:
+        InvalidOptionError: lists of a wrong length, or head counts that do not divide.
+    """
+
+    model_type = "mambify"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers reads a list)
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+    rope_parameters: dict[str, Any] | None = None
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    attention_dropout: float = 0.0
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    layer_mixers: list[str] | None = None
+    conv_kernel: int = 4
+    mamba1_state_size: int = 16
+    mamba1_dt_rank: int | None = None
+    teacher_family: str = ""
+    teacher: str = ""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.mamba1_dt_rank is None:
+            self.mamba1_dt_rank = -(-self.hidden_size // 16)
+        if self.layer_mixers is None:
+            self.layer_mixers = [ATTENTION] * self.num_hidden_layers
+        if self.layer_types is None:
+            kept = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [kept] * self.num_hidden_layers
+        for name in ("layer_mixers", "layer_types"):
+            if len(getattr(self, name)) != self.num_hidden_layers:
+                raise InvalidOptionError(
+                    f"{name} has {len(getattr(self, name))} entries for {self.num_hidden_layers} layers"
+                )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InvalidOptionError(
+                f"{self.num_attention_heads} query heads are not a multiple of "
+                f"{self.num_key_value_heads} key/value heads"
+            )
+        self.layer_types = [
+            kind if mixer == ATTENTION else LINEAR
+            for kind, mixer in zip(self.layer_types, self.layer_mixers, strict=True)
+        ]
+        super().__post_init__(**kwargs)
+
+    @property
+    def attention_layers(self) -> list[int]:
+        """Indices of the layers that keep attention."""
+        return [i for i, mixer in enumerate(self.layer_mixers or []) if mixer == ATTENTION]
+
+    @property
+    def converted_layers(self) -> list[int]:
+        """Indices of the layers whose attention was replaced."""
+        return [i for i, mixer in enumerate(self.layer_mixers or []) if mixer != ATTENTION]

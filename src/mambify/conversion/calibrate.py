@@ -1,0 +1,92 @@
+"""Closed-form start: each new mixer's output projection by least squares on what the attention there gave.
+
+A freshly converted mixer answers at a wrong scale (its error is many times that of saying nothing). The output
+projection is linear, so the best one for the mixer as it stands is a ridge regression away: no gradient step needed.
+
+Legend: M calibration tokens, I inner channels of a mixer (input of ``out_proj``), D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mambify.mixers import Mixer, MixerContext
+from mambify.model import HybridForCausalLM, MixerTrace
+
+
+@dataclass
+class _Normal:
+    """Sums of the normal equations ``FᵀF W = FᵀY`` over calibration tokens, in float32."""
+
+    ff_II: Tensor
+    fy_ID: Tensor
+    yy: Tensor
+    error: Tensor
+
+
+@torch.no_grad()
+def calibrate(
+    student: HybridForCausalLM,
+    teacher: HybridForCausalLM,
+    batches: Iterable[Tensor],
+    *,
+    ridge: float = 1e-4,
+) -> dict[int, tuple[float, float]]:
+    """Sets ``out_proj`` of every converted layer to the ridge solution on the teacher's own hidden states.
+
+    Args:
+        batches: ``input_ids [B, T]`` on the teacher's device; a few thousand tokens in all are enough.
+        ridge: weight of the penalty, relative to the mean of the features' second moments.
+
+    Returns:
+        Layer → (error before, error after): squared error over the squared output of the attention.
+    """
+    layers = student.config.converted_layers
+    sums: dict[int, _Normal] = {}
+    for input_ids in batches:
+        for trace in teacher.model.mixer_traces(input_ids, layers):
+            mixer = student.model.layers[trace.layer_idx].mixer
+            assert isinstance(mixer, Mixer)
+            _accumulate(sums, mixer, trace)
+    return {index: _solve(student.model.layers[index].mixer, sums[index], ridge) for index in layers}  # type: ignore[arg-type]
+
+
+def _accumulate(sums: dict[int, _Normal], mixer: Mixer, trace: MixerTrace) -> None:
+    features: list[Tensor] = []
+    projection = mixer.out_proj
+    assert isinstance(projection, nn.Linear)
+    hook = projection.register_forward_pre_hook(lambda _, args: features.append(args[0]))
+    try:
+        output_BTD, _ = mixer(trace.input_BTD, MixerContext(seq_idx_BT=trace.seq_idx_BT), None)
+    finally:
+        hook.remove()
+    bias = 0.0 if projection.bias is None else projection.bias.float()
+    f_MI = features[0].flatten(0, 1).float()
+    y_MD = trace.output_BTD.flatten(0, 1).float()
+    error = (output_BTD.flatten(0, 1).float() - y_MD).square().sum()
+    y_MD = y_MD - bias
+    part = _Normal(f_MI.T @ f_MI, f_MI.T @ y_MD, y_MD.square().sum(), error)
+    known = sums.get(trace.layer_idx)
+    if known is None:
+        sums[trace.layer_idx] = part
+    else:
+        known.ff_II += part.ff_II
+        known.fy_ID += part.fy_ID
+        known.yy += part.yy
+        known.error += part.error
+
+
+def _solve(mixer: Mixer, normal: _Normal, ridge: float) -> tuple[float, float]:
+    ff, fy = normal.ff_II.double(), normal.fy_ID.double()
+    penalty = ridge * ff.diagonal().mean()
+    weight_ID = torch.linalg.solve(ff + penalty * torch.eye(len(ff), device=ff.device, dtype=ff.dtype), fy)
+    residual = normal.yy.double() - 2 * (weight_ID * fy).sum() + (weight_ID * (ff @ weight_ID)).sum()
+    projection = mixer.out_proj
+    assert isinstance(projection, nn.Linear)
+    projection.weight.copy_(weight_ID.T)
+    scale = normal.yy.clamp(min=1e-12)
+    return float(normal.error / scale), float(residual / scale)

@@ -1,0 +1,153 @@
+"""Reads a GGUF file (llama.cpp's format) as a Hugging Face config and weights, one dequantised tensor at a time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+
+from mambify.errors import CheckpointError, UnsupportedError
+from mambify.families.registry import known_families
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+    from mambify.families.base import Family
+
+#: GGUF tensor name → Hugging Face name, for the architectures of :mod:`mambify.families`
+_NAMES = (
+    (r"^token_embd\.weight$", "model.embed_tokens.weight"),
+    (r"^output_norm\.weight$", "model.norm.weight"),
+    (r"^output\.weight$", "lm_head.weight"),
+    (r"^blk\.(\d+)\.attn_norm\.", r"model.layers.\1.input_layernorm."),
+    (r"^blk\.(\d+)\.ffn_norm\.", r"model.layers.\1.post_attention_layernorm."),
+    (r"^blk\.(\d+)\.attn_(q|k)_norm\.", r"model.layers.\1.self_attn.\2_norm."),
+    (r"^blk\.(\d+)\.attn_(q|k|v)\.", r"model.layers.\1.self_attn.\2_proj."),
+    (r"^blk\.(\d+)\.attn_output\.", r"model.layers.\1.self_attn.o_proj."),
+    (r"^blk\.(\d+)\.ffn_(gate|up|down)\.", r"model.layers.\1.mlp.\2_proj."),
+)
+_ROPE_FREQS = "rope_freqs.weight"
+
+
+class GgufFile:
+    """One GGUF file.
+
+    Raises:
+        CheckpointError: it cannot be parsed.
+        UnsupportedError: its architecture is none of ours.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from gguf import GGUFReader
+
+        self.path = path
+        try:
+            self._reader: GGUFReader = GGUFReader(path)
+        except (ValueError, IndexError, KeyError, OSError) as error:
+            raise CheckpointError(f"{path} is not a readable GGUF file: {error}") from error
+        architecture = self._field("general.architecture")
+        by_name = {f.gguf_name: f for f in known_families().values() if f.gguf_name}
+        if architecture not in by_name:
+            raise UnsupportedError(
+                f"{path} is of GGUF architecture '{architecture}', which is not supported "
+                f"(supported: {', '.join(sorted(by_name))}). A family is one file in mambify/families"
+            )
+        self.family: Family = by_name[architecture]
+        self._prefix = architecture
+
+    def _field(self, key: str, default: Any = None) -> Any:
+        field = self._reader.get_field(key)
+        return default if field is None else field.contents()
+
+    def config(self) -> PreTrainedConfig:
+        """The Hugging Face config that the metadata describes."""
+
+        def fact(key: str, default: Any = None) -> Any:
+            return self._field(f"{self._prefix}.{key}", default)
+
+        tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        heads, hidden = fact("attention.head_count"), fact("embedding_length")
+        head_dim = fact("attention.key_length", hidden // heads)
+        biased = "blk.0.attn_q.bias" in tensors
+        facts = {
+            "vocab_size": int(tensors["token_embd.weight"].shape[1]),
+            "hidden_size": hidden,
+            "intermediate_size": fact("feed_forward_length"),
+            "num_hidden_layers": fact("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": fact("attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "max_position_embeddings": fact("context_length"),
+            "rms_norm_eps": float(f"{fact('attention.layer_norm_rms_epsilon'):.6g}"),
+            "tie_word_embeddings": "output.weight" not in tensors,
+            "rope_parameters": self._rope(float(fact("rope.freq_base", 10000.0)), head_dim),
+            "bos_token_id": self._field("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": self._field("tokenizer.ggml.eos_token_id"),
+            "pad_token_id": self._field("tokenizer.ggml.padding_token_id"),
+        }
+        if self.family.model_type == "llama":
+            facts["attention_bias"] = biased
+        return AutoConfig.for_model(self.family.model_type, **facts)
+
+    def _rope(self, theta: float, head_dim: int) -> dict[str, Any]:
+        """RoPE parameters; a ``rope_freqs`` tensor is Llama-3 scaling, which is rebuilt and checked against it."""
+        stored = [tensor for tensor in self._reader.tensors if tensor.name == _ROPE_FREQS]
+        if not stored:
+            return {"rope_type": "default", "rope_theta": theta}
+        factors = torch.from_numpy(stored[0].data.copy()).float()
+        rope = {
+            "rope_type": "llama3",
+            "rope_theta": theta,
+            "factor": float(factors.max()),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+        if not torch.allclose(_llama3_factors(rope, head_dim), factors, rtol=1e-3):
+            raise UnsupportedError(f"{self.path} has RoPE frequency factors that are not Llama-3's")
+        return rope
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields (Hugging Face name, float32 tensor) for every weight; one is dequantised at a time."""
+        from gguf.quants import dequantize
+
+        config = self.config()
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        for tensor in self._reader.tensors:
+            if tensor.name == _ROPE_FREQS:
+                continue
+            name = _hugging_face_name(tensor.name)
+            value = torch.tensor(dequantize(tensor.data, tensor.tensor_type))  # copies: the file is mapped
+            projection = name.split(".")[-2]
+            if self.family.gguf_permuted and projection in heads:
+                value = _split_halves(value, heads[projection])
+            yield name, value
+
+
+def _hugging_face_name(name: str) -> str:
+    for pattern, replacement in _NAMES:
+        renamed, count = re.subn(pattern, replacement, name)
+        if count:
+            return renamed
+    raise CheckpointError(f"GGUF tensor '{name}' has no place in the architecture")
+
+
+def _split_halves(rows: Tensor, num_heads: int) -> Tensor:
+    """Rows with the two rotary halves of a head interleaved (GGUF) → one half after the other (Hugging Face)."""
+    per_head = rows.unflatten(0, (num_heads, -1, 2))
+    return per_head.transpose(1, 2).reshape(rows.shape)
+
+
+def _llama3_factors(rope: dict[str, Any], head_dim: int) -> Tensor:
+    """How far Llama-3 scaling stretches each RoPE wavelength: 1 for short ones, ``factor`` for long, ``[P/2]``."""
+    wavelengths = 2 * torch.pi * rope["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    original, low, high = (
+        rope[key] for key in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+    )
+    smooth = ((original / wavelengths - low) / (high - low)).clamp(0, 1)
+    return 1.0 / ((1 - smooth) / rope["factor"] + smooth)

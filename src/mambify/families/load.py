@@ -1,0 +1,220 @@
+"""Loads a teacher or a mambify model, tensor by tensor, into HybridForCausalLM; saves one with its tokenizer.
+
+Memory stays near one copy of the model: the module is built without storage and each weight is put in as it is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from mambify.config import HybridConfig
+from mambify.errors import CheckpointError, InvalidOptionError, OutputWriteError, UnknownSourceError
+from mambify.families import safetensors
+from mambify.families.gguf import GgufFile
+from mambify.families.registry import family_for, hybrid_config
+from mambify.families.sources import Source, resolve
+from mambify.io import atomic_directory
+from mambify.model import HybridForCausalLM
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with what belongs to it.
+
+    Attributes:
+        model: the network, in evaluation mode.
+        tokenizer: ``None`` for a directory that has none.
+        source: what the user called it.
+        family: the teacher's architecture.
+    """
+
+    model: HybridForCausalLM
+    tokenizer: PreTrainedTokenizerBase | None
+    source: str
+    family: str
+
+
+def load(
+    source: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+) -> LoadedModel:
+    """Loads ``source``: a Hub id, a directory (Hugging Face's or ours), a ``.gguf`` file, or ``smollm2``.
+
+    Args:
+        dtype: ``"auto"`` keeps the checkpoint's own (float32 for GGUF).
+        device: where the weights go, each as it is read.
+
+    Raises:
+        UnknownSourceError, UnsupportedError, CheckpointError: see :mod:`mambify.errors`.
+    """
+    where = resolve(source)
+    if where.gguf is not None:
+        file = GgufFile(where.directory / where.gguf)
+        config = hybrid_config(file.config(), source=where.name)
+        family, weights, stored = file.family, file.stream(), torch.float32
+    else:
+        hf_config = AutoConfig.from_pretrained(where.directory)
+        stored = hf_config.dtype or torch.float32
+        weights = safetensors.stream(where.directory)
+        if isinstance(hf_config, HybridConfig):
+            config, family = hf_config, None
+        else:
+            config = hybrid_config(hf_config, source=where.name)
+            family = family_for(hf_config.model_type, source=where.name)
+    renamed = weights if family is None else _renamed(weights, family.rename)
+    model = build(config, renamed, dtype=as_dtype(dtype) or stored, device=device, source=where.name)
+    model.generation_config = _generation_config(where, config)
+    return LoadedModel(model, load_tokenizer(where), where.name, config.teacher_family)
+
+
+def load_config(source: str | Path) -> HybridConfig:
+    """Only the configuration of ``source``: no weights are read.
+
+    Raises:
+        UnknownSourceError, UnsupportedError: as :func:`load`.
+    """
+    where = resolve(source)
+    if where.gguf is not None:
+        return hybrid_config(GgufFile(where.directory / where.gguf).config(), source=where.name)
+    hf_config = AutoConfig.from_pretrained(where.directory)
+    return hf_config if isinstance(hf_config, HybridConfig) else hybrid_config(hf_config, source=where.name)
+
+
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype | None:
+    """``"float32"``, ``"bfloat16"``, ``"float16"`` or a torch dtype; ``None`` for ``"auto"``."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return None
+    if dtype not in _DTYPES:
+        raise InvalidOptionError(f"unknown dtype '{dtype}': choose auto, {', '.join(_DTYPES)}")
+    return _DTYPES[dtype]
+
+
+def _renamed(weights: Iterable[tuple[str, Tensor]], rename: object) -> Iterator[tuple[str, Tensor]]:
+    assert callable(rename)
+    for name, tensor in weights:
+        ours = rename(name)
+        if ours is not None:
+            yield ours, tensor
+
+
+def empty_model(config: HybridConfig) -> HybridForCausalLM:
+    """A model without storage (every parameter on ``meta``), in evaluation mode."""
+    with torch.device("meta"):
+        model = HybridForCausalLM(config)
+    model.model.rotary_emb = LlamaRotaryEmbedding(config=config)
+    return model.eval()
+
+
+def build(
+    config: HybridConfig,
+    weights: Iterable[tuple[str, Tensor]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    source: str,
+) -> HybridForCausalLM:
+    """Fills an empty model from a stream of (our name, tensor).
+
+    Raises:
+        CheckpointError: a weight is missing, unknown, of a wrong shape, or not finite.
+    """
+    model = empty_model(config)
+    config.dtype = dtype
+    wanted = {name for name, _ in model.named_parameters()}
+    tied = config.tie_word_embeddings
+    for name, tensor in weights:
+        if tied and name == "lm_head.weight":
+            continue
+        if name not in wanted:
+            raise CheckpointError(f"{source}: weight '{name}' has no place in this architecture")
+        set_parameter(model, name, tensor, dtype=dtype, device=device, source=source)
+        wanted.discard(name)
+    if tied:
+        model.tie_weights()
+        wanted.discard("lm_head.weight")
+    if wanted:
+        raise CheckpointError(f"{source}: {len(wanted)} weights are missing, first '{sorted(wanted)[0]}'")
+    model.to(device)
+    return model
+
+
+def set_parameter(
+    model: nn.Module, name: str, tensor: Tensor, *, dtype: torch.dtype, device: torch.device | str, source: str
+) -> None:
+    """Puts one weight in the place of a parameter without storage; state-space parameters stay float32."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    place = getattr(owner, leaf)
+    if place.shape != tensor.shape:
+        raise CheckpointError(
+            f"{source}: '{name}' has shape {list(tensor.shape)}, the configuration says {list(place.shape)}"
+        )
+    if not torch.isfinite(tensor).all():
+        raise CheckpointError(f"{source}: '{name}' holds NaN or infinite values")
+    target = torch.float32 if leaf in getattr(owner, "float32_parameters", ()) else dtype
+    setattr(owner, leaf, nn.Parameter(tensor.to(device=device, dtype=target), requires_grad=True))
+
+
+def load_tokenizer(source: Source | str | Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a model, or ``None`` where there is none."""
+    where = source if isinstance(source, Source) else resolve(source)
+    if where.gguf is not None:
+        return AutoTokenizer.from_pretrained(where.directory, gguf_file=where.gguf)
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    if not any((where.directory / name).is_file() for name in names):
+        return None
+    return AutoTokenizer.from_pretrained(where.directory)
+
+
+def require_tokenizer(loaded: LoadedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that needs one.
+
+    Raises:
+        UnknownSourceError: it has none.
+    """
+    if loaded.tokenizer is None:
+        raise UnknownSourceError(f"{loaded.source} has no tokenizer, and this needs one")
+    return loaded.tokenizer
+
+
+def _generation_config(where: Source, config: HybridConfig) -> GenerationConfig:
+    if where.gguf is None and (where.directory / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(where.directory)
+    return GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+
+
+def save(
+    model: HybridForCausalLM,
+    path: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Saves model, tokenizer and checksums as one directory, whole or not at all.
+
+    Raises:
+        OutputExistsError: the path is taken.
+        OutputWriteError: the disk refused; what stood there is intact.
+    """
+    with atomic_directory(path, overwrite=overwrite) as directory:
+        try:
+            model.save_pretrained(directory)
+        except SafetensorError as error:
+            raise OutputWriteError(f"cannot write the weights of {path}: {error}") from error
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+        safetensors.record_checksums(directory)
+    return Path(path)

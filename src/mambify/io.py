@@ -1,0 +1,115 @@
+"""Writing files so that a crash, a full disk or a second run never leaves half of one behind.
+
+Every write goes to a temporary neighbour first and is renamed into place: readers see the old content
+or the new, nothing between. ``OSError`` from the disk becomes one :class:`OutputWriteError`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mambify.errors import OutputExistsError, OutputWriteError
+
+
+def require_new(path: str | Path, *, overwrite: bool = False) -> Path:
+    """Checks that ``path`` may be written: absent, an empty directory, or ``overwrite`` is set.
+
+    Raises:
+        OutputExistsError: something is there already.
+    """
+    path = Path(path)
+    taken = any(path.iterdir()) if path.is_dir() else path.exists()
+    if taken and not overwrite:
+        raise OutputExistsError(f"{path} is not empty: choose another path or pass --overwrite")
+    return path
+
+
+@contextmanager
+def _disk_errors_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputWriteError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Writes ``text`` (UTF-8) to ``path``, whole or not at all."""
+    path = Path(path)
+    with _disk_errors_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes ``value`` as indented JSON, whole or not at all."""
+    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Reads a JSON file."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def append_jsonl(path: str | Path, row: dict[str, Any]) -> None:
+    """Appends one JSON line; a reader may see a shorter file, never half a line before the last."""
+    path = Path(path)
+    with _disk_errors_named(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def atomic_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a fresh temporary directory that becomes ``path`` when the block ends without an error.
+
+    On an error the temporary directory is removed and whatever stood at ``path`` is untouched.
+
+    Raises:
+        OutputExistsError: ``path`` is taken and ``overwrite`` is false (before the block runs).
+        OutputWriteError: the disk refused a write.
+    """
+    path = require_new(path, overwrite=overwrite)
+    with _disk_errors_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        os.chmod(temporary, 0o755)
+        try:
+            yield temporary
+            _swap(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Puts ``new`` where ``path`` is; a previous directory is moved aside first, then removed."""
+    if not path.exists():
+        os.rename(new, path)
+        return
+    aside = path.with_name(f".{path.name}.old-{os.getpid()}")
+    os.rename(path, aside)
+    try:
+        os.rename(new, path)
+    except BaseException:
+        os.rename(aside, path)
+        raise
+    if aside.is_dir():
+        shutil.rmtree(aside)
+    else:
+        aside.unlink()

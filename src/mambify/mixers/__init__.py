@@ -1,0 +1,17 @@
+"""The modules that mix tokens: attention, and what may replace it."""
+
+from __future__ import annotations
+
+from mambify.mixers.attention import AttentionMixer
+from mambify.mixers.base import AttentionWeights, Mixer, MixerContext, RecurrentState
+from mambify.mixers.mamba1 import Mamba1Mixer
+from mambify.mixers.mamba2 import Mamba2Mixer
+
+#: name in HybridConfig.layer_mixers → module; a new mixer is one file and one row here
+MIXERS: dict[str, type[Mixer]] = {
+    "attention": AttentionMixer,
+    "mamba2": Mamba2Mixer,
+    "mamba1": Mamba1Mixer,
+}
+
+__all__ = ["MIXERS", "AttentionMixer", "AttentionWeights", "Mixer", "MixerContext", "RecurrentState"]

@@ -1,0 +1,139 @@
+"""Softmax attention as the teacher has it: grouped queries, RoPE, optional biases, q/k norm, sliding window.
+
+Legend: B batch, T tokens, D hidden size, H query heads, G key/value heads, P head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaRMSNorm,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+
+from mambify.mixers.base import AttentionWeights, Mixer, MixerContext
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
+
+    from mambify.config import HybridConfig
+
+
+class KVState(NamedTuple):
+    """Keys and values so far: one layer of a transformers cache, which grows as tokens come."""
+
+    cache: Cache
+    layer_idx: int
+
+    def append(self, k_BGTP: Tensor, v_BGTP: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds the new keys and values; returns all that the new queries may look at."""
+        keys, values = self.cache.update(k_BGTP, v_BGTP, self.layer_idx)
+        return keys, values
+
+
+class SoftmaxAttention(nn.Module):
+    """softmax(q kᵀ / √P) v through transformers' attention backends; returns (output, weights or None)."""
+
+    def __init__(self, config: HybridConfig, layer_idx: int) -> None:
+        super().__init__()
+        assert config.head_dim and config.num_key_value_heads and config.layer_types
+        self.config = config
+        self.layer_idx = layer_idx
+        self.scaling = config.head_dim**-0.5
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.is_causal = True
+        sliding = config.layer_types[layer_idx] == "sliding_attention"
+        self.sliding_window = config.sliding_window if sliding else None
+
+    def forward(
+        self,
+        q_BHTP: Tensor,
+        k_BGSP: Tensor,
+        v_BGSP: Tensor,
+        attention_mask: Tensor | None,
+        attention_kwargs: Mapping[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns ``[B, T, H, P]`` and, with the eager backend, the weights ``[B, H, T, S]``."""
+        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        y_BTHP, weights = attend(
+            self,
+            q_BHTP,
+            k_BGSP,
+            v_BGSP,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **attention_kwargs,
+        )
+        return y_BTHP, weights
+
+
+class AttentionMixer(Mixer):
+    """The teacher's own attention layer; parameters under transformers' names."""
+
+    def __init__(self, config: HybridConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        assert config.head_dim and config.num_key_value_heads
+        D, P = config.hidden_size, config.head_dim
+        self.head_dim = P
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(D, config.num_attention_heads * P, bias=bias)
+        self.k_proj = nn.Linear(D, config.num_key_value_heads * P, bias=bias)
+        self.v_proj = nn.Linear(D, config.num_key_value_heads * P, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * P, D, bias=config.attention_output_bias)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if config.qk_norm:
+            self.q_norm = LlamaRMSNorm(P, eps=config.rms_norm_eps)
+            self.k_norm = LlamaRMSNorm(P, eps=config.rms_norm_eps)
+        self.attend = SoftmaxAttention(config, layer_idx)
+
+    def forward(
+        self, x_BTD: Tensor, context: MixerContext, state: KVState | None = None
+    ) -> tuple[Tensor, KVState | None]:
+        """Attends from every token to those before it. Returns ``[B, T, D]`` and the (grown) state."""
+        B, T, _ = x_BTD.shape
+        q_BHTP = self.q_norm(self.q_proj(x_BTD).view(B, T, -1, self.head_dim)).transpose(1, 2)
+        k_BGTP = self.k_norm(self.k_proj(x_BTD).view(B, T, -1, self.head_dim)).transpose(1, 2)
+        v_BGTP = self.v_proj(x_BTD).view(B, T, -1, self.head_dim).transpose(1, 2)
+        assert context.position_embeddings is not None, "attention needs RoPE's cos and sin"
+        q_BHTP, k_BGTP = apply_rotary_pos_emb(q_BHTP, k_BGTP, *context.position_embeddings)
+        if state is not None:
+            k_BGTP, v_BGTP = state.append(k_BGTP, v_BGTP)
+        y_BTHP, _ = self.attend(q_BHTP, k_BGTP, v_BGTP, context.attention_mask, context.attention_kwargs)
+        return self.o_proj(y_BTHP.reshape(B, T, -1)), state
+
+    def load_state(self, cache: Cache) -> KVState:
+        return KVState(cache, self.layer_idx)
+
+    def store_state(self, cache: Cache, state: KVState) -> None:
+        """Nothing to do: appending already wrote into the cache."""
+
+    def weights(self) -> AttentionWeights:
+        """This layer's parameters as a replacement mixer is built from them."""
+        return AttentionWeights(
+            q=self.q_proj.weight,
+            k=self.k_proj.weight,
+            v=self.v_proj.weight,
+            o=self.o_proj.weight,
+            q_bias=self.q_proj.bias,
+            k_bias=self.k_proj.bias,
+            v_bias=self.v_proj.bias,
+            o_bias=self.o_proj.bias,
+            q_norm=getattr(self.q_norm, "weight", None),
+            k_norm=getattr(self.k_norm, "weight", None),
+        )
+
+    @classmethod
+    def state_bytes(cls, config: HybridConfig, num_tokens: int, element_size: int) -> int:
+        assert config.num_key_value_heads and config.head_dim
+        seen = min(num_tokens, config.sliding_window or num_tokens)
+        return 2 * seen * config.num_key_value_heads * config.head_dim * element_size

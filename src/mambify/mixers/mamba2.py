@@ -1,0 +1,178 @@
+"""The Mamba2 mixer in the stock layout, one SSM group a head, built from an attention layer (V→x, K→B, Q→C).
+
+Legend: B batch, T tokens, D hidden size, H query heads, G key/value heads, P head dimension, N state size (= P),
+K conv width, C conv channels (G·P + G·N + H·N).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization
+
+from mambify.mixers import initial
+from mambify.mixers.base import (
+    AttentionWeights,
+    MixerContext,
+    RecurrentMixer,
+    RecurrentState,
+    mask_padding,
+)
+from mambify.ops.causal_conv import causal_conv, causal_conv_step
+from mambify.ops.gated_norm import gated_rms_norm
+from mambify.ops.ssd import ssd_scan, ssd_step
+
+if TYPE_CHECKING:
+    from mambify.config import HybridConfig
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm of y·SiLU(z) over each head's P channels; weight ``[H·P]`` as in the stock layout."""
+
+    def __init__(self, num_heads: int, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_heads * head_dim))
+        self.num_heads, self.eps = num_heads, eps
+
+    def forward(self, y_BTHP: Tensor, z_BTHP: Tensor) -> Tensor:
+        return gated_rms_norm(y_BTHP, z_BTHP, self.weight.view(self.num_heads, -1), self.eps)
+
+
+class Mamba2Mixer(RecurrentMixer):
+    """S_t = a_t S_{t-1} + Δ_t x_t B_tᵀ, y_t = S_t C_t + D x_t with one scalar a_t = exp(-exp(A_log) Δ_t) a head.
+
+    ``in_proj`` rows are ``[z | x | B | C | dt]`` of H·P, G·P, G·N, H·N, H; x, B and C pass one depthwise causal
+    convolution and SiLU before the key/value heads are shared among their query heads. The output is
+    ``out_proj(RMSNorm_per_head(y · SiLU(z)))``. (arXiv 2408.15237, section 2.2; SSD: arXiv 2405.21060.)
+    """
+
+    float32_parameters: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias", "D")
+    initialisations: ClassVar[tuple[str, ...]] = ("identity", "paper")
+
+    def __init__(self, config: HybridConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        assert config.head_dim and config.num_key_value_heads
+        H, G, P = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.num_heads, self.num_groups, self.head_dim, self.state_size = H, G, P, P
+        self.conv_split = [G * P, G * P, H * P]
+        channels = sum(self.conv_split)
+        self.in_proj = nn.Linear(config.hidden_size, H * P + channels + H, bias=False)
+        self.conv1d = nn.Conv1d(channels, channels, config.conv_kernel, groups=channels)
+        self.dt_bias = nn.Parameter(torch.empty(H, dtype=torch.float32))
+        self.A_log = nn.Parameter(torch.empty(H, dtype=torch.float32))
+        self.D = nn.Parameter(torch.empty(H, dtype=torch.float32))
+        self.norm = GatedRMSNorm(H, P, config.rms_norm_eps)
+        self.out_proj = nn.Linear(H * P, config.hidden_size, bias=config.attention_output_bias)
+
+    def forward(
+        self, x_BTD: Tensor, context: MixerContext, state: RecurrentState | None = None
+    ) -> tuple[Tensor, RecurrentState]:
+        """Mixes T tokens, continuing from ``state``. Returns ``[B, T, D]`` and the state after the last token."""
+        B, T, _ = x_BTD.shape
+        mask = context.padding_mask_BT
+        conv_weight, A_H = self.conv1d.weight.squeeze(1), -self.A_log.float().exp()
+        zxBCdt = self.in_proj(mask_padding(x_BTD, mask))
+        z_BTI, xBC_BTC, dt_BTH = zxBCdt.split(
+            [self.num_heads * self.head_dim, sum(self.conv_split), self.num_heads], dim=-1
+        )
+        z_BTHP = z_BTI.unflatten(-1, (self.num_heads, self.head_dim))
+        dt_BTH = mask_padding(F.softplus(dt_BTH.float() + self.dt_bias.float()), mask)
+
+        if T == 1 and state is not None:
+            xBC_BC, conv = causal_conv_step(xBC_BTC[:, 0], conv_weight, self.conv1d.bias, state.conv)
+            x_BGP, B_BGN, C_BHN = self._split_heads(xBC_BC)
+            y_BHP, ssm = ssd_step(x_BGP, dt_BTH[:, 0], A_H, B_BGN, C_BHN, self.D.float(), state.ssm)
+            y_BTHP = y_BHP[:, None]
+        else:
+            xBC_BTC, conv = causal_conv(
+                xBC_BTC,
+                conv_weight,
+                self.conv1d.bias,
+                initial_state_BCL=None if state is None else state.conv,
+                seq_idx_BT=context.seq_idx_BT,
+            )
+            x_BTGP, B_BTGN, C_BTHN = self._split_heads(mask_padding(xBC_BTC, mask))
+            y_BTHP, ssm = ssd_scan(
+                x_BTGP,
+                dt_BTH,
+                A_H,
+                B_BTGN,
+                C_BTHN,
+                self.D.float(),
+                initial_state_BHPN=None if state is None else state.ssm,
+                seq_idx_BT=context.seq_idx_BT,
+            )
+        y_BTD = self.out_proj(self.norm(y_BTHP, z_BTHP).reshape(B, T, -1))
+        return y_BTD, RecurrentState(conv, ssm)
+
+    def _split_heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Cuts the convolved channels ``[..., C]`` into x ``[..., G, P]``, B ``[..., G, N]``, C ``[..., H, N]``."""
+        x, B, C = xBC.split(self.conv_split, dim=-1)
+        groups, heads = (self.num_groups, self.head_dim), (self.num_heads, self.state_size)
+        return x.unflatten(-1, groups), B.unflatten(-1, groups), C.unflatten(-1, heads)
+
+    @torch.no_grad()
+    def init_from_attention(
+        self, weights: AttentionWeights, *, init: str, generator: torch.Generator
+    ) -> None:
+        """``paper``: conv, z and dt at random as published; ``identity``: the conv passes its input on.
+
+        Biases of q, k, v enter through the conv bias (exact where the conv is the identity). Qwen3's per-head norms
+        have no counterpart; their weights scale B and C.
+        """
+        P = self.head_dim
+        z, xBC, dt = self.in_proj.weight.split(
+            [self.num_heads * P, sum(self.conv_split), self.num_heads], dim=0
+        )
+        x, B, C = xBC.split(self.conv_split, dim=0)
+        x.copy_(weights.v)
+        B.copy_(_scaled_rows(weights.k, weights.k_norm))
+        C.copy_(_scaled_rows(weights.q, weights.q_norm))
+        initial.linear_(z, generator)
+        initial.linear_(dt, generator)
+        initial.dt_bias_(self.dt_bias, generator)
+        self.A_log.copy_(torch.empty_like(self.A_log).uniform_(1, 16, generator=generator).log())
+        self.D.fill_(1.0)
+        self.norm.weight.fill_(1.0)
+        self.out_proj.weight.copy_(weights.o)
+        if self.out_proj.bias is not None and weights.o_bias is not None:
+            self.out_proj.bias.copy_(weights.o_bias)
+        assert self.conv1d.bias is not None
+        biases = [
+            torch.zeros(size, dtype=weights.q.dtype) if bias is None else _scaled_rows(bias, norm)
+            for bias, norm, size in zip(
+                (weights.v_bias, weights.k_bias, weights.q_bias),
+                (None, weights.k_norm, weights.q_norm),
+                self.conv_split,
+                strict=True,
+            )
+        ]
+        self.conv1d.bias.copy_(torch.cat([bias.to(self.conv1d.bias.device) for bias in biases]))
+        if init == "paper":
+            initial.uniform_(self.conv1d.weight, self.conv1d.kernel_size[0] ** -0.5, generator)
+        else:
+            initial.identity_conv_(self.conv1d.weight)
+
+    @torch.no_grad()
+    def init_random(self) -> None:
+        initialization.copy_(self.A_log, torch.linspace(1, 16, self.num_heads).log())
+        initialization.copy_(self.dt_bias, initial.dt_bias_(torch.empty(self.num_heads), torch.Generator().manual_seed(0)))
+        initialization.ones_(self.D)
+        initialization.ones_(self.norm.weight)
+
+    @classmethod
+    def state_bytes(cls, config: HybridConfig, num_tokens: int, element_size: int) -> int:
+        assert config.num_key_value_heads and config.head_dim
+        H, G, P = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        return 4 * H * P * P + (config.conv_kernel - 1) * (2 * G * P + H * P) * element_size
+
+
+def _scaled_rows(rows: Tensor, norm_P: Tensor | None) -> Tensor:
+    """Multiplies each head's rows (or bias entries) by a per-head norm's weight, where there is one."""
+    if norm_P is None:
+        return rows
+    scale = norm_P.repeat(rows.shape[0] // norm_P.shape[0])
+    return rows * (scale[:, None] if rows.dim() == 2 else scale)

@@ -1,0 +1,320 @@
+"""HybridForCausalLM: embed → blocks → norm → head. Knows no family and no mixer by name.
+
+One class is the teacher (attention everywhere), the student (some layers converted) and the draft, in training and in
+inference. The blocks carry transformers' weight names; a layer's mixer is ``model.layers.{i}.mixer``.
+
+Legend: B batch, T tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_recurrent_attention_mask,
+    create_sliding_window_causal_mask,
+    find_packed_sequence_indices,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from mambify.cache import RecurrentCache
+from mambify.config import ATTENTION, LINEAR, HybridConfig
+from mambify.io import atomic_write_text
+from mambify.mixers import MIXERS, Mixer, MixerContext
+from mambify.mixers.attention import SoftmaxAttention
+
+_MASKS = {
+    "full_attention": create_causal_mask,
+    "sliding_attention": create_sliding_window_causal_mask,
+    LINEAR: create_recurrent_attention_mask,
+}
+
+#: what a saved directory carries so that ``trust_remote_code=True`` finds the installed package
+_SHIM_NAME = "modeling_mambify"
+_SHIM = '''"""Points transformers' auto classes at the installed package: pip install mambify."""
+
+from mambify.config import HybridConfig
+from mambify.model import HybridForCausalLM
+
+__all__ = ["HybridConfig", "HybridForCausalLM"]
+'''
+
+
+class MixerTrace(NamedTuple):
+    """What one layer's mixer read and gave: the pair that alignment teaches a new mixer.
+
+    Attributes:
+        layer_idx: which layer.
+        input_BTD: the normed hidden states it read.
+        output_BTD: what it added to the residual stream.
+        seq_idx_BT: document numbers of packed rows, or ``None``.
+    """
+
+    layer_idx: int
+    input_BTD: Tensor
+    output_BTD: Tensor
+    seq_idx_BT: Tensor | None
+
+
+def new_cache(config: HybridConfig) -> DynamicCache:
+    """An empty cache for the layers that ``config`` describes."""
+    return DynamicCache(config=config) if config.attention_layers else RecurrentCache(config=config)
+
+
+class HybridBlock(GradientCheckpointingLayer):  # type: ignore[misc]
+    """x + mixer(norm(x)), then x + mlp(norm(x)); norms and MLP are the teacher's."""
+
+    def __init__(self, config: HybridConfig, layer_idx: int) -> None:
+        super().__init__()
+        assert config.layer_mixers is not None
+        self.layer_idx = layer_idx
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer: Mixer = MIXERS[config.layer_mixers[layer_idx]](config, layer_idx)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = LlamaMLP(config)
+
+    def forward(self, x_BTD: Tensor, context: MixerContext, past_key_values: Cache | None = None) -> Tensor:
+        state = None if past_key_values is None else self.mixer.load_state(past_key_values)
+        y_BTD, state = self.mixer(self.input_layernorm(x_BTD), context, state)
+        if past_key_values is not None:
+            self.mixer.store_state(past_key_values, state)
+        return self.feed_forward(x_BTD + y_BTD)
+
+    def feed_forward(self, x_BTD: Tensor) -> Tensor:
+        """The second half of the block: x + mlp(norm(x))."""
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+class HybridPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+    """Weights, saving and loading of hybrid models."""
+
+    config: HybridConfig
+    config_class = HybridConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["HybridBlock"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = sorted(
+        {name for mixer in MIXERS.values() for name in mixer.float32_parameters}
+    )
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _is_stateful = True  # a recurrent state cannot be cropped
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
+        "hidden_states": HybridBlock,
+        "attentions": OutputRecorder(SoftmaxAttention, index=1),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Mixer):
+            module.init_random()
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing to register: a saved directory carries a shim that names the installed package."""
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Saves sharded safetensors, the config, and the ``auto_map`` shim for ``trust_remote_code=True``."""
+        self.config.auto_map = {
+            "AutoConfig": f"{_SHIM_NAME}.{HybridConfig.__name__}",
+            "AutoModelForCausalLM": f"{_SHIM_NAME}.{HybridForCausalLM.__name__}",
+        }
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            atomic_write_text(Path(save_directory) / f"{_SHIM_NAME}.py", _SHIM)
+
+
+class HybridModel(HybridPreTrainedModel):
+    """The stack without the head."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(HybridBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults  # type: ignore[untyped-decorator]
+    @capture_outputs  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states ``[B, T, D]`` after the final norm.
+
+        Rows that pack several documents are recognised by ``position_ids`` that restart (no ``attention_mask``, no
+        cache), or by ``seq_idx [B, T]``; attention and recurrent states then stay inside each document.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = new_cache(self.config)
+
+        seq_idx = kwargs.pop("seq_idx", None)
+        if seq_idx is None and position_ids is not None and attention_mask is None and past_key_values is None:
+            seq_idx = find_packed_sequence_indices(position_ids.expand(x_BTD.shape[0], -1))
+        if position_ids is None:
+            position_ids = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None] + self._num_seen(past_key_values)
+
+        contexts = self._contexts(x_BTD, attention_mask, position_ids, past_key_values, seq_idx, kwargs)
+        for layer, kind in zip(self.layers, self.config.layer_types or (), strict=True):
+            x_BTD = layer(x_BTD, contexts[kind], past_key_values)
+        if isinstance(past_key_values, RecurrentCache):
+            past_key_values.num_seen += x_BTD.shape[1]
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTD), past_key_values=past_key_values)
+
+    @torch.no_grad()
+    def mixer_traces(
+        self, input_ids: Tensor, layers: Collection[int], position_ids: Tensor | None = None
+    ) -> Iterator[MixerTrace]:
+        """Runs block by block and yields what the mixers of ``layers`` read and gave; stops after the last of them."""
+        wanted = set(layers)
+        x_BTD = self.embed_tokens(input_ids)
+        seq_idx = None
+        if position_ids is None:
+            position_ids = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None]
+        else:
+            seq_idx = find_packed_sequence_indices(position_ids)
+        contexts = self._contexts(x_BTD, None, position_ids, None, seq_idx, {})
+        for index, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types or (), strict=True)):
+            if not wanted:
+                return
+            normed_BTD = layer.input_layernorm(x_BTD)
+            y_BTD, _ = layer.mixer(normed_BTD, contexts[kind], None)
+            if index in wanted:
+                wanted.discard(index)
+                yield MixerTrace(index, normed_BTD, y_BTD, seq_idx)
+            x_BTD = layer.feed_forward(x_BTD + y_BTD)
+
+    def _num_seen(self, past_key_values: Cache | None) -> int:
+        """Tokens in the cache; a model without attention does not count them, for it needs no positions."""
+        if past_key_values is None or not self.config.attention_layers:
+            return 0
+        return int(past_key_values.get_seq_length())
+
+    def _contexts(
+        self,
+        x_BTD: Tensor,
+        attention_mask: Tensor | dict[str, Tensor | None] | None,
+        position_ids: Tensor,
+        past_key_values: Cache | None,
+        seq_idx_BT: Tensor | None,
+        attention_kwargs: dict[str, Any],
+    ) -> dict[str, MixerContext]:
+        """What the layers of each kind get to know."""
+        kinds = set(self.config.layer_types or ())
+        masks: dict[str, Tensor | None] | Any = attention_mask
+        if not isinstance(attention_mask, dict):
+            arguments = {
+                "config": self.config,
+                "inputs_embeds": x_BTD,
+                "attention_mask": attention_mask,
+                "past_key_values": past_key_values,
+                "position_ids": position_ids,
+            }
+            masks = {kind: _MASKS[kind](**arguments) for kind in kinds}
+        position_embeddings = None
+        if kinds - {LINEAR}:
+            position_embeddings = self.rotary_emb(x_BTD, position_ids)
+        return {
+            kind: MixerContext(padding_mask_BT=masks.get(kind), seq_idx_BT=seq_idx_BT)
+            if kind == LINEAR
+            else MixerContext(
+                position_embeddings=position_embeddings,
+                attention_mask=masks[kind],
+                attention_kwargs=attention_kwargs,
+            )
+            for kind in kinds
+        }
+
+
+class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """A causal language model whose layers are attention or Mamba, each where :class:`HybridConfig` says."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__(config)
+        self.model = HybridModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits ``[B, T, V]`` (of the last ``logits_to_keep`` positions, 0 meaning all) and the loss if labels came."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        given = model_kwargs.get("past_key_values") is not None
+        if not self.config.attention_layers and generation_config.use_cache and not given:
+            model_kwargs["past_key_values"] = new_cache(self.config)
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    @property
+    def num_converted(self) -> int:
+        """How many layers no longer are attention."""
+        return sum(mixer != ATTENTION for mixer in self.config.layer_mixers or ())
+
+
+AutoConfig.register(HybridConfig.model_type, HybridConfig, exist_ok=True)
+AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM, exist_ok=True)

@@ -1,0 +1,31 @@
+"""The RMSNorm over each head of a gated output, after Mamba2's scan.
+
+Letters: B batch, T tokens, H heads, P head dimension.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mambify.ops.backends import check_shape, pick_backend
+from mambify.ops.gated_norm import reference
+
+__all__ = ["gated_rms_norm"]
+
+_BACKENDS = ("reference",)
+
+
+def gated_rms_norm(
+    y_BTHP: Tensor, z_BTHP: Tensor, weight_HP: Tensor, eps: float, backend: str = "auto"
+) -> Tensor:
+    """Gates, then normalises each head: ``weight · u / sqrt(mean_P(u²) + eps)`` with ``u = y · SiLU(z)``.
+
+    Computed in float32 and rounded to z's dtype before the weight multiplies it, as transformers does in
+    BambaRMSNormGated (group size P); the result, [B, T, H, P], is in z's dtype.
+
+    Raises InvalidOptionError (unknown backend) or ValueError (shapes).
+    """
+    pick_backend("gated_rms_norm", backend, _BACKENDS)
+    check_shape("gated_rms_norm", "z_BTHP", z_BTHP, tuple(y_BTHP.shape))
+    check_shape("gated_rms_norm", "weight_HP", weight_HP, tuple(y_BTHP.shape[-2:]))
+    return reference.gated_rms_norm(y_BTHP, z_BTHP, weight_HP, eps)

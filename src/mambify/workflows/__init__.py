@@ -1,0 +1,1 @@
+"""Whole jobs made of several stages: what a command or a script runs in one go. Stages do not import each other; these do."""
