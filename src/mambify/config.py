@@ -33,7 +33,7 @@ class HybridConfig(PreTrainedConfig):  # type: ignore[misc]
         teacher: the name the teacher was loaded by.
 
     Raises:
-        InvalidOptionError: lists of a wrong length, or head counts that do not divide.
+        InvalidOptionError: lists of a wrong length, a size below 1, or head counts that do not divide.
     """
 
     model_type = "mambify"
@@ -71,6 +71,9 @@ class HybridConfig(PreTrainedConfig):  # type: ignore[misc]
     teacher: str = ""
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise InvalidOptionError(f"{name} is {getattr(self, name)}: it has to be at least 1")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:

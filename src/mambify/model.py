@@ -24,7 +24,7 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -34,6 +34,7 @@ from mambify.config import ATTENTION, LINEAR, HybridConfig
 from mambify.io import atomic_write_text
 from mambify.mixers import MIXERS, Mixer, MixerContext
 from mambify.mixers.attention import SoftmaxAttention
+from mambify.norm import RMSNorm
 
 _MASKS = {
     "full_attention": create_causal_mask,
@@ -41,6 +42,8 @@ _MASKS = {
     LINEAR: create_recurrent_attention_mask,
 }
 
+#: file beside the weights with their SHA-256, where a directory has one
+CHECKSUMS = "checksums.json"
 #: what a saved directory carries so that ``trust_remote_code=True`` finds the installed package
 _SHIM_NAME = "modeling_mambify"
 _SHIM = '''"""Points transformers' auto classes at the installed package: pip install mambify."""
@@ -80,9 +83,9 @@ class HybridBlock(GradientCheckpointingLayer):  # type: ignore[misc]
         super().__init__()
         assert config.layer_mixers is not None
         self.layer_idx = layer_idx
-        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mixer: Mixer = MIXERS[config.layer_mixers[layer_idx]](config, layer_idx)
-        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 
     def forward(self, x_BTD: Tensor, context: MixerContext, past_key_values: Cache | None = None) -> Tensor:
@@ -138,6 +141,7 @@ class HybridPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         }
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
+            (Path(save_directory) / CHECKSUMS).unlink(missing_ok=True)  # those of weights that were there before
             atomic_write_text(Path(save_directory) / f"{_SHIM_NAME}.py", _SHIM)
 
 
@@ -148,7 +152,7 @@ class HybridModel(HybridPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(HybridBlock(config, i) for i in range(config.num_hidden_layers))
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -236,7 +240,7 @@ class HybridModel(HybridPreTrainedModel):
                 "inputs_embeds": x_BTD,
                 "attention_mask": attention_mask,
                 "past_key_values": past_key_values,
-                "position_ids": position_ids,
+                "position_ids": None if seq_idx_BT is None else position_ids,  # looking for documents waits for the GPU
             }
             masks = {kind: _MASKS[kind](**arguments) for kind in kinds}
         position_embeddings = None

@@ -60,8 +60,11 @@ def _accumulate(sums: dict[int, _Normal], mixer: Mixer, trace: MixerTrace) -> No
     projection = mixer.out_proj
     assert isinstance(projection, nn.Linear)
     hook = projection.register_forward_pre_hook(lambda _, args: features.append(args[0]))
+    x_BTD = trace.input_BTD
+    mixed = x_BTD.dtype != projection.weight.dtype  # float32 mixers beside a teacher in bfloat16
     try:
-        output_BTD, _ = mixer(trace.input_BTD, MixerContext(seq_idx_BT=trace.seq_idx_BT), None)
+        with torch.autocast(x_BTD.device.type, dtype=x_BTD.dtype if mixed else None, enabled=mixed):
+            output_BTD, _ = mixer(x_BTD, MixerContext(seq_idx_BT=trace.seq_idx_BT), None)
     finally:
         hook.remove()
     bias = 0.0 if projection.bias is None else projection.bias.float()

@@ -45,19 +45,25 @@ def convert(
     """
     if isinstance(teacher, LoadedModel):
         teacher = teacher.model
+    loaded_here = not isinstance(teacher, HybridForCausalLM)
     if not isinstance(teacher, HybridForCausalLM):
-        teacher = load(teacher, dtype=dtype, device=device).model
+        teacher = load(teacher, dtype=dtype, device=device, with_tokenizer=False).model
     planned = plan(
         teacher.config, mixer=mixer, attention=attention, attention_layers=attention_layers, init=init
     )
-    return apply_plan(teacher, planned, seed=seed)
+    return apply_plan(teacher, planned, seed=seed, release=loaded_here)
 
 
-def apply_plan(teacher: HybridForCausalLM, planned: ConversionPlan, *, seed: int = 0) -> HybridForCausalLM:
+def apply_plan(
+    teacher: HybridForCausalLM, planned: ConversionPlan, *, seed: int = 0, release: bool = False
+) -> HybridForCausalLM:
     """Builds the student of ``planned`` around the teacher's kept weights; only the new mixers are allocated.
 
     Blocks are the student's own; the norms, MLPs, projections, embeddings and head inside them are the teacher's
     modules, by reference.
+
+    Args:
+        release: give up the teacher, which nobody else holds: each attention layer is freed once it is replaced.
     """
     with torch.device("meta"):
         student = HybridForCausalLM(planned.student)
@@ -71,6 +77,8 @@ def apply_plan(teacher: HybridForCausalLM, planned: ConversionPlan, *, seed: int
         if ours.layer_idx in planned.converted:
             assert isinstance(theirs.mixer, AttentionMixer)
             ours.mixer = _new_mixer(theirs.mixer, planned, ours.layer_idx, seed=seed)
+            if release:
+                del theirs.mixer
         elif isinstance(theirs.mixer, AttentionMixer):
             _share_children(ours.mixer, theirs.mixer, own=("attend",))
         else:

@@ -135,9 +135,7 @@ def chat_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
     )
 
 
-def encode_conversation(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
-) -> tuple[list[int], int, str]:
+def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[int], int, str]:
     """Token ids of a finished conversation, the index where its first answer begins, and its text.
 
     Prompt and answer are tokenized apart, as a model meets them in use; what the template writes after
@@ -153,9 +151,7 @@ def encode_conversation(
     prompt = prompt.rstrip(" ")
     whole = render(tokenizer, messages).rstrip()
     if not whole.startswith(prompt):
-        raise UnsupportedError(
-            "the chat template writes a finished answer differently from one being asked for"
-        )
+        raise UnsupportedError("the chat template writes a finished answer differently from one being asked for")
     prompt_ids = encode_text(tokenizer, prompt)
     return prompt_ids + encode_text(tokenizer, whole[len(prompt) :]), len(prompt_ids), whole
 
@@ -169,7 +165,5 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase, after_words: str, turn: str) -
     ids = encode_text(tokenizer, after_words.lstrip())
     added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     if not ids or ids[0] not in added:
-        raise UnsupportedError(
-            f"{turn} does not end with a special token in this chat template: use --kind text"
-        )
+        raise UnsupportedError(f"{turn} does not end with a special token in this chat template: use --kind text")
     return ids[0]

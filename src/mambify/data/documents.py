@@ -199,9 +199,7 @@ def _iterate_one(
             yield from _synthesized(path, tokenizer, split)
             return
         if not path.is_file():
-            raise UnknownSourceError(
-                f"no data at {source}: give a synthesized directory, a .jsonl, a .txt or hf:name"
-            )
+            raise UnknownSourceError(f"no data at {source}: give a synthesized directory, a .jsonl, a .txt or hf:name")
         if path.suffix == ".txt":
             rows = _text_rows(path, whole=split == "all")
         elif path.suffix in (".jsonl", ".json"):
@@ -294,9 +292,7 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Row]]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise MissingDependencyError(
-            f"{source} needs the 'datasets' package: pip install datasets"
-        ) from error
+        raise MissingDependencyError(f"{source} needs the 'datasets' package: pip install datasets") from error
     try:
         rows = load_dataset(name, split=hub_split or "train")
     except (OSError, ValueError) as error:

@@ -43,8 +43,7 @@ class ShardFile:
         """
         if not self.intact(directory):
             raise UsageError(
-                f"{directory / self.name} is missing or was altered: "
-                "run the same synthesize command to repair it"
+                f"{directory / self.name} is missing or was altered: run the same synthesize command to repair it"
             )
         # Not splitlines(): JSON may hold line separators that it would cut at.
         yield from (line for line in (directory / self.name).read_text(encoding="utf-8").split("\n") if line)

@@ -42,9 +42,7 @@ class Overlap:
     max_share: float
 
 
-def check_disjoint(
-    train_docs: Sequence[Document], eval_docs: Sequence[Document], *, threshold: float = 0.8
-) -> Overlap:
+def check_disjoint(train_docs: Sequence[Document], eval_docs: Sequence[Document], *, threshold: float = 0.8) -> Overlap:
     """Checks that no evaluation document stands, whole or nearly so, in the training text.
 
     Raises:
@@ -108,9 +106,7 @@ def _ngrams(documents: Sequence[Document]) -> tuple[Hashes, npt.NDArray[np.int64
     # A polynomial in an odd multiplier modulo 2^64, the bits mixed at each step.
     hashes = np.zeros(len(ids) - NGRAM + 1, dtype=np.uint64)
     for offset in range(NGRAM):
-        hashes = (hashes ^ (hashes >> np.uint64(29))) * _MULTIPLIER + ids[
-            offset : len(ids) - NGRAM + 1 + offset
-        ]
+        hashes = (hashes ^ (hashes >> np.uint64(29))) * _MULTIPLIER + ids[offset : len(ids) - NGRAM + 1 + offset]
     owner = np.repeat(np.arange(len(documents)), lengths)
     inside = owner[: len(hashes)] == owner[NGRAM - 1 :]
     return hashes[inside], owner[: len(hashes)][inside]

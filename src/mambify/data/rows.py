@@ -40,9 +40,7 @@ def interpret_row(row: Any, where: str) -> Row:
         return _instruction(row, where)
     if "prompt" in row:
         return _turn(_words(row, "prompt", where), _words(row, _answer_field(row, where), where))
-    raise UsageError(
-        f"{where}: no usable field among {', '.join(map(repr, row)) or 'none'}; need {KNOWN_ROWS}"
-    )
+    raise UsageError(f"{where}: no usable field among {', '.join(map(repr, row)) or 'none'}; need {KNOWN_ROWS}")
 
 
 def _turn(prompt: str, answer: str) -> Conversation:

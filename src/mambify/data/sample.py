@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+
+from mambify.data.cpu_attention import fast_single_queries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.cache_utils import Cache
 
 # Rows that have ended are dropped from the batch once they are this share of it: copying the cache costs
 # about one step, and every later step is cheaper by the rows dropped.
@@ -63,18 +65,19 @@ def sample_continuations(
     rows_B = torch.arange(len(prompts), device=device)  # which prompt each row of the batch continues
     out_BT = torch.full((len(prompts), max_new_tokens), -1, device=device)
     ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    cache = DynamicCache(config=model.config)
-    with torch.inference_mode():
+    cache: Cache | None = None  # the model makes the kind it needs
+    with torch.inference_mode(), fast_single_queries(model):
         for step in range(max_new_tokens):
-            logits_BV = model(
+            output = model(
                 input_ids=tokens_BT,
                 attention_mask=mask_BT,
                 position_ids=positions_BT,
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
-            ).logits[:, -1]
-            next_B = _draw(logits_BV.float(), temperature=temperature, top_p=top_p, top_k=top_k)
+            )
+            cache = cast("Cache", output.past_key_values)
+            next_B = _draw(output.logits[:, -1].float(), temperature=temperature, top_p=top_p, top_k=top_k)
             alive_B = ~ended_B
             out_BT[rows_B[alive_B], step] = next_B[alive_B]
             ended_B = ended_B | torch.isin(next_B, stops)
@@ -95,7 +98,8 @@ def sample_continuations(
 
 
 def _draw(logits_BV: Tensor, *, temperature: float, top_p: float, top_k: int) -> Tensor:
-    logits_BV = logits_BV / temperature
+    if temperature != 1.0:
+        logits_BV = logits_BV / temperature
     if top_k:
         least_B1 = logits_BV.topk(min(top_k, logits_BV.shape[-1])).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
@@ -112,19 +116,27 @@ def _invert_distribution(logits_BV: Tensor) -> Tensor:
     """One token a row from softmax(logits), by inverting the cumulative distribution at one uniform number.
 
     ``torch.multinomial`` draws a random number for every entry, which on a CPU takes longer than the model.
-    Two levels, a group of tokens and then one in it, in float64, keep the sums short and exact.
+    Two levels, a group of tokens and then one in it, keep the sums short and exact. Overwrites the logits.
     """
     num_rows, num_tokens = logits_BV.shape
-    width = math.isqrt(num_tokens) + 1
-    weights_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)).exp_()
-    weights_BGW = torch.nn.functional.pad(weights_BV, (0, -num_tokens % width)).view(num_rows, -1, width)
-    upto_BG = weights_BGW.sum(-1, dtype=torch.float64).cumsum(-1)
+    width = _group_width(num_tokens)
+    weights_BV = logits_BV.sub_(logits_BV.amax(-1, keepdim=True)).exp_()
+    if num_tokens % width:
+        weights_BV = torch.nn.functional.pad(weights_BV, (0, -num_tokens % width))
+    weights_BGW = weights_BV.view(num_rows, -1, width)
+    upto_BG = weights_BGW.sum(-1).double().cumsum(-1)
     target_B1 = torch.rand(num_rows, 1, dtype=torch.float64, device=logits_BV.device) * upto_BG[:, -1:]
     group_B1 = _first_above(upto_BG, target_B1)
     before_B1 = torch.nn.functional.pad(upto_BG, (1, 0)).gather(1, group_B1)
     chosen_BW = weights_BGW.gather(1, group_B1[:, :, None].expand(-1, -1, width))[:, 0].double().cumsum(-1)
     token_B1 = _first_above(chosen_BW, target_B1 - before_B1)
     return (group_B1 * width + token_B1)[:, 0]
+
+
+def _group_width(num_tokens: int) -> int:
+    """About the square root of ``num_tokens``; a divisor of it if one is near, so that nothing is padded."""
+    root = math.isqrt(num_tokens) + 1
+    return next((width for width in range(root, 4 * root) if num_tokens % width == 0), root)
 
 
 def _first_above(cumulative_BN: Tensor, target_B1: Tensor) -> Tensor:

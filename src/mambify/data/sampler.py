@@ -65,9 +65,7 @@ class Settings:
 class Sampler:
     """Draws batches of documents of one kind."""
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.device = torch.device(model.device)
         self.format: ChatFormat | None = chat_format(tokenizer) if "chat" in settings.kinds else None
@@ -163,9 +161,7 @@ class Sampler:
     def _finish(self, draft: _Draft) -> Document:
         text = decode(self.tokenizer, draft.ids, specials=True)
         loss_start = draft.loss_start or len(draft.ids)
-        return Document(
-            document_id(text), "chat", text, np.asarray(draft.ids), loss_start, tuple(draft.messages)
-        )
+        return Document(document_id(text), "chat", text, np.asarray(draft.ids), loss_start, tuple(draft.messages))
 
     def _words(self, ids: Sequence[int]) -> str:
         said = ids[:-1] if ids and ids[-1] in self.stops else ids

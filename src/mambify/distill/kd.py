@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from mambify.distill.graphs import StepResult
 from mambify.distill.losses import IGNORE, head_loss, next_token_labels
+from mambify.distill.trainer import DistillationStage
 from mambify.model import HybridForCausalLM
 
 
-class KnowledgeDistiller(nn.Module):
+class KnowledgeDistiller(DistillationStage):
     """The student beside its teacher; ``forward`` gives kl_weight · KL + ce_weight · cross-entropy a token.
 
     The teacher is held outside the module tree: it is neither trained, saved nor wrapped. What is frozen it shares
@@ -33,14 +35,9 @@ class KnowledgeDistiller(nn.Module):
         self.weights = {"kl_weight": kl_weight, "ce_weight": ce_weight, "temperature": temperature}
 
     def forward(
-        self,
-        input_ids: Tensor,
-        labels: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        **_: Any,
-    ) -> dict[str, Any]:
-        """Loss a token and its parts. ``num_items_in_batch`` counts the labels of all micro-batches of a step."""
+        self, input_ids: Tensor, labels: Tensor, num_items: Tensor, position_ids: Tensor | None = None
+    ) -> StepResult:
+        """Loss and figures of one micro-batch; the loss is divided by ``num_items``, the labels of the whole step."""
         teacher = self._teacher[0]
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
         with torch.no_grad():
@@ -51,14 +48,21 @@ class KnowledgeDistiller(nn.Module):
             self.student.lm_head.weight,
             teacher_BTD.flatten(0, 1),
             teacher.lm_head.weight,
-            next_token_labels(input_ids if labels is None else labels),
+            next_token_labels(labels),
             **self.weights,
         )
         count = parts.count.clamp(min=1)
         metrics = {"kl": parts.kl / count, "top1_agreement": parts.agreement / count}
         if self.weights["ce_weight"]:
             metrics["ce"] = parts.ce / count
-        return {"loss": parts.total / (count if num_items_in_batch is None else num_items_in_batch), "metrics": metrics}
+        return StepResult(parts.total / num_items.clamp(min=1), metrics)
+
+    def accumulate_gradients(
+        self, forward: Callable[..., StepResult], batch: dict[str, Tensor], backward: Callable[[Tensor], None]
+    ) -> StepResult:
+        result = forward(**{name: tensor for name, tensor in batch.items() if name != "scale"})
+        backward(result.loss)
+        return StepResult(result.loss.detach(), result.metrics)
 
 
 def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -111,6 +111,7 @@ class Recipe(_Section):
     """Everything ``mambify distill`` needs; unknown keys are errors.
 
     ``output`` becomes the run directory. ``precision`` is that of the arithmetic: trained weights are float32.
+    ``cuda_graphs`` records each stage's step once and replays it (one process on a GPU; packed documents never).
     """
 
     teacher: str
@@ -120,6 +121,7 @@ class Recipe(_Section):
     output: str
     seed: int = 0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    cuda_graphs: bool = True
     checkpoint_every: Annotated[int, Field(gt=0)] = 100
     log_every: Annotated[int, Field(gt=0)] = 10
     report_to: list[str] = ["tensorboard"]

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 import shutil
 import sys
@@ -26,7 +27,14 @@ from mambify import __version__
 from mambify.conversion import apply_plan, calibrate, plan
 from mambify.distill.logs import Listener, MetricsLog, forget_after
 from mambify.distill.recipe import Align, Recipe, Stage, dump_recipe
-from mambify.distill.stages import build_trainer, stage_module, train_stage, training_arguments
+from mambify.distill.stages import (
+    build_trainer,
+    stage_module,
+    train_stage,
+    training_arguments,
+    unshare_mlps,
+    use_bfloat16,
+)
 from mambify.distill.trainer import last_complete_checkpoint, load_trained, save_trained
 from mambify.errors import OutputExistsError
 from mambify.families.load import LoadedModel, save
@@ -86,31 +94,61 @@ def run_stages(
     *,
     teacher: LoadedModel,
     dataset: Dataset[Any],
+    device: str,
     listener: Listener | None = None,
 ) -> HybridForCausalLM:
     """Converts and trains through every stage, skipping those that are done; saves and returns the student.
 
+    What is frozen is computed in the recipe's precision; where that is not the teacher's own dtype, a copy in it is made
+    for the run, and the student that is saved keeps the teacher's weights as they were.
+
     Args:
         run: what :func:`open_run` gave.
-        teacher: on the device that trains.
+        teacher: anywhere; it is only read.
         dataset: blocks of ``recipe.data.context_length`` tokens.
+        device: where to train.
 
     Raises:
         TrainingDivergedError: the loss became NaN or infinite.
         OutputWriteError: the disk refused a write; what was written before is whole.
     """
-    student = teacher.model
+    bfloat16 = use_bfloat16(recipe.precision, device)
+    working = _in_dtype(teacher.model, torch.bfloat16 if bfloat16 else torch.float32, device)
+    student = working
     for step in steps_of(recipe):
         student = _converted(student, recipe, step.attention)
         directory = run / "stages" / step.name
-        _run_step(recipe, step, run, directory, student, teacher.model, dataset, listener)
-    student.requires_grad_(True)
+        _run_step(recipe, step, run, directory, student, working, dataset, listener)
+    final = _final_student(recipe, teacher.model, student)
     if not (run / "student").is_dir():
-        save(student, run / "student", tokenizer=teacher.tokenizer)
-    return student
+        save(final, run / "student", tokenizer=teacher.tokenizer)
+    return final
+
+
+def _in_dtype(model: HybridForCausalLM, dtype: torch.dtype, device: str) -> HybridForCausalLM:
+    """``model`` itself where it has this dtype and place already, else a copy."""
+    same_place = model.device.type == torch.device(device).type
+    return model if model.dtype == dtype and same_place else copy.deepcopy(model).to(device=device, dtype=dtype)
+
+
+def _final_student(recipe: Recipe, teacher: HybridForCausalLM, trained: HybridForCausalLM) -> HybridForCausalLM:
+    """The teacher's kept weights as they are, with what was trained put in: what a user gets."""
+    final = teacher
+    for share in recipe.student.schedule:
+        final = _converted(final, recipe, share)
+    if any(getattr(stage, "mlp_learning_rate", 0) for stage in recipe.stages):
+        unshare_mlps(final, teacher)
+    kept = {p.data_ptr() for p in teacher.parameters()}
+    source = dict(trained.named_parameters())
+    with torch.no_grad():
+        for name, parameter in final.named_parameters():
+            if parameter.data_ptr() not in kept:
+                parameter.copy_(source[name])
+    return final.requires_grad_(True)
 
 
 def _converted(model: HybridForCausalLM, recipe: Recipe, attention: float) -> HybridForCausalLM:
+    """``model`` with the layers of this attention share converted; new mixers are float32 masters."""
     planned = plan(
         model.config,
         mixer=recipe.student.mixer,
@@ -119,7 +157,7 @@ def _converted(model: HybridForCausalLM, recipe: Recipe, attention: float) -> Hy
         init=recipe.student.init,
     )
     student = apply_plan(model, planned, seed=recipe.seed) if planned.converted else model
-    for index in planned.converted:  # masters in float32, whatever the teacher is kept in
+    for index in planned.converted:
         student.model.layers[index].mixer.float()  # type: ignore[union-attr]
     return student
 
@@ -147,7 +185,7 @@ def _run_step(
     sequences = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     tokens_per_step = sequences * context_length
     log = MetricsLog(run / "metrics.jsonl", step.name, tokens_per_step, listener)
-    trainer = build_trainer(step.stage, module, arguments, dataset, [log])
+    trainer = build_trainer(step.stage, module, arguments, dataset, [log], cuda_graphs=recipe.cuda_graphs)
     start = time.perf_counter()
     if isinstance(step.stage, Align) and last_complete_checkpoint(directory) is None:
         _calibrate(student, teacher, dataset, step.stage.calibration_tokens, run, step.name)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from mambify.distill.align import AlignTrainer, MixerAligner
+from mambify.distill.align import MixerAligner
 from mambify.distill.kd import KnowledgeDistiller, collate
 from mambify.distill.recipe import Align, Kd, Recipe, Stage
 from mambify.distill.trainer import StageTrainer, last_complete_checkpoint
@@ -138,6 +138,8 @@ def build_trainer(
     arguments: TrainingArguments,
     dataset: Any,
     callbacks: list[TrainerCallback],
+    *,
+    cuda_graphs: bool,
 ) -> StageTrainer:
     """The trainer of a stage, with an AdamW over :func:`parameter_groups`."""
     optimizer = torch.optim.AdamW(
@@ -146,14 +148,14 @@ def build_trainer(
         betas=stage.betas,
         fused=arguments.optim == "adamw_torch_fused",
     )
-    trainer_class = AlignTrainer if isinstance(stage, Align) else StageTrainer
-    trainer = trainer_class(
+    trainer = StageTrainer(
         model=module,
         args=arguments,
         train_dataset=dataset,
         data_collator=collate,
         callbacks=callbacks,
         optimizers=(optimizer, None),
+        cuda_graphs=cuda_graphs and arguments.device.type == "cuda" and arguments.world_size == 1,
     )
     for callback in (c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"):
         trainer.remove_callback(callback)

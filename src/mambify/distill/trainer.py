@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer
 
+from mambify.distill.graphs import GraphedStep, StepResult
+from mambify.distill.losses import IGNORE
 from mambify.errors import CheckpointError, OutputWriteError, TrainingDivergedError
 from mambify.io import atomic_write_text
 
@@ -71,22 +74,73 @@ def last_complete_checkpoint(directory: Path) -> Path | None:
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-class StageTrainer(Trainer):  # type: ignore[misc]
-    """Trains a module whose ``forward(**batch, num_items_in_batch)`` returns ``{"loss": …, "metrics": {name: tensor}}``.
+class DistillationStage(nn.Module):
+    """What a stage trains: a module that knows how to turn a batch into gradients."""
 
-    The module's metrics are averaged between two log lines and reported beside the loss.
+    def accumulate_gradients(
+        self,
+        forward: Callable[..., StepResult],
+        batch: dict[str, Tensor],
+        backward: Callable[[Tensor], None],
+    ) -> StepResult:
+        """Adds one micro-batch's gradients to the trained parameters.
+
+        Args:
+            forward: this module, or the wrapper (DDP, FSDP) that it must be called through.
+            batch: ``input_ids [B, T]``, ``labels``, perhaps ``position_ids``; ``num_items``, the labels of all
+                micro-batches of the step, and ``scale``, one over their number.
+            backward: the accelerator's backward pass.
+        """
+        raise NotImplementedError
+
+
+class StageTrainer(Trainer):  # type: ignore[misc]
+    """Trains a :class:`DistillationStage`; its metrics are averaged between two log lines and reported with the loss.
+
+    Args:
+        cuda_graphs: record the forward and backward pass once and replay it; one process on a GPU only.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, cuda_graphs: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = True
+        self.model_accepts_loss_kwargs = True  # so that the labels of all micro-batches of a step are counted
+        self._cuda_graphs = cuda_graphs
+        self._graphed: GraphedStep | None = None
         self._watched: Tensor | None = None
         self._metric_sums: dict[str, Tensor] = {}
         self._metric_steps = 0
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        return self.watch(loss)
+        model.train()
+        batch = self._prepare_inputs(inputs)
+        device = batch["input_ids"].device
+        scale = 1.0 / self.current_gradient_accumulation_steps
+        if num_items_in_batch is None:
+            num_items_in_batch = (batch["labels"] != IGNORE).sum() / scale
+        elif self.args.average_tokens_across_devices:
+            num_items_in_batch = num_items_in_batch / self.accelerator.num_processes
+        batch["num_items"] = torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=device)
+        batch["scale"] = torch.tensor(scale, device=device)
+        result = self._run(model, batch)
+        self._add_metrics(result.metrics)
+        return self.watch(result.loss.detach())
+
+    def _run(self, model: nn.Module, batch: dict[str, Tensor]) -> StepResult:
+        stage = self.accelerator.unwrap_model(model)
+
+        def step(batch: dict[str, Tensor]) -> StepResult:
+            kind = batch["input_ids"].device.type
+            with torch.autocast(kind, torch.bfloat16, enabled=self.args.bf16, cache_enabled=not self._cuda_graphs):
+                result: StepResult = stage.accumulate_gradients(model, batch, self.accelerator.backward)
+            return result
+
+        if not self._cuda_graphs or "position_ids" in batch:  # finding the documents waits for the device
+            return step(batch)
+        if self._graphed is None:
+            parameters = list(trained_parameters(stage).values())
+            accumulates = self.args.gradient_accumulation_steps > 1
+            self._graphed = GraphedStep(step, parameters, batch, accumulates=accumulates)
+        return self._graphed(batch) if self._graphed.fits(batch) else step(batch)
 
     def watch(self, loss: Tensor) -> Tensor:
         """Adds ``loss`` to what :meth:`require_finite` looks at, without waiting for the device."""
@@ -106,17 +160,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
                 f"in {self.args.output_dir} is kept. A lower learning rate usually helps"
             )
 
-    def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
-        self.add_metrics(outputs["metrics"])
-        loss = outputs["loss"]
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes
-        return (loss, outputs) if return_outputs else loss
-
-    def add_metrics(self, metrics: dict[str, Tensor]) -> None:
+    def _add_metrics(self, metrics: dict[str, Tensor]) -> None:
         """Counts one micro-step's metrics towards the next log line."""
         for name, value in metrics.items():
             value = value.detach().float()

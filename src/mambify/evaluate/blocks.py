@@ -88,9 +88,7 @@ def _heldout_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[in
     try:
         manifest: dict[str, Any] = read_json(path / _MANIFEST)
         complete, written_with = manifest["complete"], manifest["tokenizer"]
-        files = [
-            file for shard in manifest["shards"] for file in shard["files"] if file["split"] == "heldout"
-        ]
+        files = [file for shard in manifest["shards"] for file in shard["files"] if file["split"] == "heldout"]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{path} is not a synthesized directory: no readable {_MANIFEST}") from error
     if not complete:
@@ -104,8 +102,6 @@ def _heldout_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[in
         except OSError as error:
             raise UsageError(f"{path / file['name']} is missing: run the same synthesize command") from error
         if hashlib.sha256(content).hexdigest() != file["sha256"]:
-            raise UsageError(
-                f"{path / file['name']} was altered: run the same synthesize command to repair it"
-            )
+            raise UsageError(f"{path / file['name']} was altered: run the same synthesize command to repair it")
         sequences += [json.loads(line)["input_ids"] for line in content.decode("utf-8").split("\n") if line]
     return sequences

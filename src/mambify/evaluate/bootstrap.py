@@ -41,6 +41,8 @@ def bootstrap(
         seed: Of the resampling.
     """
     num_blocks = len(sums_NQ)
+    infinite_NQ = np.isinf(sums_NQ)  # apart, because 0 draws of an infinite sum are 0 and not NaN
+    finite_NQ = np.where(infinite_NQ, 0.0, sums_NQ)
     random = np.random.default_rng(seed)
     # How often each block is drawn is all that matters: totals are counts times sums, one matrix product.
     totals = []
@@ -48,13 +50,13 @@ def bootstrap(
     while remaining:
         rows = min(remaining, max(1, _MAX_WEIGHTS // num_blocks))
         counts = random.multinomial(num_blocks, np.full(num_blocks, 1.0 / num_blocks), size=rows)
-        totals.append(counts @ sums_NQ)
+        totals.append(np.where(counts @ infinite_NQ > 0, np.inf, counts @ finite_NQ))
         remaining -= rows
     totals_RQ = np.concatenate(totals)
     estimates = {}
     for name, statistic in statistics.items():
         # A resample may hold no counted token at all when blocks are few and masked: it says nothing.
         with np.errstate(divide="ignore", invalid="ignore"):
-            low, high = np.nanquantile(statistic(totals_RQ), [0.025, 0.975])
+            low, high = np.nanquantile(statistic(totals_RQ), [0.025, 0.975], method="nearest")
         estimates[name] = Estimate(float(statistic(sums_NQ.sum(0))), float(low), float(high))
     return estimates

@@ -54,8 +54,8 @@ def compare(
         progress: Called with (source, blocks done, blocks).
 
     Returns:
-        ``{"context_length", "sources": {name: {"num_blocks", "num_tokens", "student", "teacher"}}}``; a model's
-        part holds each figure (``perplexity``, ``nll``; the student's also ``kl``, ``top1_agreement``,
+        ``{"context_length", "sources": {name: {"num_blocks", "num_tokens", "student", "teacher"}}}``; a
+        model's part holds each figure (``perplexity``, ``nll``; the student's also ``kl``, ``top1_agreement``,
         ``perplexity_ratio``) and its 95% interval as ``<figure>_interval: [low, high]``.
 
     Raises:

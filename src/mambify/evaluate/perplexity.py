@@ -121,9 +121,7 @@ def _sums(
         teacher_scorer = None if teacher is None else Scorer(teacher)
         for first in range(0, len(order), batch_size):
             batch = make_batch(prepared, order[first : first + batch_size])
-            sums_NQ[batch.indices] = score_batch(
-                student_scorer, teacher_scorer, batch, chunk_tokens=chunk_tokens
-            )
+            sums_NQ[batch.indices] = score_batch(student_scorer, teacher_scorer, batch, chunk_tokens=chunk_tokens)
             if progress is not None:
                 progress(first + len(batch.indices), len(order))
     return sums_NQ

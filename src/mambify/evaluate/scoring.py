@@ -1,4 +1,4 @@
-"""Per-token figures of a model, and of a student beside its teacher, without ever holding [B, T, V] in float32.
+"""Per-token figures of a model, and of a student beside its teacher; [B, T, V] is never held in float32.
 
 The trunk runs on a whole batch; the head and everything over the vocabulary run on a few hundred tokens at a
 time. Sums are kept per block in float64.
@@ -46,19 +46,22 @@ def make_batch(blocks: Sequence[Mapping[str, Tensor]], indices: list[int]) -> Ba
     """Puts the blocks with these indices together; see :func:`as_block` for what they hold."""
     chosen = [blocks[index] for index in indices]
     ids_BT = _pad([block["input_ids"] for block in chosen], 0)
-    mask_BT = _pad([block.get("attention_mask", torch.ones_like(block["input_ids"])) for block in chosen], 0)
     labels_BT = _pad([block.get("labels", block["input_ids"]) for block in chosen], IGNORED)
+    mask_BT = _pad([block.get("attention_mask", torch.ones_like(block["input_ids"])) for block in chosen], 0)
+    # What stands to the right of a token cannot change it: the padding added here needs no mask, and without
+    # one a model still reads from positions that restart where documents were packed.
+    masked = any(not bool(block["attention_mask"].all()) for block in chosen if "attention_mask" in block)
     positions_BT = None
     if any("position_ids" in block for block in chosen):
         positions_BT = _pad([_positions(block) for block in chosen], 0)
-    elif any("attention_mask" in block for block in chosen):
+    elif masked:
         positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
     next_BT = torch.nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
     seen_BT = mask_BT.bool() & torch.nn.functional.pad(mask_BT[:, 1:], (0, 1)).bool()
     return Batch(
         indices=indices,
         ids_BT=ids_BT,
-        mask_BT=None if bool(mask_BT.all()) else mask_BT,
+        mask_BT=mask_BT if masked else None,
         positions_BT=positions_BT,
         counted_BT=seen_BT & (next_BT != IGNORED),
         next_BT=next_BT,
@@ -71,9 +74,7 @@ def as_block(block: Block) -> dict[str, Tensor]:
     return {name: torch.as_tensor(np.asarray(value), dtype=torch.long) for name, value in fields.items()}
 
 
-def score_batch(
-    model: Scorer, teacher: Scorer | None, batch: Batch, *, chunk_tokens: int
-) -> npt.NDArray[np.float64]:
+def score_batch(model: Scorer, teacher: Scorer | None, batch: Batch, *, chunk_tokens: int) -> npt.NDArray[np.float64]:
     """Sums over each block of the batch, ``[B, 5]`` in the order of :data:`COLUMNS`."""
     num_counted = int(batch.counted_BT.sum())
     row_C = batch.counted_BT.nonzero()[:, 0]
@@ -127,9 +128,18 @@ class Scorer:
             yield self.model.lm_head(part_CD)
 
     def _whole(self, batch: Batch, chunk_tokens: int) -> Iterator[Tensor]:
-        for row in range(len(batch.indices)):  # one row's logits at a time: [T, V]
+        # One row's logits at a time, [T, V]; chunks run across rows as they do with the head apart, so that
+        # the two ways can stand side by side for student and teacher.
+        waiting_CV: Tensor | None = None
+        for row in range(len(batch.indices)):
             logits_TV = self.model(**self._arguments(batch, slice(row, row + 1))).logits[0]
-            yield from logits_TV[batch.counted_BT[row].to(logits_TV.device)].split(chunk_tokens)
+            row_CV = logits_TV[batch.counted_BT[row].to(logits_TV.device)]
+            waiting_CV = row_CV if waiting_CV is None else torch.cat([waiting_CV, row_CV])
+            while len(waiting_CV) >= chunk_tokens:
+                yield waiting_CV[:chunk_tokens]
+                waiting_CV = waiting_CV[chunk_tokens:]
+        if waiting_CV is not None and len(waiting_CV):
+            yield waiting_CV
 
     def _arguments(self, batch: Batch, rows: slice = slice(None)) -> dict[str, Any]:
         given = {
@@ -144,6 +154,7 @@ class Scorer:
         }
 
 
+@torch.inference_mode()
 def _head_stands_apart(model: PreTrainedModel) -> bool:
     """Whether the logits are ``lm_head(model.model(…))`` and nothing more, found by trying it.
 

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from mambify.errors import CheckpointError, UnsupportedError
+from mambify.families.gguf_format import open_gguf
 from mambify.families.registry import known_families
 
 if TYPE_CHECKING:
-    from gguf import GGUFReader
-
     from mambify.families.base import Family
 
 #: GGUF tensor name → Hugging Face name, for the architectures of :mod:`mambify.families`
@@ -31,7 +31,7 @@ _NAMES = (
     (r"^blk\.(\d+)\.attn_output\.", r"model.layers.\1.self_attn.o_proj."),
     (r"^blk\.(\d+)\.ffn_(gate|up|down)\.", r"model.layers.\1.mlp.\2_proj."),
 )
-_ROPE_FREQS = "rope_freqs.weight"
+_EMBEDDING, _QUERY, _ROPE_FREQS = "token_embd.weight", "blk.0.attn_q.weight", "rope_freqs.weight"
 
 
 class GgufFile:
@@ -43,42 +43,63 @@ class GgufFile:
     """
 
     def __init__(self, path: Path) -> None:
-        from gguf import GGUFReader
-
         self.path = path
-        try:
-            self._reader: GGUFReader = GGUFReader(path)
-        except (ValueError, IndexError, KeyError, OSError) as error:
-            raise CheckpointError(f"{path} is not a readable GGUF file: {error}") from error
+        self._container = open_gguf(path)
         architecture = self._field("general.architecture")
         by_name = {f.gguf_name: f for f in known_families().values() if f.gguf_name}
         if architecture not in by_name:
             raise UnsupportedError(
-                f"{path} is of GGUF architecture '{architecture}', which is not supported "
-                f"(supported: {', '.join(sorted(by_name))}). A family is one file in mambify/families"
+                f"{path} is of GGUF architecture '{architecture}', which is not supported (supported: "
+                f"{', '.join(sorted(by_name))}). A family is one file in mambify/families: see docs/families.md"
             )
         self.family: Family = by_name[architecture]
-        self._prefix = architecture
+        self._architecture = architecture
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the file carries the vocabulary."""
+        return self._field("tokenizer.ggml.model") is not None
 
     def _field(self, key: str, default: Any = None) -> Any:
-        field = self._reader.get_field(key)
-        return default if field is None else field.contents()
+        value = self._container.metadata.get(key)
+        return default if value is None else value
 
     def config(self) -> PreTrainedConfig:
-        """The Hugging Face config that the metadata describes."""
+        """The Hugging Face config that the metadata describes.
 
-        def fact(key: str, default: Any = None) -> Any:
-            return self._field(f"{self._prefix}.{key}", default)
+        Raises:
+            CheckpointError: an entry is missing, or says what cannot be.
+        """
+        try:
+            return AutoConfig.for_model(self.family.model_type, **self._facts())
+        except (ArithmeticError, StrictDataclassError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{self.path} has metadata that makes no model: {reason}") from error
 
-        tensors = {tensor.name: tensor for tensor in self._reader.tensors}
-        heads, hidden = fact("attention.head_count"), fact("embedding_length")
-        head_dim = fact("attention.key_length", hidden // heads)
-        biased = "blk.0.attn_q.bias" in tensors
+    def _fact(self, key: str, default: Any = None) -> Any:
+        """The metadata entry ``key`` of this architecture; without a default it has to be there."""
+        value = self._field(f"{self._architecture}.{key}", default)
+        if value is None:
+            raise CheckpointError(f"{self.path} lacks the metadata '{self._architecture}.{key}'")
+        return value
+
+    def _facts(self) -> dict[str, Any]:
+        fact, tensors = self._fact, self._container.tensors
+        for needed in (_EMBEDDING, _QUERY):
+            if needed not in tensors:
+                raise CheckpointError(f"{self.path} lacks the tensor '{needed}'")
+        blocks = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
+        heads, num_layers = fact("attention.head_count"), fact("block_count")
+        if num_layers != len(blocks):
+            raise CheckpointError(f"{self.path} says {num_layers} layers and holds {len(blocks)}")
+        head_dim = fact("attention.key_length", fact("embedding_length") // heads)
+        if tensors[_QUERY].shape[0] != heads * head_dim:
+            raise CheckpointError(f"{self.path} says {heads} heads of {head_dim}, and its queries are of another size")
         facts = {
-            "vocab_size": int(tensors["token_embd.weight"].shape[1]),
-            "hidden_size": hidden,
+            "vocab_size": tensors[_EMBEDDING].shape[0],
+            "hidden_size": fact("embedding_length"),
             "intermediate_size": fact("feed_forward_length"),
-            "num_hidden_layers": fact("block_count"),
+            "num_hidden_layers": num_layers,
             "num_attention_heads": heads,
             "num_key_value_heads": fact("attention.head_count_kv", heads),
             "head_dim": head_dim,
@@ -91,15 +112,15 @@ class GgufFile:
             "pad_token_id": self._field("tokenizer.ggml.padding_token_id"),
         }
         if self.family.model_type == "llama":
-            facts["attention_bias"] = biased
-        return AutoConfig.for_model(self.family.model_type, **facts)
+            facts["attention_bias"] = "blk.0.attn_q.bias" in tensors
+            facts["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
+        return facts
 
     def _rope(self, theta: float, head_dim: int) -> dict[str, Any]:
         """RoPE parameters; a ``rope_freqs`` tensor is Llama-3 scaling, which is rebuilt and checked against it."""
-        stored = [tensor for tensor in self._reader.tensors if tensor.name == _ROPE_FREQS]
-        if not stored:
+        if _ROPE_FREQS not in self._container.tensors:
             return {"rope_type": "default", "rope_theta": theta}
-        factors = torch.from_numpy(stored[0].data.copy()).float()
+        factors = self._container.read(_ROPE_FREQS)
         rope = {
             "rope_type": "llama3",
             "rope_theta": theta,
@@ -108,23 +129,25 @@ class GgufFile:
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         }
-        if not torch.allclose(_llama3_factors(rope, head_dim), factors, rtol=1e-3):
+        if factors.shape != (head_dim // 2,) or not torch.allclose(_llama3_factors(rope, head_dim), factors, rtol=1e-3):
             raise UnsupportedError(f"{self.path} has RoPE frequency factors that are not Llama-3's")
         return rope
 
     def stream(self) -> Iterator[tuple[str, Tensor]]:
         """Yields (Hugging Face name, float32 tensor) for every weight; one is dequantised at a time."""
-        from gguf.quants import dequantize
-
         config = self.config()
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-        for tensor in self._reader.tensors:
-            if tensor.name == _ROPE_FREQS:
+        for stored_name in self._container.tensors:
+            if stored_name == _ROPE_FREQS:
                 continue
-            name = _hugging_face_name(tensor.name)
-            value = torch.tensor(dequantize(tensor.data, tensor.tensor_type))  # copies: the file is mapped
+            name = _hugging_face_name(stored_name)
+            value = self._container.read(stored_name)
             projection = name.split(".")[-2]
             if self.family.gguf_permuted and projection in heads:
+                if value.shape[0] % (2 * heads[projection]):
+                    raise CheckpointError(
+                        f"{self.path}: '{stored_name}' has {value.shape[0]} rows for {heads[projection]} heads"
+                    )
                 value = _split_halves(value, heads[projection])
             yield name, value
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from mambify.config import HybridConfig
@@ -21,10 +22,11 @@ from mambify.families import safetensors
 from mambify.families.gguf import GgufFile
 from mambify.families.registry import family_for, hybrid_config
 from mambify.families.sources import Source, resolve
-from mambify.io import atomic_directory
+from mambify.io import atomic_directory, read_json
 from mambify.model import HybridForCausalLM
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,18 @@ class LoadedModel:
 
 
 def load(
-    source: str | Path, *, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+    source: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    with_tokenizer: bool = True,
 ) -> LoadedModel:
     """Loads ``source``: a Hub id, a directory (Hugging Face's or ours), a ``.gguf`` file, or ``smollm2``.
 
     Args:
         dtype: ``"auto"`` keeps the checkpoint's own (float32 for GGUF).
         device: where the weights go, each as it is read.
+        with_tokenizer: whether to read the tokenizer too, which takes seconds from a GGUF file.
 
     Raises:
         UnknownSourceError, UnsupportedError, CheckpointError: see :mod:`mambify.errors`.
@@ -62,7 +69,7 @@ def load(
         config = hybrid_config(file.config(), source=where.name)
         family, weights, stored = file.family, file.stream(), torch.float32
     else:
-        hf_config = AutoConfig.from_pretrained(where.directory)
+        hf_config = _read_config(where)
         stored = hf_config.dtype or torch.float32
         weights = safetensors.stream(where.directory)
         if isinstance(hf_config, HybridConfig):
@@ -71,9 +78,10 @@ def load(
             config = hybrid_config(hf_config, source=where.name)
             family = family_for(hf_config.model_type, source=where.name)
     renamed = weights if family is None else _renamed(weights, family.rename)
+    tokenizer = load_tokenizer(where) if with_tokenizer else None  # first: what it needs for a moment is free again
     model = build(config, renamed, dtype=as_dtype(dtype) or stored, device=device, source=where.name)
     model.generation_config = _generation_config(where, config)
-    return LoadedModel(model, load_tokenizer(where), where.name, config.teacher_family)
+    return LoadedModel(model, tokenizer, where.name, config.teacher_family)
 
 
 def load_config(source: str | Path) -> HybridConfig:
@@ -85,8 +93,26 @@ def load_config(source: str | Path) -> HybridConfig:
     where = resolve(source)
     if where.gguf is not None:
         return hybrid_config(GgufFile(where.directory / where.gguf).config(), source=where.name)
-    hf_config = AutoConfig.from_pretrained(where.directory)
+    hf_config = _read_config(where)
     return hf_config if isinstance(hf_config, HybridConfig) else hybrid_config(hf_config, source=where.name)
+
+
+def _read_config(where: Source) -> PreTrainedConfig:
+    """``config.json`` of a directory, of a family we know or of our own.
+
+    Raises:
+        UnsupportedError: its architecture is none of ours.
+        CheckpointError: it cannot be read.
+    """
+    path = where.directory / "config.json"
+    try:
+        model_type = read_json(path)["model_type"]
+        if model_type != HybridConfig.model_type:
+            family_for(model_type, source=where.name)
+        return AutoConfig.from_pretrained(where.directory)
+    except (LookupError, OSError, StrictDataclassError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path} is not a readable model configuration: {reason}") from error
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype | None:
@@ -160,7 +186,7 @@ def set_parameter(
         raise CheckpointError(
             f"{source}: '{name}' has shape {list(tensor.shape)}, the configuration says {list(place.shape)}"
         )
-    if not torch.isfinite(tensor).all():
+    if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():  # isfinite of all would copy the tensor
         raise CheckpointError(f"{source}: '{name}' holds NaN or infinite values")
     target = torch.float32 if leaf in getattr(owner, "float32_parameters", ()) else dtype
     setattr(owner, leaf, nn.Parameter(tensor.to(device=device, dtype=target), requires_grad=True))
@@ -170,6 +196,8 @@ def load_tokenizer(source: Source | str | Path) -> PreTrainedTokenizerBase | Non
     """The tokenizer beside a model, or ``None`` where there is none."""
     where = source if isinstance(source, Source) else resolve(source)
     if where.gguf is not None:
+        if not GgufFile(where.directory / where.gguf).has_tokenizer:
+            return None
         return AutoTokenizer.from_pretrained(where.directory, gguf_file=where.gguf)
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     if not any((where.directory / name).is_file() for name in names):
@@ -190,7 +218,11 @@ def require_tokenizer(loaded: LoadedModel) -> PreTrainedTokenizerBase:
 
 def _generation_config(where: Source, config: HybridConfig) -> GenerationConfig:
     if where.gguf is None and (where.directory / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(where.directory)
+        stored = GenerationConfig.from_pretrained(where.directory)
+        if not stored.do_sample:  # then transformers ignores these, and refuses to save a model that has them
+            for name in _SAMPLING:
+                setattr(stored, name, None)
+        return stored
     return GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mambify.errors import CheckpointError
 from mambify.io import read_json, write_json
+from mambify.model import CHECKSUMS
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-CHECKSUMS = "checksums.json"
 
 
 def shards(directory: Path) -> list[Path]:

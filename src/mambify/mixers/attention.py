@@ -10,13 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaRMSNorm,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from mambify.mixers.base import AttentionWeights, Mixer, MixerContext
+from mambify.norm import RMSNorm
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -92,8 +89,8 @@ class AttentionMixer(Mixer):
         self.q_norm: nn.Module = nn.Identity()
         self.k_norm: nn.Module = nn.Identity()
         if config.qk_norm:
-            self.q_norm = LlamaRMSNorm(P, eps=config.rms_norm_eps)
-            self.k_norm = LlamaRMSNorm(P, eps=config.rms_norm_eps)
+            self.q_norm = RMSNorm(P, eps=config.rms_norm_eps)
+            self.k_norm = RMSNorm(P, eps=config.rms_norm_eps)
         self.attend = SoftmaxAttention(config, layer_idx)
 
     def forward(

@@ -51,11 +51,11 @@ def distill(
     check_plan(recipe, teacher)
     if teacher is None:
         say(f"loading {recipe.teacher}")
-        teacher = load(recipe.teacher, device=device or default_device())
+        teacher = load(recipe.teacher)
     say("reading the text")
     dataset = training_blocks(recipe, teacher)
     run = open_run(recipe, overwrite=overwrite)
-    student = run_stages(recipe, run, teacher=teacher, dataset=dataset, listener=listener)
+    student = run_stages(recipe, run, teacher=teacher, dataset=dataset, device=device or default_device(), listener=listener)
     return student, run
 
 

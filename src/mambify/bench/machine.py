@@ -1,0 +1,78 @@
+"""The machine a benchmark runs on: its name and versions, how time is taken, and what its memory can do."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from mambify import __version__
+
+_MIN_REPEATS, _SECONDS = 3, 0.3
+_COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """Device, versions and commit, as they stand beside every result."""
+    on_gpu = torch.device(device).type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
+        "num_threads": torch.get_num_threads(),
+        "mambify": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "copy_bytes_per_second": copy_bandwidth(device),
+    }
+
+
+def seconds_of(function: Callable[[], object], device: str) -> float:
+    """Median wall time of one call, after a warm-up; at least three calls, for about a third of a second."""
+    function()
+    synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else (lambda: None)
+    taken: list[float] = []
+    synchronize()
+    while len(taken) < _MIN_REPEATS or sum(taken) < _SECONDS:
+        start = time.perf_counter()
+        function()
+        synchronize()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes a second, read and written, of copying a tensor too large for any cache: the bound of what moves memory."""
+    source = torch.ones(_COPY_BYTES[torch.device(device).type] // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device)
+
+
+def _cpu_name() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this package runs from, with ``+`` where it was edited; None where it is no checkout."""
+    folder = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=12"],
+            cwd=folder, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip() or None

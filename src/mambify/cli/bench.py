@@ -1,0 +1,54 @@
+"""``mambify bench``: runs a benchmark on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mambify.cli import options
+from mambify.cli.console import print_json, progress_bar, quiet_libraries, require_writable_file, stdout
+from mambify.io import write_json
+
+EXAMPLE = "mambify bench ops --json benchmarks/ops.json"
+_STDOUT = Path("-")
+
+
+def bench(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="ops: every operation; all: all of them.")],
+    device: options.Device = None,
+    json: Annotated[Path | None, typer.Option(help="Write the result to this file as JSON; - is stdout.")] = None,
+) -> None:
+    """Measure speed on this machine.
+
+    Every figure stands beside others' code for the same, and beside what the memory can do.
+    """
+    if json is not None and json != _STDOUT:
+        require_writable_file(json)
+    quiet = json == _STDOUT
+    quiet_libraries()
+    from mambify.bench.registry import BENCHMARKS, names_of, run_benchmark
+
+    names = names_of(name)
+    place = options.pick_device(device)
+    results = []
+    with progress_bar(quiet=quiet) as bars:
+        for each in names:
+            task = bars.add_task(each, total=None, note="")
+            results.append(
+                run_benchmark(
+                    each,
+                    device=place,
+                    progress=lambda done, total, task=task: bars.update(task, completed=done, total=total),  # type: ignore[misc]
+                )
+            )
+    report = results[0] if name != "all" else {"benchmarks": results}
+    if quiet:
+        print_json(report)
+        return
+    for each, result in zip(names, results, strict=True):
+        stdout().print(BENCHMARKS[each][1](result))
+    if json is not None:
+        write_json(json, report)
+        stdout().print(f"figures written to {json}", markup=False)

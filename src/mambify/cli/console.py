@@ -1,0 +1,99 @@
+"""What all commands share in speaking: figures on stdout, everything else on stderr, JSON where asked for.
+
+A progress bar is drawn only on a terminal, so logs and pipes stay free of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mambify.errors import OutputWriteError
+
+
+def stdout() -> Console:
+    """Where a command's result goes."""
+    return Console(highlight=False)
+
+
+def stderr() -> Console:
+    """Where a command speaks about what it is doing."""
+    return Console(stderr=True, highlight=False)
+
+
+def announcer(*, quiet: bool) -> Callable[[str], None]:
+    """Tells in words what begins, on stderr; says nothing when ``quiet``."""
+    console = stderr()
+
+    def announce(message: str) -> None:
+        if not quiet:
+            console.print(message, style="dim", markup=False)
+
+    return announce
+
+
+def print_json(value: Any) -> None:
+    """The result for machines: one JSON document on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def progress_bar(*, quiet: bool = False, transient: bool = True, counted: bool = True) -> Iterator[Progress]:
+    """A progress display on stderr; nothing where stderr is no terminal, or when ``quiet``."""
+    console = stderr()
+    counts = [MofNCompleteColumn()] if counted else []
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *counts,
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", style="dim"),
+        console=console,
+        transient=transient,
+        disable=quiet or not console.is_terminal,
+    ) as progress:
+        yield progress
+
+
+@contextmanager
+def working(message: str, *, quiet: bool = False) -> Iterator[None]:
+    """A spinner on stderr while something without steps takes its time; nothing where there is no terminal."""
+    console = stderr()
+    if quiet or not console.is_terminal:
+        yield
+        return
+    with console.status(message):
+        yield
+
+
+def quiet_libraries() -> None:
+    """Keeps the libraries' own progress bars and advice out of what a command prints."""
+    if not stderr().is_terminal:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def require_writable_file(path: Path) -> None:
+    """Checks before the work that a result file can be written after it.
+
+    Raises:
+        OutputWriteError: it is a directory, or its directory cannot be written.
+    """
+    if path.is_dir():
+        raise OutputWriteError(f"cannot write {path}: it is a directory")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise OutputWriteError(f"cannot write {path}: {folder} is no directory that can be written")

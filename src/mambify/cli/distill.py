@@ -1,0 +1,97 @@
+"""``mambify distill``: runs a recipe's stages, from the teacher to the finished student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mambify.cli import options
+from mambify.cli.console import announcer, print_json, progress_bar, quiet_libraries, stdout
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
+
+    from mambify.distill.logs import Progress
+
+EXAMPLE = "mambify distill recipes/smollm2-50-probe.yaml stages.1.tokens=8M output=runs/longer"
+
+
+def distill(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to distil, on what, in which stages.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Changes to the recipe.")
+    ] = None,
+    device: options.Device = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where a run was begun.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Run a recipe, from the teacher to the finished student.
+
+    Killed and started again, the same command continues from the last checkpoint.
+    """
+    quiet_libraries()
+    from mambify.distill.logs import read_metrics
+    from mambify.distill.recipe import load_recipe
+    from mambify.distill.run import summaries
+    from mambify.workflows.distill import distill as run_recipe
+
+    checked = load_recipe(recipe, overrides or ())
+    place = options.pick_device(device)
+    with progress_bar(quiet=json, transient=False) as bars:
+        _, run = run_recipe(
+            checked,
+            overwrite=overwrite,
+            device=place,
+            listener=StageBars(bars),
+            announce=announcer(quiet=json),
+        )
+    last = {row["stage"]: row for row in read_metrics(run / "metrics.jsonl")}
+    stages = [summary | _final_figures(last.get(summary["stage"], {})) for summary in summaries(run)]
+    result = {"run": str(run), "student": str(run / "student"), "stages": stages}
+    if json:
+        print_json(result)
+    else:
+        _show(result)
+
+
+class StageBars:
+    """Listens to a run: one bar a stage, with the loss beside it."""
+
+    def __init__(self, bars: Bars) -> None:
+        self.bars = bars
+        self.tasks: dict[str, TaskID] = {}
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.stage not in self.tasks:
+            self.tasks[progress.stage] = self.bars.add_task(progress.stage, total=progress.num_steps, note="")
+        shown = {name: value for name, value in _final_figures(progress.figures).items() if name != "top1_agreement"}
+        note = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        self.bars.update(self.tasks[progress.stage], completed=progress.step, note=note)
+
+
+def _final_figures(row: dict[str, Any]) -> dict[str, float]:
+    return {name: row[name] for name in ("loss", "kl", "top1_agreement") if name in row}
+
+
+def _show(result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table()
+    for heading in ("stage", "attention", "steps", "tokens", "seconds", "loss", "KL", "top-1 agreement"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    for stage in result["stages"]:
+        table.add_row(
+            stage["stage"],
+            f"{stage['attention']:.0%}",
+            f"{stage['steps']:,}",
+            f"{stage['tokens']:,}",
+            f"{stage['seconds']:.0f}",
+            *(f"{stage[name]:.4f}" if name in stage else "" for name in ("loss", "kl")),
+            f"{stage['top1_agreement']:.1%}" if "top1_agreement" in stage else "",
+        )
+    console = stdout()
+    console.print(table)
+    console.print(f"student saved in {result['student']}", markup=False)

@@ -1,0 +1,62 @@
+"""Options that several commands have, under one name and one meaning; and the choice of a device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mambify.errors import InvalidOptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Teacher = Annotated[str, typer.Argument(metavar="TEACHER", help="Hub id, directory, file.gguf, or smollm2.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A student's directory, or anything a teacher may be.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; the GPU where there is one by default.")]
+Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands at the output path.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Length limit of the answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(help="0: always the likeliest token; 1: the model's own distribution.")]
+TopK = Annotated[int, typer.Option(help="Draw among this many likeliest tokens; 0 for all.")]
+TopP = Annotated[float, typer.Option(help="Draw among the likeliest tokens that hold this probability; 1 for all.")]
+Seed = Annotated[int, typer.Option(help="Of everything drawn at random.")]
+
+
+def pick_device(name: str | None) -> str:
+    """``name``, or without one the GPU where there is one, else the CPU.
+
+    Raises:
+        InvalidOptionError: no such device on this machine.
+    """
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InvalidOptionError(f"unknown device '{name}': choose cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InvalidOptionError(f"no device '{name}' here: this machine has {torch.cuda.device_count()} CUDA devices")
+    return name
+
+
+def parse_layers(text: str | None) -> Sequence[int] | None:
+    """``"1,3,5-7"`` → 1, 3, 5, 6, 7; ``"none"`` → no layer.
+
+    Raises:
+        InvalidOptionError: anything else.
+    """
+    if text is None:
+        return None
+    if text.strip() == "none":
+        return []
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise InvalidOptionError(f"'{text}' is no list of layers: write it like 1,3,5 or 0-3,7 or none")
+        layers += range(int(first), int(last or first) + 1)
+    return layers

@@ -1,0 +1,19 @@
+"""How good a model is: perplexity, distance to its teacher, and reports of both."""
+
+from __future__ import annotations
+
+from mambify.evaluate.blocks import cut_into_blocks, read_blocks
+from mambify.evaluate.bootstrap import Estimate
+from mambify.evaluate.compare import compare, comparison_table, side_by_side
+from mambify.evaluate.perplexity import LanguageModelScore, evaluate_language_model
+
+__all__ = [
+    "Estimate",
+    "LanguageModelScore",
+    "compare",
+    "comparison_table",
+    "cut_into_blocks",
+    "evaluate_language_model",
+    "read_blocks",
+    "side_by_side",
+]

@@ -1,0 +1,154 @@
+"""Tiny models on disk, and running a command in this process or in one of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from mambify.cli.main import main
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEXT = "The quick brown fox jumps over the lazy dog. How are you today? I am well, and the weather is good.\n" * 30
+NUM_LAYERS = 4
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command did."""
+
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+def make_tokenizer(*, merges: int = 40, template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=256 + len(SPECIALS) + merges,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([TEXT], trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=SPECIALS[1], eos_token=SPECIALS[2])
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def make_model(vocab_size: int, *, seed: int = 0) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama teacher with a chat template."""
+    path = tmp_path_factory.mktemp("models") / "teacher"
+    tokenizer = make_tokenizer()
+    make_model(len(tokenizer)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def other_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another Llama, of another tokenizer, without a chat template."""
+    path = tmp_path_factory.mktemp("models") / "other"
+    tokenizer = make_tokenizer(merges=30, template=None)
+    make_model(len(tokenizer), seed=1).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory of a family that is not supported."""
+    path = tmp_path_factory.mktemp("models") / "gpt2"
+    GPT2Config(n_layer=1, n_embd=16, n_head=2).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def student(teacher: Path, tmp_path: Path, run: Run) -> Path:
+    """A freshly converted student in a directory of its own."""
+    path = tmp_path / "student"
+    assert run("convert", teacher, "--out", path).status == 0
+    return path
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT[:2000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs ``mambify ARGUMENTS`` in this process."""
+
+    def call(*arguments: object) -> Result:
+        capsys.readouterr()
+        status = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Result(status, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def run_process() -> Run:
+    """Runs ``mambify ARGUMENTS`` as a user does, in a process of its own."""
+
+    def call(*arguments: object, stdin: str = "") -> Result:
+        command = [str(Path(sys.executable).parent / "mambify"), *map(str, arguments)]
+        done = subprocess.run(
+            command, input=stdin, capture_output=True, text=True, timeout=120, check=False, env=os.environ
+        )
+        return Result(done.returncode, done.stdout, done.stderr)
+
+    return call
+
+
+@pytest.fixture(autouse=True)
+def library_verbosity() -> Iterator[None]:
+    """A command quiets the libraries; other tests get them back as they were."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    yield
+    logging.set_verbosity(verbosity)
+    if bars:
+        logging.enable_progress_bar()

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from mambify.data.cpu_attention import fast_single_queries, grouped_attention
+from mambify.data.sample import _draw, _invert_distribution, sample_continuations
+
+
+def test_the_draw_follows_the_distribution() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(1, 150) * 2
+    logits[0, ::3] = -torch.inf
+    rows = 60_000
+    counts = torch.bincount(_invert_distribution(logits.repeat(rows, 1)), minlength=150)
+    expected = logits.softmax(-1)[0] * rows
+    assert counts[::3].sum() == 0
+    likely = expected > 5
+    chi2 = ((counts - expected)[likely] ** 2 / expected[likely]).sum()
+    assert 0.5 < chi2 / likely.sum() < 1.6
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 9, 10])
+def test_every_size_of_vocabulary_is_covered_to_its_last_token(size: int) -> None:
+    for token in range(size):
+        logits = torch.full((5, size), -torch.inf)
+        logits[:, token] = 0.0
+        assert _invert_distribution(logits).tolist() == [token] * 5
+
+
+def test_top_k_and_top_p_keep_the_likeliest() -> None:
+    torch.manual_seed(0)
+    logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log().repeat(4000, 1)
+    assert set(_draw(logits.clone(), temperature=1.0, top_p=1.0, top_k=2).tolist()) == {1, 3}
+    assert set(_draw(logits.clone(), temperature=1.0, top_p=0.75, top_k=0).tolist()) == {1, 3}
+    assert set(_draw(logits.clone(), temperature=1.0, top_p=0.76, top_k=0).tolist()) == {1, 2, 3}
+    assert set(_draw(logits.clone(), temperature=1.0, top_p=1e-6, top_k=0).tolist()) == {1}
+    assert set(_draw(logits.clone(), temperature=0.01, top_p=1.0, top_k=0).tolist()) == {1}
+
+
+def greedy(model: LlamaForCausalLM, prompt: list[int], length: int, stops: set[int]) -> list[int]:
+    """Without cache, batch or padding."""
+    ids = list(prompt)
+    for _ in range(length):
+        with torch.inference_mode():
+            ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        if ids[-1] in stops:
+            break
+    return ids[len(prompt) :]
+
+
+def test_padded_batches_with_rows_that_end_early_equal_one_row_at_a_time(model: LlamaForCausalLM) -> None:
+    prompts = [[5, 6, 7, 8, 9], [10], [11, 12], [13, 14, 15], [1, 2, 3, 4], [20], [21, 30]]
+    lone = [greedy(model, prompt, 24, set()) for prompt in prompts]
+    stops = {lone[0][3], lone[2][9], lone[5][1]}  # some rows end, at different steps
+    expected = [greedy(model, prompt, 24, stops) for prompt in prompts]
+    assert len({len(row) for row in expected}) > 2
+    # top_k=1 leaves one token to draw: sampling becomes greedy.
+    assert sample_continuations(model, prompts, max_new_tokens=24, stop_ids=stops, top_k=1) == expected
+
+
+def test_the_first_token_is_drawn_from_the_model(model: LlamaForCausalLM) -> None:
+    prompt = [5, 6, 7]
+    with torch.inference_mode():
+        expected = model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1)
+    torch.manual_seed(0)
+    rows = sample_continuations(model, [prompt] * 20_000, max_new_tokens=1, stop_ids=[])
+    seen = torch.bincount(torch.tensor(rows)[:, 0], minlength=len(expected)) / 20_000
+    assert (seen - expected).abs().max() < 4 * (0.25 / 20_000) ** 0.5
+
+
+@pytest.mark.parametrize("keys", [1, 9])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_one_query_equals_torch(keys: int, masked: bool) -> None:
+    torch.manual_seed(0)
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 3, True
+    q, k, v = torch.randn(2, 6, 1, 8), torch.randn(2, 2, keys, 8), torch.randn(2, 2, keys, 8)
+    mask = None
+    if masked:
+        mask = torch.ones(2, 1, 1, keys, dtype=torch.bool)
+        mask[1, :, :, : keys // 2] = False
+    expected, _ = sdpa_attention_forward(module, q, k, v, mask, scaling=0.3)
+    given, _ = grouped_attention(module, q, k, v, mask, scaling=0.3)
+    torch.testing.assert_close(given, expected)
+
+
+def test_sampling_leaves_the_attention_of_the_model_as_it_was(model: LlamaForCausalLM) -> None:
+    inside = []
+    handle = model.register_forward_hook(lambda *_: inside.append(model.config._attn_implementation))
+    sample_continuations(model, [[5, 6]], max_new_tokens=3, stop_ids=[])
+    handle.remove()
+    assert set(inside) == {"mambify_single_query"}
+    assert model.config._attn_implementation == "sdpa"
+    model.set_attn_implementation("eager")
+    with fast_single_queries(model):
+        assert model.config._attn_implementation == "eager"
+    model.set_attn_implementation("sdpa")
+
+
+def test_a_generation_config_of_the_model_has_no_say(model: LlamaForCausalLM) -> None:
+    prompts = [[5, 6]] * 8
+    torch.manual_seed(3)
+    plain = sample_continuations(model, prompts, max_new_tokens=12, stop_ids=[2])
+    before = model.generation_config.repetition_penalty, model.generation_config.top_k
+    model.generation_config.repetition_penalty, model.generation_config.top_k = 5.0, 1
+    try:
+        torch.manual_seed(3)
+        assert sample_continuations(model, prompts, max_new_tokens=12, stop_ids=[2]) == plain
+    finally:
+        model.generation_config.repetition_penalty, model.generation_config.top_k = before
