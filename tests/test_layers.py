@@ -1,7 +1,7 @@
 """Imports only go down: no module of mambify imports one above it, no circle, no import hidden in a function.
 
-    errors ← {io, tokenization} ← config ← ops ← cache ← mixers ← model ← families ← conversion
-           ← {data, distill, decode, evaluate, export} ← {serve, workflows} ← cli
+    errors ← {io, norm, tokenization} ← config ← ops ← cache ← mixers ← model ← families ← conversion
+           ← {data, distill, decode, evaluate, export} ← {bench, serve, workflows} ← cli
 
 Parts in braces do not import each other: stages share directories of checkpoints. Commands import inside
 functions, so that ``mambify --help`` is quick, and the package's ``__init__`` resolves its public names
@@ -21,7 +21,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 # From the bottom up; a line is a level, and the parts on one line do not import each other.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("io", "tokenization"),
+    ("io", "norm", "tokenization"),
     ("config",),
     ("ops",),
     ("cache",),
@@ -30,7 +30,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("families",),
     ("conversion",),
     ("data", "distill", "decode", "evaluate", "export"),
-    ("serve", "workflows"),
+    ("bench", "serve", "workflows"),
     ("cli",),
     ("__main__",),
 )

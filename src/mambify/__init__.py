@@ -19,18 +19,32 @@ _PUBLIC = {
     "HybridForCausalLM": "mambify.model",
     "MambifyError": "mambify.errors",
     "convert": "mambify.conversion.convert",
+    "generate": "mambify.decode.generate",
     "load": "mambify.families.load",
     "save": "mambify.families.load",
+    "synthesize": "mambify.data.synthesize",
 }
 
 if TYPE_CHECKING:
     from mambify.config import HybridConfig
     from mambify.conversion.convert import convert
+    from mambify.data.synthesize import synthesize
+    from mambify.decode.generate import generate
     from mambify.errors import MambifyError
     from mambify.families.load import load, save
     from mambify.model import HybridForCausalLM
 
-__all__ = ["HybridConfig", "HybridForCausalLM", "MambifyError", "__version__", "convert", "load", "save"]
+__all__ = [
+    "HybridConfig",
+    "HybridForCausalLM",
+    "MambifyError",
+    "__version__",
+    "convert",
+    "generate",
+    "load",
+    "save",
+    "synthesize",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -41,7 +55,8 @@ def __getattr__(name: str) -> Any:
 
 def _started_as_command() -> bool:
     """Whether this process is the ``mambify`` command, whose ``--help`` must not wait for torch."""
-    return Path(sys.argv[0] if sys.argv else "").stem == "mambify"
+    program = Path(sys.argv[0] if sys.argv else "").stem
+    return program == "mambify" or (program == "-m" and "mambify" in sys.orig_argv)
 
 
 if not _started_as_command():

@@ -31,6 +31,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from mambify.cache import RecurrentCache
 from mambify.config import ATTENTION, LINEAR, HybridConfig
+from mambify.errors import InvalidOptionError, UnsupportedError, did_you_mean
 from mambify.io import atomic_write_text
 from mambify.mixers import MIXERS, Mixer, MixerContext
 from mambify.mixers.attention import SoftmaxAttention
@@ -76,6 +77,14 @@ def new_cache(config: HybridConfig) -> DynamicCache:
     return DynamicCache(config=config) if config.attention_layers else RecurrentCache(config=config)
 
 
+def _positions_in_documents(seq_idx_BT: Tensor) -> Tensor:
+    """How many tokens of its own document come before each token, ``[B, T]``; a document is a run of one number."""
+    index_T = torch.arange(seq_idx_BT.shape[1], device=seq_idx_BT.device)
+    starts_BT = torch.ones_like(seq_idx_BT, dtype=torch.bool)
+    starts_BT[:, 1:] = seq_idx_BT[:, 1:] != seq_idx_BT[:, :-1]
+    return index_T - (index_T * starts_BT).cummax(dim=1).values
+
+
 class HybridBlock(GradientCheckpointingLayer):  # type: ignore[misc]
     """x + mixer(norm(x)), then x + mlp(norm(x)); norms and MLP are the teacher's."""
 
@@ -84,7 +93,10 @@ class HybridBlock(GradientCheckpointingLayer):  # type: ignore[misc]
         assert config.layer_mixers is not None
         self.layer_idx = layer_idx
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mixer: Mixer = MIXERS[config.layer_mixers[layer_idx]](config, layer_idx)
+        name = config.layer_mixers[layer_idx]
+        if name not in MIXERS:
+            raise InvalidOptionError(f"unknown mixer '{name}' of layer {layer_idx}: {did_you_mean(name, MIXERS)}")
+        self.mixer: Mixer = MIXERS[name](config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 
@@ -98,6 +110,18 @@ class HybridBlock(GradientCheckpointingLayer):  # type: ignore[misc]
     def feed_forward(self, x_BTD: Tensor) -> Tensor:
         """The second half of the block: x + mlp(norm(x))."""
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+class HybridRotaryEmbedding(LlamaRotaryEmbedding):  # type: ignore[misc]
+    """RoPE whose frequencies stay float32 when the model is cast: rounded ones turn far positions by whole radians."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        exact = {name: buffer for name, buffer in self.named_buffers() if buffer.dtype == torch.float32}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            if getattr(self, name).dtype != torch.float32:
+                setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
 
 
 class HybridPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
@@ -153,7 +177,7 @@ class HybridModel(HybridPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(HybridBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.rotary_emb = HybridRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -172,17 +196,22 @@ class HybridModel(HybridPreTrainedModel):
         """Hidden states ``[B, T, D]`` after the final norm.
 
         Rows that pack several documents are recognised by ``position_ids`` that restart (no ``attention_mask``, no
-        cache), or by ``seq_idx [B, T]``; attention and recurrent states then stay inside each document.
+        cache), or by ``seq_idx [B, T]``, a number for each token's document; attention and recurrent states then stay
+        inside each document, and no cache is made.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = new_cache(self.config)
-
         seq_idx = kwargs.pop("seq_idx", None)
-        if seq_idx is None and position_ids is not None and attention_mask is None and past_key_values is None:
+        if seq_idx is not None:
+            if attention_mask is not None or past_key_values is not None:
+                raise ValueError("seq_idx is for whole rows without padding: give no attention_mask and no cache with it")
+            if position_ids is None:
+                position_ids = _positions_in_documents(seq_idx)
+        elif position_ids is not None and attention_mask is None and past_key_values is None:
             seq_idx = find_packed_sequence_indices(position_ids.expand(x_BTD.shape[0], -1))
+        if use_cache and past_key_values is None and seq_idx is None:  # packed rows are not continued
+            past_key_values = new_cache(self.config)
         if position_ids is None:
             position_ids = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None] + self._num_seen(past_key_values)
 
@@ -234,7 +263,14 @@ class HybridModel(HybridPreTrainedModel):
         """What the layers of each kind get to know."""
         kinds = set(self.config.layer_types or ())
         masks: dict[str, Tensor | None] | Any = attention_mask
+        attention_kwargs = {"position_ids": position_ids} | attention_kwargs  # flash attention finds documents by them
+        backend = self.config._attn_implementation or ""
+        several = seq_idx_BT is not None and len(seq_idx_BT) > 1 and "cu_seq_lens_q" not in attention_kwargs
+        if several and "flash" in backend and kinds - {LINEAR} and not torch.compiler.is_compiling():
+            raise UnsupportedError(f"{backend} keeps packed documents apart in a batch of one row only: use sdpa")
         if not isinstance(attention_mask, dict):
+            # The masks find documents by restarting positions.
+            shown = position_ids if seq_idx_BT is None else _positions_in_documents(seq_idx_BT)
             arguments = {
                 "config": self.config,
                 "inputs_embeds": x_BTD,
@@ -312,6 +348,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):  # type: ignore
         given = model_kwargs.get("past_key_values") is not None
         if not self.config.attention_layers and generation_config.use_cache and not given:
             model_kwargs["past_key_values"] = new_cache(self.config)
+            generation_config.cache_implementation = None  # recurrent states have a fixed size in every one of them
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     @property

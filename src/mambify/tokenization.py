@@ -62,8 +62,5 @@ def _first_difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBa
         if vocabularies[1].get(token) != token_id:
             return f"token {token_id} is {token!r} in the first and not in the second"
     if (one.bos_token_id, one.eos_token_id) != (other.bos_token_id, other.eos_token_id):
-        return (
-            f"begin/end tokens {one.bos_token!r}, {one.eos_token!r} "
-            f"against {other.bos_token!r}, {other.eos_token!r}"
-        )
+        return f"begin/end tokens {one.bos_token!r}, {one.eos_token!r} against {other.bos_token!r}, {other.eos_token!r}"
     return "the same vocabulary is applied differently (merges or pre-tokenizer)"

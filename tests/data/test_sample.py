@@ -34,6 +34,7 @@ def test_top_k_and_top_p_keep_the_likeliest() -> None:
     torch.manual_seed(0)
     logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log().repeat(4000, 1)
     assert set(_draw(logits.clone(), temperature=1.0, top_p=1.0, top_k=2).tolist()) == {1, 3}
+    assert set(_draw(logits.clone(), temperature=1.0, top_p=0.6, top_k=2).tolist()) == {1}
     assert set(_draw(logits.clone(), temperature=1.0, top_p=0.75, top_k=0).tolist()) == {1, 3}
     assert set(_draw(logits.clone(), temperature=1.0, top_p=0.76, top_k=0).tolist()) == {1, 2, 3}
     assert set(_draw(logits.clone(), temperature=1.0, top_p=1e-6, top_k=0).tolist()) == {1}
@@ -98,6 +99,20 @@ def test_sampling_leaves_the_attention_of_the_model_as_it_was(model: LlamaForCau
     with fast_single_queries(model):
         assert model.config._attn_implementation == "eager"
     model.set_attn_implementation("sdpa")
+
+
+def test_sampled_text_is_as_surprising_as_the_model_says(model: LlamaForCausalLM) -> None:
+    """Over text drawn from p, -log p(token) minus the entropy of p is zero on average."""
+    torch.manual_seed(0)
+    rows = sample_continuations(model, [[5, 6]] * 100 + [[7]] * 100, max_new_tokens=40, stop_ids=[2])
+    surplus = []
+    for prompt, row in zip([[5, 6]] * 100 + [[7]] * 100, rows, strict=True):
+        with torch.inference_mode():
+            logp = model(input_ids=torch.tensor([prompt + row])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        surplus.append(-logp.gather(1, torch.tensor(row)[:, None])[:, 0] + (logp.exp() * logp).sum(-1))
+    values = torch.cat(surplus)
+    assert len(values) > 2000
+    assert values.mean().abs() < 4 * values.std() / len(values) ** 0.5
 
 
 def test_a_generation_config_of_the_model_has_no_say(model: LlamaForCausalLM) -> None:

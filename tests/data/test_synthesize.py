@@ -312,14 +312,14 @@ def test_duplicates_and_empty_turns_are_dropped(
             [[12, 2], [12, 2], [2]],  # answers of the three that asked: the last says nothing
         ]
     )
-    news = iter(range(20, 40))
+    news = iter(range(20, 47))
 
     def scripted(model: object, prompts: list[list[int]], **_: Any) -> list[list[int]]:
         answers = next(script, None)
         return answers if answers is not None else [[next(news), 2] for _ in prompts]
 
     monkeypatch.setattr(sampler_module, "sample_continuations", scripted)
-    settings = SMALL | {"num_tokens": 40, "batch_size": 4, "documents_per_shard": 8, "heldout": 0.0}
+    settings = SMALL | {"num_tokens": 100, "batch_size": 4, "documents_per_shard": 8, "heldout": 0.0}
     synthesize(model, tokenizer, tmp_path / "data", **settings)
     said = [[message["content"] for message in row["messages"]] for row in rows(tmp_path / "data")]
     assert said[0] == ["w3", "w5"]

@@ -125,6 +125,14 @@ def test_labels_say_what_is_counted() -> None:
     assert score.nll.value == pytest.approx(expected, rel=1e-6)
 
 
+def test_blocks_come_in_every_form() -> None:
+    block = np.array(random_blocks(1, (12, 13))[0], dtype=np.int32)
+    block.setflags(write=False)
+    forms: list[Any] = [block, block.tolist(), torch.tensor(block.tolist()), {"input_ids": block}]
+    scores = [evaluate_language_model(STUDENT, [form]) for form in forms]
+    assert scores == scores[:1] * 4
+
+
 def test_positions_reach_the_model() -> None:
     ids = random_blocks(1, (12, 13))[0]
     scaled = [2 * t for t in range(12)]

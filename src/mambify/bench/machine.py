@@ -38,13 +38,12 @@ def describe_machine(device: str) -> dict[str, Any]:
 def seconds_of(function: Callable[[], object], device: str) -> float:
     """Median wall time of one call, after a warm-up; at least three calls, for about a third of a second."""
     function()
-    synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else (lambda: None)
     taken: list[float] = []
-    synchronize()
+    _synchronize(device)
     while len(taken) < _MIN_REPEATS or sum(taken) < _SECONDS:
         start = time.perf_counter()
         function()
-        synchronize()
+        _synchronize(device)
         taken.append(time.perf_counter() - start)
     return statistics.median(taken)
 
@@ -54,6 +53,11 @@ def copy_bandwidth(device: str) -> float:
     source = torch.ones(_COPY_BYTES[torch.device(device).type] // 4, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device)
+
+
+def _synchronize(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _cpu_name() -> str:
@@ -66,7 +70,7 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this package runs from, with ``+`` where it was edited; None where it is no checkout."""
+    """The commit of the checkout this package runs from, with ``+`` where it was edited; None elsewhere."""
     folder = Path(__file__).parent
     try:
         described = subprocess.run(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mambify.cli import options
-from mambify.cli.console import print_json, progress_bar, quiet_libraries, require_writable_file, stdout
+from mambify.cli.console import print_json, print_table, progress_bar, quiet_libraries, require_writable_file, stdout
 from mambify.io import write_json
 
 EXAMPLE = "mambify bench ops --json benchmarks/ops.json"
@@ -48,7 +48,7 @@ def bench(
         print_json(report)
         return
     for each, result in zip(names, results, strict=True):
-        stdout().print(BENCHMARKS[each][1](result))
+        print_table(BENCHMARKS[each][1](result))
     if json is not None:
         write_json(json, report)
         stdout().print(f"figures written to {json}", markup=False)

@@ -45,7 +45,10 @@ def chat(
         raise UnsupportedError(f"{model} has no chat template: use `mambify generate`, which continues plain text")
     limit = loaded.model.config.max_position_embeddings - max_new_tokens
     if limit < 1:
-        raise InvalidOptionError(f"--max-new-tokens {max_new_tokens} leaves no room: lower it below {limit + max_new_tokens}")
+        reads = limit + max_new_tokens
+        raise InvalidOptionError(
+            f"--max-new-tokens {max_new_tokens} leaves no room: {model} reads {reads} tokens in all"
+        )
     conversation = Conversation(tokenizer, system=system, max_prompt_tokens=limit)
     console = stderr()
     interactive = sys.stdin.isatty() and sys.stdout.isatty()

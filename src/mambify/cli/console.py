@@ -15,13 +15,37 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from mambify.errors import OutputWriteError
 
+_PIPE_WIDTH = 160
+
 
 def stdout() -> Console:
-    """Where a command's result goes."""
-    return Console(highlight=False)
+    """Where a command's result goes; a file or a pipe gets tables wide enough not to be cut."""
+    console = Console(highlight=False)
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(highlight=False, width=_PIPE_WIDTH)
+
+
+def print_table(table: Table, console: Console | None = None) -> None:
+    """A table on stdout; where the terminal is too narrow for it, row by row with the headings at the side."""
+    console = console or stdout()
+    if console.measure(table).maximum <= console.width:
+        console.print(table)
+        return
+    if table.title:
+        console.print(table.title, style="italic")
+    for cells in zip(*(column.cells for column in table.columns), strict=True):
+        upright = Table.grid(padding=(0, 2))
+        upright.add_column(style="dim")
+        upright.add_column(overflow="fold")
+        for column, cell in zip(table.columns, cells, strict=True):
+            upright.add_row(column.header, cell)
+        console.print(upright)
+        console.print()
+    if table.caption:
+        console.print(table.caption, style="dim")
 
 
 def stderr() -> Console:
@@ -29,9 +53,9 @@ def stderr() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def announcer(*, quiet: bool) -> Callable[[str], None]:
-    """Tells in words what begins, on stderr; says nothing when ``quiet``."""
-    console = stderr()
+def announcer(*, quiet: bool, console: Console | None = None) -> Callable[[str], None]:
+    """Tells in words what begins, on stderr (above the bars of ``console`` where given); nothing when ``quiet``."""
+    console = console or stderr()
 
     def announce(message: str) -> None:
         if not quiet:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mambify.cli import options
-from mambify.cli.console import announcer, print_json, progress_bar, quiet_libraries, stdout
+from mambify.cli.console import announcer, print_json, print_table, progress_bar, quiet_libraries, stdout
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -46,7 +46,7 @@ def distill(
             overwrite=overwrite,
             device=place,
             listener=StageBars(bars),
-            announce=announcer(quiet=json),
+            announce=announcer(quiet=json, console=bars.console),
         )
     last = {row["stage"]: row for row in read_metrics(run / "metrics.jsonl")}
     stages = [summary | _final_figures(last.get(summary["stage"], {})) for summary in summaries(run)]
@@ -80,7 +80,7 @@ def _show(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table()
-    for heading in ("stage", "attention", "steps", "tokens", "seconds", "loss", "KL", "top-1 agreement"):
+    for heading in ("stage", "attention", "steps", "tokens", "seconds", "loss", "KL", "agreement"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
     for stage in result["stages"]:
         table.add_row(
@@ -92,6 +92,5 @@ def _show(result: dict[str, Any]) -> None:
             *(f"{stage[name]:.4f}" if name in stage else "" for name in ("loss", "kl")),
             f"{stage['top1_agreement']:.1%}" if "top1_agreement" in stage else "",
         )
-    console = stdout()
-    console.print(table)
-    console.print(f"student saved in {result['student']}", markup=False)
+    print_table(table)
+    stdout().print(f"student saved in {result['student']}", markup=False)

@@ -11,6 +11,7 @@ from mambify.cli import options
 from mambify.cli.console import (
     announcer,
     print_json,
+    print_table,
     progress_bar,
     quiet_libraries,
     require_writable_file,
@@ -81,7 +82,7 @@ def evaluate(
     if quiet:
         print_json(result)
         return
-    stdout().print(comparison_table(result))
+    print_table(comparison_table(result))
     if json is not None:
         write_json(json, result)
         stdout().print(f"figures written to {json}", markup=False)

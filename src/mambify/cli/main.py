@@ -77,5 +77,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _refuse(message: str, status: int) -> int:
     line = " ".join(message.split())
-    print(f"mambify: error: {line}", file=sys.stderr)
+    sys.stderr.write(f"mambify: error: {line}\n")
     return status

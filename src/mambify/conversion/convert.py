@@ -99,7 +99,9 @@ def _new_mixer(attention: AttentionMixer, planned: ConversionPlan, layer_idx: in
     mixers = planned.student.layer_mixers
     assert mixers is not None
     weights = attention.weights()
-    mixer = MIXERS[mixers[layer_idx]](planned.student, layer_idx)
+    with torch.device("meta"):  # every parameter is set below: nothing to draw, nothing taken from the global generator
+        mixer = MIXERS[mixers[layer_idx]](planned.student, layer_idx)
+    mixer.to_empty(device="cpu")
     mixer.init_from_attention(
         AttentionWeights(*(None if w is None else w.detach().float().cpu() for w in weights)),  # type: ignore[arg-type]
         init=planned.init,

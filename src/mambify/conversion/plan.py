@@ -137,8 +137,9 @@ def state_bytes(config: HybridConfig, num_tokens: int) -> int:
 
 
 def _kv_bytes(config: HybridConfig, kind: str, num_tokens: int, size: int) -> int:
-    window = config.sliding_window if kind == "sliding_attention" else None
-    return MIXERS[ATTENTION].state_bytes(config, min(num_tokens, window or num_tokens), size)
+    if kind == "sliding_attention" and config.sliding_window:
+        num_tokens = min(num_tokens, config.sliding_window - 1)  # the window counts the token that asks
+    return MIXERS[ATTENTION].state_bytes(config, num_tokens, size)
 
 
 def require_convertible(planned: ConversionPlan) -> None:

@@ -100,16 +100,18 @@ def sample_continuations(
 def _draw(logits_BV: Tensor, *, temperature: float, top_p: float, top_k: int) -> Tensor:
     if temperature != 1.0:
         logits_BV = logits_BV / temperature
+    if not top_k and top_p == 1.0:
+        return _invert_distribution(logits_BV)
+    # Sorted, the likeliest first: what is kept is a beginning.
     if top_k:
-        least_B1 = logits_BV.topk(min(top_k, logits_BV.shape[-1])).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
+        logits_BV, token_BV = logits_BV.topk(min(top_k, logits_BV.shape[-1]))
+    else:
+        logits_BV, token_BV = logits_BV.sort(descending=True)
     if top_p < 1.0:
-        sorted_BV, order_BV = logits_BV.sort(descending=True)
-        before_BV = sorted_BV.softmax(-1).cumsum(-1).roll(1, -1)  # probability of all likelier tokens
+        before_BV = logits_BV.softmax(-1).cumsum(-1).roll(1, -1)  # probability of all likelier tokens
         before_BV[:, 0] = 0.0
-        dropped_BV = torch.zeros_like(order_BV, dtype=torch.bool).scatter(1, order_BV, before_BV >= top_p)
-        logits_BV = logits_BV.masked_fill(dropped_BV, -torch.inf)
-    return _invert_distribution(logits_BV)
+        logits_BV = logits_BV.masked_fill(before_BV >= top_p, -torch.inf)
+    return token_BV.gather(1, _invert_distribution(logits_BV)[:, None])[:, 0]
 
 
 def _invert_distribution(logits_BV: Tensor) -> Tensor:

@@ -75,11 +75,11 @@ class Sampler:
         self.stops = _stop_ids(model, tokenizer) | (
             set() if self.format is None else {self.format.user_end, self.format.answer_end}
         )
-        longest = self._longest()
+        self.longest = self._longest()
         limit = getattr(model.config, "max_position_embeddings", None)
-        if limit is not None and longest > limit:
+        if limit is not None and self.longest > limit:
             raise InvalidOptionError(
-                f"documents of up to {longest} tokens do not fit the teacher's {limit} positions: "
+                f"documents of up to {self.longest} tokens do not fit the teacher's {limit} positions: "
                 "lower max_new_tokens, max_user_tokens or turns"
             )
 

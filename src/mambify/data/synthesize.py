@@ -209,7 +209,7 @@ def _sample_shard(
                 break
             kind = min(settings.kinds, key=lambda kind: tokens[kind])
             if not waiting[kind]:
-                drawn = sampler.sample(kind, _rows_to_draw(settings, documents, settings.num_tokens - total))
+                drawn = sampler.sample(kind, _rows_to_draw(sampler, documents, settings.num_tokens - total))
                 waiting[kind] = drawn[::-1]
                 empty = 0 if any(document.id not in seen for document in drawn) else empty + 1
                 if empty == _MAX_EMPTY_BATCHES:
@@ -231,12 +231,12 @@ def _sample_shard(
     return documents
 
 
-def _rows_to_draw(settings: Settings, documents: Sequence[Document], tokens_left: int) -> int:
+def _rows_to_draw(sampler: Sampler, documents: Sequence[Document], tokens_left: int) -> int:
     """A full batch, or fewer rows near an end, where the rest of a batch would be thrown away."""
-    left = settings.documents_per_shard - len(documents)
-    if documents:
-        mean = sum(map(len, documents)) / len(documents)
-        left = min(left, int(tokens_left / mean) + 1)
+    settings = sampler.settings
+    # Until there is a document to go by, one is taken to be half as long as it may be.
+    mean = sum(map(len, documents)) / len(documents) if documents else sampler.longest / 2
+    left = min(settings.documents_per_shard - len(documents), int(tokens_left / mean) + 1)
     per_kind = -(-left // len(settings.kinds))
     return max(1, min(settings.batch_size, per_kind))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
@@ -15,12 +15,8 @@ if TYPE_CHECKING:
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
-
-class Message(TypedDict):
-    """One turn of a conversation."""
-
-    role: str
-    content: str
+#: one turn of a conversation: its ``role`` and its ``content``
+Message = Mapping[str, str]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:

@@ -113,7 +113,7 @@ def run_stages(
         OutputWriteError: the disk refused a write; what was written before is whole.
     """
     bfloat16 = use_bfloat16(recipe.precision, device)
-    working = _in_dtype(teacher.model, torch.bfloat16 if bfloat16 else torch.float32, device)
+    working = in_dtype(teacher.model, torch.bfloat16 if bfloat16 else torch.float32, device)
     student = working
     for step in steps_of(recipe):
         student = _converted(student, recipe, step.attention)
@@ -125,7 +125,7 @@ def run_stages(
     return final
 
 
-def _in_dtype(model: HybridForCausalLM, dtype: torch.dtype, device: str) -> HybridForCausalLM:
+def in_dtype(model: HybridForCausalLM, dtype: torch.dtype, device: str) -> HybridForCausalLM:
     """``model`` itself where it has this dtype and place already, else a copy."""
     same_place = model.device.type == torch.device(device).type
     return model if model.dtype == dtype and same_place else copy.deepcopy(model).to(device=device, dtype=dtype)

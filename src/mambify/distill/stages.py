@@ -116,6 +116,21 @@ def training_arguments(
     return TrainingArguments(**settings | stage.trainer)
 
 
+def check_training_arguments(recipe: Recipe, *, device: str) -> None:
+    """Refuses settings that the Trainer would refuse later, before anything is written.
+
+    Raises:
+        RecipeError: see :func:`training_arguments`; or a value that TrainingArguments does not take.
+    """
+    for stage in recipe.stages:
+        try:
+            training_arguments(
+                stage, recipe, Path(recipe.output), context_length=recipe.data.context_length, device=device
+            )
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"stage {stage.kind}: {str(error).splitlines()[0]}") from error
+
+
 def use_bfloat16(precision: str, device: str) -> bool:
     """Whether matrix products run in bfloat16: as asked, or where the hardware has instructions for it."""
     if precision != "auto":

@@ -25,6 +25,7 @@ from mambify.io import atomic_write_text
 
 _WEIGHTS = "trained.safetensors"
 _COMPLETE = "complete"
+_TORCH_WRITE_ERRORS = ("write", "iostream", "inline_container")
 
 
 def trained_parameters(module: nn.Module) -> dict[str, Tensor]:
@@ -180,9 +181,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "write" not in str(error):
-                raise
+        except (OutputWriteError, OSError, RuntimeError) as error:  # torch.save tells of a full disk by RuntimeError
             shutil.rmtree(directory, ignore_errors=True)
             raise OutputWriteError(f"cannot write {directory}: {error}; earlier checkpoints are intact") from error
         if self.args.should_save:

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from mambify.errors import InvalidOptionError, TokenizerMismatchError, UnknownSourceError, UsageError
+from mambify.evaluate.scoring import as_ids
 from mambify.io import read_json
 from mambify.tokenization import tokenizer_fingerprint
 
@@ -36,7 +36,7 @@ def cut_into_blocks(
     blocks: list[Tensor] = []
     total = 0
     for sequence in sequences:
-        ids_T = torch.as_tensor(sequence, dtype=torch.long)
+        ids_T = as_ids(sequence)
         for block_T in ids_T.split(context_length):
             if len(block_T) < 2:
                 continue

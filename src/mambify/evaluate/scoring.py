@@ -71,7 +71,14 @@ def make_batch(blocks: Sequence[Mapping[str, Tensor]], indices: list[int]) -> Ba
 def as_block(block: Block) -> dict[str, Tensor]:
     """A block as one-dimensional int64 tensors: ``input_ids`` and, where given, ``labels`` and the like."""
     fields: Mapping[str, Any] = block if isinstance(block, Mapping) else {"input_ids": block}
-    return {name: torch.as_tensor(np.asarray(value), dtype=torch.long) for name, value in fields.items()}
+    return {name: as_ids(value) for name, value in fields.items()}
+
+
+def as_ids(values: Any) -> Tensor:
+    """A tensor, array or sequence of integers as an int64 tensor on the CPU."""
+    if isinstance(values, Tensor):
+        return values.detach().to("cpu", torch.long)
+    return torch.from_numpy(np.array(values, dtype=np.int64))  # a copy: what is given may be read-only
 
 
 def score_batch(model: Scorer, teacher: Scorer | None, batch: Batch, *, chunk_tokens: int) -> npt.NDArray[np.float64]:

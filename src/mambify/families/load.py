@@ -14,7 +14,6 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from mambify.config import HybridConfig
 from mambify.errors import CheckpointError, InvalidOptionError, OutputWriteError, UnknownSourceError
@@ -23,7 +22,7 @@ from mambify.families.gguf import GgufFile
 from mambify.families.registry import family_for, hybrid_config
 from mambify.families.sources import Source, resolve
 from mambify.io import atomic_directory, read_json
-from mambify.model import HybridForCausalLM
+from mambify.model import HybridForCausalLM, HybridRotaryEmbedding
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -138,7 +137,7 @@ def empty_model(config: HybridConfig) -> HybridForCausalLM:
     """A model without storage (every parameter on ``meta``), in evaluation mode."""
     with torch.device("meta"):
         model = HybridForCausalLM(config)
-    model.model.rotary_emb = LlamaRotaryEmbedding(config=config)
+    model.model.rotary_emb = HybridRotaryEmbedding(config=config)
     return model.eval()
 
 

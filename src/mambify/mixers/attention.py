@@ -132,5 +132,4 @@ class AttentionMixer(Mixer):
     @classmethod
     def state_bytes(cls, config: HybridConfig, num_tokens: int, element_size: int) -> int:
         assert config.num_key_value_heads and config.head_dim
-        seen = min(num_tokens, config.sliding_window or num_tokens)
-        return 2 * seen * config.num_key_value_heads * config.head_dim * element_size
+        return 2 * num_tokens * config.num_key_value_heads * config.head_dim * element_size

@@ -35,3 +35,11 @@ def identity_conv_(weight_C1K: Tensor) -> Tensor:
     weight_C1K.zero_()
     weight_C1K[..., -1] = 1.0
     return weight_C1K
+
+
+def scaled_rows(rows: Tensor, norm_P: Tensor | None) -> Tensor:
+    """Multiplies each head's rows (or bias entries) by a per-head norm's weight, where there is one."""
+    if norm_P is None:
+        return rows
+    scale = norm_P.repeat(rows.shape[0] // norm_P.shape[0])
+    return rows * (scale[:, None] if rows.dim() == 2 else scale)

@@ -120,15 +120,13 @@ class Mamba1Mixer(RecurrentMixer):
     ) -> None:
         """``paper``: conv, z and dt at random as published; ``identity``: the conv passes its input on.
 
-        A q or k bias becomes ``BC_bias``; the v bias enters through the conv bias.
+        A q or k bias becomes ``BC_bias``; the v bias enters through the conv bias. Qwen3's per-head norms have no
+        counterpart; their weights scale B and C.
         """
         z, x, B, C, dt = self.in_proj.weight.split(self.split, dim=0)
         x.copy_(weights.v)
-        B.copy_(weights.k)
-        C.copy_(weights.q)
-        if weights.k_norm is not None and weights.q_norm is not None:
-            B.mul_(weights.k_norm.repeat(self.num_groups)[:, None])
-            C.mul_(weights.q_norm.repeat(self.num_heads)[:, None])
+        B.copy_(initial.scaled_rows(weights.k, weights.k_norm))
+        C.copy_(initial.scaled_rows(weights.q, weights.q_norm))
         initial.linear_(z, generator)
         initial.linear_(dt, generator)
         initial.uniform_(self.dt_proj.weight, self.dt_rank**-0.5, generator)
@@ -144,7 +142,8 @@ class Mamba1Mixer(RecurrentMixer):
         if weights.v_bias is not None:
             self.conv1d.bias.copy_(self._repeat_heads(weights.v_bias))
         if self.BC_bias is not None and weights.k_bias is not None and weights.q_bias is not None:
-            self.BC_bias.copy_(torch.cat([weights.k_bias, weights.q_bias]))
+            biases = (weights.k_bias, weights.k_norm), (weights.q_bias, weights.q_norm)
+            self.BC_bias.copy_(torch.cat([initial.scaled_rows(bias, norm) for bias, norm in biases]))
         if init == "paper":
             initial.uniform_(self.conv1d.weight, self.conv1d.kernel_size[0] ** -0.5, generator)
         else:

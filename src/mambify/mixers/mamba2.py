@@ -129,8 +129,8 @@ class Mamba2Mixer(RecurrentMixer):
         )
         x, B, C = xBC.split(self.conv_split, dim=0)
         x.copy_(weights.v)
-        B.copy_(_scaled_rows(weights.k, weights.k_norm))
-        C.copy_(_scaled_rows(weights.q, weights.q_norm))
+        B.copy_(initial.scaled_rows(weights.k, weights.k_norm))
+        C.copy_(initial.scaled_rows(weights.q, weights.q_norm))
         initial.linear_(z, generator)
         initial.linear_(dt, generator)
         initial.dt_bias_(self.dt_bias, generator)
@@ -142,7 +142,7 @@ class Mamba2Mixer(RecurrentMixer):
             self.out_proj.bias.copy_(weights.o_bias)
         assert self.conv1d.bias is not None
         biases = [
-            torch.zeros(size, dtype=weights.q.dtype) if bias is None else _scaled_rows(bias, norm)
+            torch.zeros(size, dtype=weights.q.dtype) if bias is None else initial.scaled_rows(bias, norm)
             for bias, norm, size in zip(
                 (weights.v_bias, weights.k_bias, weights.q_bias),
                 (None, weights.k_norm, weights.q_norm),
@@ -168,11 +168,3 @@ class Mamba2Mixer(RecurrentMixer):
         assert config.num_key_value_heads and config.head_dim
         H, G, P = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         return 4 * H * P * P + (config.conv_kernel - 1) * (2 * G * P + H * P) * element_size
-
-
-def _scaled_rows(rows: Tensor, norm_P: Tensor | None) -> Tensor:
-    """Multiplies each head's rows (or bias entries) by a per-head norm's weight, where there is one."""
-    if norm_P is None:
-        return rows
-    scale = norm_P.repeat(rows.shape[0] // norm_P.shape[0])
-    return rows * (scale[:, None] if rows.dim() == 2 else scale)

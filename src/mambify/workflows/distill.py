@@ -13,6 +13,7 @@ from mambify.data.packing import PackedDataset, pack
 from mambify.distill.logs import Listener
 from mambify.distill.recipe import Recipe
 from mambify.distill.run import open_run, run_stages
+from mambify.distill.stages import check_training_arguments
 from mambify.errors import InvalidOptionError
 from mambify.families.load import LoadedModel, load, load_config, require_tokenizer
 from mambify.conversion import plan
@@ -49,13 +50,15 @@ def distill(
     """
     say = announce or (lambda _: None)
     check_plan(recipe, teacher)
+    device = device or default_device()
+    check_training_arguments(recipe, device=device)
     if teacher is None:
         say(f"loading {recipe.teacher}")
         teacher = load(recipe.teacher)
     say("reading the text")
     dataset = training_blocks(recipe, teacher)
     run = open_run(recipe, overwrite=overwrite)
-    student = run_stages(recipe, run, teacher=teacher, dataset=dataset, device=device or default_device(), listener=listener)
+    student = run_stages(recipe, run, teacher=teacher, dataset=dataset, device=device, listener=listener)
     return student, run
 
 

@@ -1,0 +1,350 @@
+"""``mambify quickstart``: synthesize → convert → distil → evaluate → speak → report, on the embedded teacher.
+
+    OUT/settings.json   what this quickstart does, so that the same command continues an interrupted one
+    OUT/data/           text sampled from the teacher
+    OUT/run/            the distillation run
+    OUT/student/        the model
+    OUT/report.json     every figure       OUT/report.html   the same to look at
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from mambify import __version__
+from mambify.conversion.plan import CONTEXTS, state_bytes
+from mambify.data.synthesize import synthesize
+from mambify.decode.stream import generate_text
+from mambify.distill.logs import Listener, read_metrics
+from mambify.distill.recipe import Recipe, parse_recipe
+from mambify.distill.run import in_dtype, summaries
+from mambify.distill.stages import use_bfloat16
+from mambify.errors import OutputExistsError
+from mambify.evaluate.compare import compare
+from mambify.evaluate.report import render_report
+from mambify.families.load import LoadedModel, load, require_tokenizer, save
+from mambify.io import atomic_write_text, read_json, require_new, write_json
+from mambify.model import HybridForCausalLM
+from mambify.workflows.distill import default_device, distill
+
+PROMPTS = (
+    "What is the capital of France?",
+    "Why is the sky blue? Answer in two sentences.",
+    "Write a short poem about the sea.",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much a quickstart does; :func:`settings_for` fits it to the machine.
+
+    Attributes:
+        attention: share of layers that keep attention.
+        tokens: to sample from the teacher, in batches of ``sampling_batch`` conversations.
+        heldout: share of the conversations that is kept for evaluation.
+        align_tokens, kd_tokens: to train on in each stage, in steps of ``batch_tokens``.
+        context_length: of training and evaluation.
+        evaluation_tokens: held-out tokens that are scored.
+    """
+
+    teacher: str
+    attention: float
+    tokens: int
+    temperature: float
+    top_k: int
+    sampling_batch: int
+    max_user_tokens: int
+    max_new_tokens: int
+    heldout: float
+    align_tokens: int
+    kd_tokens: int
+    batch_tokens: int
+    micro_batch: int | None
+    align_learning_rate: float
+    kd_learning_rate: float
+    context_length: int
+    evaluation_tokens: int
+    seed: int = 0
+
+
+def settings_for(device: str, teacher: str = "smollm2") -> Settings:
+    """A quarter of the layers in minutes on two CPU cores; half of them, and much more text, on a GPU."""
+    if device == "cpu":
+        return Settings(
+            teacher=teacher,
+            attention=0.75,
+            tokens=40_000,
+            temperature=0.8,
+            top_k=50,
+            sampling_batch=128,
+            max_user_tokens=48,
+            max_new_tokens=160,
+            heldout=0.15,
+            align_tokens=40_960,
+            kd_tokens=32_768,
+            batch_tokens=2048,
+            micro_batch=None,
+            align_learning_rate=5e-4,
+            kd_learning_rate=3e-4,
+            context_length=256,
+            evaluation_tokens=8192,
+        )
+    return Settings(
+        teacher=teacher,
+        attention=0.5,
+        tokens=600_000,
+        temperature=0.8,
+        top_k=50,
+        sampling_batch=512,
+        max_user_tokens=64,
+        max_new_tokens=256,
+        heldout=0.06,
+        align_tokens=2_000_000,
+        kd_tokens=3_000_000,
+        batch_tokens=4096,
+        micro_batch=None,
+        align_learning_rate=1.5e-3,
+        kd_learning_rate=4e-4,
+        context_length=512,
+        evaluation_tokens=32_768,
+    )
+
+
+def quickstart(
+    out: str | Path,
+    *,
+    device: str | None = None,
+    settings: Settings | None = None,
+    overwrite: bool = False,
+    announce: Callable[[str], None] | None = None,
+    listener: Listener | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Does the whole job once, or what an interrupted one left; returns what ``report.json`` holds.
+
+    Args:
+        announce: told in words what begins.
+        listener: told of every training step.
+        progress: told (what, done, total) of sampling and scoring.
+
+    Raises:
+        OutputExistsError: ``out`` holds something else and ``overwrite`` is false.
+    """
+    device = device or default_device()
+    settings = settings or settings_for(device)
+    say = announce or (lambda _: None)
+    tell = progress or (lambda *_: None)
+    out = _open(Path(out), settings, overwrite=overwrite)
+    seconds: dict[str, float] = {}
+
+    with _timed(seconds, "load"):
+        say(f"loading the teacher {settings.teacher}")
+        teacher = load(settings.teacher)
+    tokenizer = require_tokenizer(teacher)
+    with _timed(seconds, "synthesize"):
+        say(f"sampling {settings.tokens:,} tokens from it")
+        _synthesize(teacher, out / "data", settings, device, tell)
+    with _timed(seconds, "distill"):
+        say(f"converting {1 - settings.attention:.0%} of its layers to Mamba2 and distilling")
+        recipe = _recipe(settings, out)
+        student, run = distill(recipe, device=device, teacher=teacher, listener=listener)
+        teacher.model.to(device)
+        student.to(device)
+    with _timed(seconds, "evaluate"):
+        say("scoring teacher and student on held-out text")
+        scores = compare(
+            student,
+            teacher.model,
+            {"held-out": out / "data"},
+            tokenizer=tokenizer,
+            context_length=settings.context_length,
+            max_tokens=settings.evaluation_tokens,
+            progress=lambda name, done, total: tell(f"score {name}", done, total),
+        )
+    with _timed(seconds, "generate"):
+        say("asking both three questions")
+        samples = [_ask(prompt, teacher.model, student, tokenizer, tell, i) for i, prompt in enumerate(PROMPTS)]
+    if not (out / "student").is_dir():
+        save(student, out / "student", tokenizer=tokenizer)
+    report = _report(settings, recipe, run, teacher.model, student, scores, samples, seconds, device)
+    write_json(out / "report.json", report)
+    atomic_write_text(out / "report.html", render_report(report))
+    return report
+
+
+def _open(out: Path, settings: Settings, *, overwrite: bool) -> Path:
+    marker = out / "settings.json"
+    if overwrite and out.exists():
+        shutil.rmtree(out)
+    if marker.is_file():
+        if read_json(marker) != asdict(settings):
+            raise OutputExistsError(f"{out} holds a quickstart with other settings: choose another --out or --overwrite")
+        return out
+    require_new(out)
+    write_json(marker, asdict(settings))
+    return out
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - start, 1)
+
+
+def _synthesize(
+    teacher: LoadedModel, out: Path, settings: Settings, device: str, tell: Callable[[str, int, int], None]
+) -> None:
+    dtype = torch.bfloat16 if use_bfloat16("auto", device) else torch.float32
+    synthesize(
+        in_dtype(teacher.model, dtype, device),
+        require_tokenizer(teacher),
+        out,
+        num_tokens=settings.tokens,
+        seed=settings.seed,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        max_new_tokens=settings.max_new_tokens,
+        max_user_tokens=settings.max_user_tokens,
+        batch_size=settings.sampling_batch,
+        documents_per_shard=settings.sampling_batch,
+        heldout=settings.heldout,
+        teacher=settings.teacher,
+        progress=lambda done, total: tell("sample", min(done, total), total),
+    )
+
+
+def _recipe(settings: Settings, out: Path) -> Recipe:
+    common = {"batch_tokens": settings.batch_tokens, "micro_batch": settings.micro_batch}
+    return parse_recipe(
+        {
+            "teacher": settings.teacher,
+            "student": {"mixer": "mamba2", "attention": settings.attention},
+            "data": {
+                "train": str(out / "data"),
+                "heldout": str(out / "data"),
+                "context_length": settings.context_length,
+            },
+            "stages": [
+                {
+                    "kind": "align",
+                    "tokens": settings.align_tokens,
+                    "learning_rate": settings.align_learning_rate,
+                    **common,
+                },
+                {"kind": "kd", "tokens": settings.kd_tokens, "learning_rate": settings.kd_learning_rate, **common},
+            ],
+            "output": str(out / "run"),
+            "seed": settings.seed,
+            "log_every": 1,
+        }
+    )
+
+
+def _ask(
+    prompt: str,
+    teacher: HybridForCausalLM,
+    student: HybridForCausalLM,
+    tokenizer: Any,
+    tell: Callable[[str, int, int], None],
+    index: int,
+) -> dict[str, str]:
+    answers = {}
+    for offset, (name, model) in enumerate((("teacher", teacher), ("student", student))):
+        messages = [{"role": "user", "content": prompt}]
+        answers[name] = "".join(generate_text(model, tokenizer, messages, max_new_tokens=64, temperature=0.0)).strip()
+        tell("answer", 2 * index + offset + 1, 2 * len(PROMPTS))
+    return {"prompt": prompt} | answers
+
+
+def _report(
+    settings: Settings,
+    recipe: Recipe,
+    run: Path,
+    teacher: HybridForCausalLM,
+    student: HybridForCausalLM,
+    scores: dict[str, Any],
+    samples: list[dict[str, str]],
+    seconds: dict[str, float],
+    device: str,
+) -> dict[str, Any]:
+    """Everything as plain JSON, under the names that :func:`mambify.evaluate.report.render_report` reads."""
+    score = scores["sources"]["held-out"]
+    ours, theirs = score["student"], score["teacher"]
+    metrics = read_metrics(run / "metrics.jsonl")
+    stages = [
+        stage | {"name": stage["stage"], "history": [row for row in metrics if row["stage"] == stage["stage"] and row["step"] >= 0]}
+        for stage in summaries(run)
+    ]
+    new = sum(p.numel() for i in student.config.converted_layers for p in student.model.layers[i].mixer.parameters())  # type: ignore[union-attr]
+    total = sum(p.numel() for p in student.parameters())
+    return {
+        "title": f"{settings.teacher}: {1 - settings.attention:.0%} of the layers as Mamba2",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device_name(device),
+        "versions": {
+            "mambify": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "teacher": {
+            "name": settings.teacher,
+            "parameters": sum(p.numel() for p in teacher.parameters()),
+            "perplexity": theirs["perplexity"],
+            "kv_bytes": {tokens: state_bytes(teacher.config, tokens) for tokens in CONTEXTS},
+        },
+        "student": {
+            "perplexity": ours["perplexity"],
+            "perplexity_ratio": ours["perplexity_ratio"],
+            "kl": ours["kl"],
+            "top1_agreement": ours["top1_agreement"],
+            "parameters_new": new,
+            "parameters_kept": total - new,
+            "state_bytes": {tokens: state_bytes(student.config, tokens) for tokens in CONTEXTS},
+            "layer_types": student.config.layer_mixers,
+            "intervals": {"level": 0.95}
+            | {name: ours[f"{name}_interval"] for name in ("perplexity", "kl", "top1_agreement")},
+        },
+        "stages": stages,
+        "alignment": _alignment(metrics),
+        "text_scores": {
+            "held-out text sampled from the teacher": {
+                "teacher_perplexity": theirs["perplexity"],
+                "student_perplexity": ours["perplexity"],
+                "kl": ours["kl"],
+                "top1_agreement": ours["top1_agreement"],
+            }
+        },
+        "samples": samples,
+        "seconds": seconds,
+        "settings": asdict(settings) | {"recipe": recipe.model_dump(mode="json")},
+    }
+
+
+def _alignment(metrics: list[dict[str, Any]]) -> dict[int, list[list[float]]]:
+    """Layer → [[step, error], …] of the align stage; step −1 is the freshly converted mixer."""
+    curves: dict[int, list[list[float]]] = {}
+    for row in metrics:
+        for name, value in row.items():
+            if name.startswith("layer_"):
+                curves.setdefault(int(name.removeprefix("layer_")), []).append([row["step"], value])
+    return curves
+
+
+def device_name(device: str) -> str:
+    """What a report calls the machine."""
+    if device == "cpu":
+        return f"CPU, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(device)

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import mambify
+from mambify.decode import generate
+from mambify.decode.generate import end_token_ids
+from mambify.errors import InvalidOptionError, UnsupportedError
+from mambify.model import HybridForCausalLM
+
+Padded = tuple[Tensor, Tensor]
+
+
+def test_it_is_the_public_generate() -> None:
+    assert mambify.generate is generate
+
+
+def test_greedy_is_what_transformers_generates(model: PreTrainedModel) -> None:
+    ids_BT = torch.randint(3, 50, (2, 6), generator=torch.Generator().manual_seed(1))
+    ours = generate(model, ids_BT, max_new_tokens=16, eos_token_id=[])
+    theirs = model.generate(ids_BT, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert ours.shape == (2, 22)
+    assert torch.equal(ours, theirs)
+
+
+def test_greedy_with_left_padding_is_what_transformers_generates(model: PreTrainedModel, padded: Padded) -> None:
+    ids_BT, mask_BT = padded
+    ours = generate(model, ids_BT, attention_mask=mask_BT, max_new_tokens=12, eos_token_id=[])
+    theirs = model.generate(
+        ids_BT, attention_mask=mask_BT, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert torch.equal(ours, theirs)
+
+
+def test_a_padded_row_continues_as_it_does_alone(model: PreTrainedModel, padded: Padded) -> None:
+    ids_BT, mask_BT = padded
+    together = generate(model, ids_BT, attention_mask=mask_BT, max_new_tokens=12, eos_token_id=[])
+    for row in range(len(ids_BT)):
+        alone = generate(model, ids_BT[row][mask_BT[row].bool()][None], max_new_tokens=12, eos_token_id=[])
+        assert torch.equal(together[row, ids_BT.shape[1] :], alone[0, -12:])
+
+
+def test_each_row_ends_for_itself_and_is_padded(hybrid: HybridForCausalLM) -> None:
+    ids_BT = torch.randint(3, 50, (4, 5), generator=torch.Generator().manual_seed(2))
+    free = generate(hybrid, ids_BT, max_new_tokens=20, eos_token_id=[])[:, 5:]
+    stop = int(free[0, 3])  # a token that comes up: the end token of this test
+    ours = generate(hybrid, ids_BT, max_new_tokens=20, eos_token_id=stop)
+    theirs = hybrid.generate(ids_BT, max_new_tokens=20, do_sample=False, eos_token_id=stop, pad_token_id=stop)
+    assert torch.equal(ours, theirs)
+    first = int((free[0] == stop).nonzero()[0])
+    assert (ours[0, 5 + first :] == stop).all()
+    assert not torch.equal(ours[:, 5:], free[:, : ours.shape[1] - 5])
+
+
+def test_it_stops_once_every_row_has_ended(hybrid: HybridForCausalLM) -> None:
+    ids_1T = torch.tensor([[5, 6, 7]])
+    free = generate(hybrid, ids_1T, max_new_tokens=10, eos_token_id=[])
+    stop = int(free[0, 5])
+    first = int((free[0, 3:] == stop).nonzero()[0])
+    ended = generate(hybrid, ids_1T, max_new_tokens=10, eos_token_id=(stop,))
+    assert ended.tolist() == free[:, : 4 + first].tolist()
+
+
+def test_the_padding_token_of_the_model_fills_up(hybrid: HybridForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids_BT = torch.randint(3, 50, (4, 5), generator=torch.Generator().manual_seed(2))
+    free = generate(hybrid, ids_BT, max_new_tokens=20, eos_token_id=[])[:, 5:]
+    stop = int(free[0, 0])
+    rows_that_end = (free == stop).any(1)
+    assert not rows_that_end.all()
+    monkeypatch.setattr(hybrid.generation_config, "pad_token_id", 0)
+    monkeypatch.setattr(hybrid.generation_config, "eos_token_id", [stop])
+    assert end_token_ids(hybrid) == [stop]
+    filled = generate(hybrid, ids_BT, max_new_tokens=20)
+    assert filled[0, 5] == stop
+    assert (filled[0, 6:] == 0).all()
+
+
+def test_sampling_is_fixed_by_the_seed_and_differs_between_seeds(hybrid: HybridForCausalLM) -> None:
+    ids_1T = torch.tensor([[5, 6, 7]])
+    settings: dict[str, Any] = {"max_new_tokens": 20, "temperature": 1.0, "eos_token_id": []}
+    one = generate(hybrid, ids_1T, seed=1, **settings)
+    torch.rand(5)  # the global generator has no say
+    assert torch.equal(one, generate(hybrid, ids_1T, seed=1, **settings))
+    assert not torch.equal(one, generate(hybrid, ids_1T, seed=2, **settings))
+    torch.manual_seed(7)
+    of_global = generate(hybrid, ids_1T, **settings)
+    torch.manual_seed(7)
+    assert torch.equal(of_global, generate(hybrid, ids_1T, **settings))
+
+
+def test_sampling_among_one_token_is_greedy(hybrid: HybridForCausalLM) -> None:
+    ids_1T = torch.tensor([[5, 6, 7]])
+    greedy = generate(hybrid, ids_1T, max_new_tokens=10, eos_token_id=[])
+    assert torch.equal(greedy, generate(hybrid, ids_1T, max_new_tokens=10, eos_token_id=[], temperature=2.0, top_k=1))
+
+
+def test_prompts_stay_as_they_are_and_no_gradient_is_kept(hybrid: HybridForCausalLM) -> None:
+    ids_1T = torch.tensor([[5, 6, 7]])
+    out = generate(hybrid, ids_1T, max_new_tokens=2)
+    assert out[:, :3].tolist() == [[5, 6, 7]]
+    assert out.dtype == torch.long
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"temperature": -0.5}, "temperature must be 0 or more"),
+        ({"temperature": float("nan")}, "temperature must be 0 or more"),
+        ({"top_p": 0.0}, "top_p must be above 0"),
+        ({"top_p": 1.5}, "top_p must be above 0"),
+        ({"top_k": -1}, "top_k must be 0"),
+        ({"attention_mask": torch.tensor([[1, 1, 0]])}, "padded on the left"),
+        ({"attention_mask": torch.tensor([[1, 0, 1]])}, "padded on the left"),
+        ({"attention_mask": torch.tensor([[1, 1]])}, "attention_mask has shape"),
+    ],
+)
+def test_settings_out_of_range_are_refused(hybrid: HybridForCausalLM, settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidOptionError, match=said):
+        generate(hybrid, torch.tensor([[5, 6, 7]]), **settings)
+
+
+def test_an_empty_prompt_is_refused(hybrid: HybridForCausalLM) -> None:
+    with pytest.raises(InvalidOptionError, match="not empty"):
+        generate(hybrid, torch.zeros(1, 0, dtype=torch.long))
+
+
+def test_a_draft_is_refused_for_now(hybrid: HybridForCausalLM) -> None:
+    with pytest.raises(UnsupportedError, match="speculative decoding"):
+        generate(hybrid, torch.tensor([[5]]), draft=hybrid)

@@ -1,0 +1,74 @@
+"""A teacher of a few thousand parameters on disk, text to train on, and a recipe over both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from mambify.distill.recipe import Recipe, parse_recipe
+
+NUM_LAYERS = 4
+CONTEXT = 32
+
+
+@pytest.fixture(scope="session")
+def teacher_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("teacher")
+    words = ["<eos>", "<unk>", *(f"w{i}" for i in range(62))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>")
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.2,
+        eos_token_id=0,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    generator = torch.Generator().manual_seed(1)
+    rows = [" ".join(f"w{i}" for i in torch.randint(0, 62, (40,), generator=generator).tolist()) for _ in range(120)]
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def make_recipe(teacher_directory: Path, text_file: Path, tmp_path: Path) -> Callable[..., Recipe]:
+    """``make_recipe(stages=[…], **keys)``: eight steps of align and eight of kd unless told otherwise."""
+
+    def make(**changes: Any) -> Recipe:
+        stage = {"tokens": 8 * 4 * CONTEXT, "batch_tokens": 4 * CONTEXT}
+        base: dict[str, Any] = {
+            "teacher": str(teacher_directory),
+            "student": {"mixer": "mamba2", "attention": 0.5},
+            "data": {"train": str(text_file), "context_length": CONTEXT},
+            "stages": [{"kind": "align", **stage}, {"kind": "kd", **stage}],
+            "output": str(tmp_path / "run"),
+            "precision": "float32",
+            "log_every": 1,
+            "checkpoint_every": 3,
+            "report_to": [],
+        }
+        return parse_recipe(base | changes)
+
+    return make
