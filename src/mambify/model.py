@@ -109,7 +109,8 @@ class HybridBlock(GradientCheckpointingLayer):  # type: ignore[misc]
 
     def feed_forward(self, x_BTD: Tensor) -> Tensor:
         """The second half of the block: x + mlp(norm(x))."""
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+        y_BTD: Tensor = self.mlp(self.post_attention_layernorm(x_BTD))
+        return x_BTD + y_BTD
 
 
 class HybridRotaryEmbedding(LlamaRotaryEmbedding):  # type: ignore[misc]
@@ -205,7 +206,9 @@ class HybridModel(HybridPreTrainedModel):
         seq_idx = kwargs.pop("seq_idx", None)
         if seq_idx is not None:
             if attention_mask is not None or past_key_values is not None:
-                raise ValueError("seq_idx is for whole rows without padding: give no attention_mask and no cache with it")
+                raise ValueError(
+                    "seq_idx is for whole rows without padding: give no attention_mask and no cache with it"
+                )
             if position_ids is None:
                 position_ids = _positions_in_documents(seq_idx)
         elif position_ids is not None and attention_mask is None and past_key_values is None:
@@ -236,6 +239,7 @@ class HybridModel(HybridPreTrainedModel):
             seq_idx = find_packed_sequence_indices(position_ids)
         contexts = self._contexts(x_BTD, None, position_ids, None, seq_idx, {})
         for index, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types or (), strict=True)):
+            assert isinstance(layer, HybridBlock)
             if not wanted:
                 return
             normed_BTD = layer.input_layernorm(x_BTD)
@@ -269,14 +273,14 @@ class HybridModel(HybridPreTrainedModel):
         if several and "flash" in backend and kinds - {LINEAR} and not torch.compiler.is_compiling():
             raise UnsupportedError(f"{backend} keeps packed documents apart in a batch of one row only: use sdpa")
         if not isinstance(attention_mask, dict):
-            # The masks find documents by restarting positions.
-            shown = position_ids if seq_idx_BT is None else _positions_in_documents(seq_idx_BT)
+            # The masks find documents by positions that restart; looking for them waits for the GPU.
+            packed = None if seq_idx_BT is None else _positions_in_documents(seq_idx_BT)
             arguments = {
                 "config": self.config,
                 "inputs_embeds": x_BTD,
                 "attention_mask": attention_mask,
                 "past_key_values": past_key_values,
-                "position_ids": None if seq_idx_BT is None else position_ids,  # looking for documents waits for the GPU
+                "position_ids": packed,
             }
             masks = {kind: _MASKS[kind](**arguments) for kind in kinds}
         position_embeddings = None
@@ -319,7 +323,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):  # type: ignore
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits ``[B, T, V]`` (of the last ``logits_to_keep`` positions, 0 meaning all) and the loss if labels came."""
+        """Logits ``[B, T, V]`` (of the last ``logits_to_keep`` positions, 0 meaning all), and the loss of labels."""
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

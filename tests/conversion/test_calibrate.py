@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 import mambify
 from mambify import HybridForCausalLM
 from mambify.conversion import calibrate
+from mambify.mixers import MixerContext
 
 Teacher = Callable[..., PreTrainedModel]
 
@@ -35,12 +36,10 @@ def features_and_targets(
     """What ``out_proj`` of a layer reads on the teacher's own hidden states, gives, and should give; in float64."""
     mixer = student.model.layers[layer].mixer
     features, given, wanted = [], [], []
-    hook = mixer.out_proj.register_forward_pre_hook(lambda _, args: features.append(args[0].flatten(0, 1)))  # type: ignore[union-attr]
+    hook = mixer.out_proj.register_forward_pre_hook(lambda _, args: features.append(args[0].flatten(0, 1)))
     for ids in batches():
         for trace in teacher.model.mixer_traces(ids, [layer]):
-            from mambify.mixers import MixerContext
-
-            given.append(mixer(trace.input_BTD, MixerContext(), None)[0].flatten(0, 1))  # type: ignore[operator]
+            given.append(mixer(trace.input_BTD, MixerContext(), None)[0].flatten(0, 1))
             wanted.append(trace.output_BTD.flatten(0, 1))
     hook.remove()
     return torch.cat(features).double(), torch.cat(given).double(), torch.cat(wanted).double()
@@ -53,13 +52,13 @@ def test_is_the_direct_solution(teacher: HybridForCausalLM, mixer: str) -> None:
     assert set(report) == {0, 2}
     for layer, (before, after) in report.items():
         f_MI, given, wanted = features_and_targets(untouched, teacher, layer)
-        bias = untouched.model.layers[layer].mixer.out_proj.bias  # type: ignore[union-attr]
-        target = wanted if bias is None else wanted - bias.double()  # type: ignore[operator]
+        bias = untouched.model.layers[layer].mixer.out_proj.bias
+        target = wanted if bias is None else wanted - bias.double()
         penalty = 1e-4 * f_MI.square().sum(0).mean()
         rows = torch.cat([f_MI, penalty.sqrt() * torch.eye(f_MI.shape[1])])
         direct = torch.linalg.lstsq(rows, torch.cat([target, torch.zeros(f_MI.shape[1], 64)])).solution
-        weight = student.model.layers[layer].mixer.out_proj.weight  # type: ignore[union-attr]
-        assert (weight.T - direct).abs().max() <= 1e-3 * direct.abs().max()  # type: ignore[operator]
+        weight = student.model.layers[layer].mixer.out_proj.weight
+        assert (weight.T - direct).abs().max() <= 1e-3 * direct.abs().max()
         assert before == pytest.approx(((given - wanted).square().sum() / target.square().sum()).item(), rel=1e-3)
         measured = ((f_MI @ direct - target).square().sum() / target.square().sum()).item()
         assert after == pytest.approx(measured, rel=1e-2, abs=1e-4)
@@ -87,4 +86,4 @@ def test_bfloat16_teacher(tiny_teacher: Teacher, tmp_path: Path) -> None:
     student = mambify.convert(teacher)
     for before, after in calibrate(student, teacher, batches()).values():
         assert after < before
-    assert student.model.layers[0].mixer.out_proj.weight.dtype == torch.bfloat16  # type: ignore[union-attr]
+    assert student.model.layers[0].mixer.out_proj.weight.dtype == torch.bfloat16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +61,7 @@ def test_any_share_is_spread_evenly(layers: int, share: float) -> None:
     assert kept == sorted(set(kept))
     assert abs(len(kept) - layers * share) <= 1
     if len(kept) > 1:
-        gaps = [b - a for a, b in zip(kept, kept[1:], strict=False)]
+        gaps = [b - a for a, b in itertools.pairwise(kept)]
         assert max(gaps) - min(gaps) <= 1
 
 
@@ -77,16 +78,19 @@ def test_progressive_shares_are_nested(layers: int) -> None:
 def test_explicit_layers() -> None:
     planned = plan(config(6), attention_layers=[5, 0, 2, 2], mixer="mamba1")
     assert planned.student.layer_mixers == ["attention", "mamba1", "attention", "mamba1", "mamba1", "attention"]
-    assert planned.student.layer_types == [
-        "full_attention" if i in (0, 2, 5) else "linear_attention" for i in range(6)
-    ]
+    assert planned.student.layer_types == ["full_attention" if i in (0, 2, 5) else "linear_attention" for i in range(6)]
     assert plan(config(6), attention_layers=[]).student.attention_layers == []
 
 
 def test_sliding_layers_keep_their_kind() -> None:
     kinds = ["full_attention", "sliding_attention"] * 2
     planned = plan(config(4, sliding_window=8, layer_types=kinds), attention_layers=[0, 1])
-    assert planned.student.layer_types == ["full_attention", "sliding_attention", "linear_attention", "linear_attention"]
+    assert planned.student.layer_types == [
+        "full_attention",
+        "sliding_attention",
+        "linear_attention",
+        "linear_attention",
+    ]
 
 
 def test_the_given_config_is_not_changed() -> None:

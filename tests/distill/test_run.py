@@ -97,6 +97,16 @@ def test_accumulating_micro_batches_is_one_large_batch(make_recipe: MakeRecipe, 
         torch.testing.assert_close(tensor, runs[1][name], rtol=1e-3, atol=1e-4)
 
 
+def test_gradient_checkpointing_changes_nothing(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    runs = []
+    for checkpointing in (False, True):
+        stages = [_align(1), _kd(2, gradient_checkpointing=checkpointing)]
+        recipe = make_recipe(stages=stages, output=str(tmp_path / f"run-{checkpointing}"))
+        runs.append(distill(recipe, device="cpu")[0].state_dict())
+    for name, tensor in runs[0].items():
+        torch.testing.assert_close(tensor, runs[1][name], rtol=1e-4, atol=1e-5)
+
+
 def test_packed_documents_train(make_recipe: MakeRecipe, text_file: Path) -> None:
     data = {"train": str(text_file), "context_length": 64, "packing": "documents"}
     student, _ = distill(make_recipe(data=data, stages=[_align(2), _kd(2)]), device="cpu")

@@ -202,9 +202,9 @@ def test_no_flipped_header_byte_escapes(tiny_teacher: Teacher, tmp_path: Path) -
 
 def test_missing_facts_are_named(tiny_teacher: Teacher, tmp_path: Path) -> None:
     teacher = tiny_teacher("llama2")
-    with pytest.raises(CheckpointError, match="'llama.context_length'"):
+    with pytest.raises(CheckpointError, match=r"'llama\.context_length'"):
         mambify.load(write(tmp_path / "one.gguf", teacher, context=False))
-    with pytest.raises(CheckpointError, match="1 weights are missing, first 'model.layers.2.mlp.up_proj.weight'"):
+    with pytest.raises(CheckpointError, match=r"1 weights are missing, first 'model\.layers\.2\.mlp"):
         mambify.load(write(tmp_path / "two.gguf", teacher, skip=("blk.2.ffn_up.weight",)))
-    with pytest.raises(CheckpointError, match="'token_embd.weight'"):
+    with pytest.raises(CheckpointError, match=r"'token_embd\.weight'"):
         mambify.load(write(tmp_path / "three.gguf", teacher, skip=("token_embd.weight",)))

@@ -50,7 +50,8 @@ def test_architecture_that_transformers_does_not_know(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "{}", '{"model_type": "llama", "hidden_size": "wide"}', '{"model_type": "llama", "vocab_size": 0}']
+    "content",
+    ["", "{", "[]", "{}", '{"model_type": "llama", "hidden_size": "wide"}', '{"model_type": "llama", "vocab_size": 0}'],
 )
 def test_unreadable_config(content: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(content)
@@ -170,7 +171,7 @@ def test_saved_directory_notices_a_change(tiny_hybrid: Hybrid, tmp_path: Path) -
     with pytest.raises(CheckpointError, match="not the file that was saved"):
         mambify.load(path)
     weights.unlink()
-    with pytest.raises(CheckpointError, match="lacks model.safetensors, which was saved with it"):
+    with pytest.raises(CheckpointError, match=r"lacks model\.safetensors, which was saved with it"):
         mambify.load(path)
     mambify.save(tiny_hybrid(seed=1), path, overwrite=True)
     mambify.load(path)
@@ -241,7 +242,7 @@ def test_reading_never_holds_a_second_copy(directory: Path, monkeypatch: pytest.
     def watch(model: torch.nn.Module, name: str, *args: object, **kwargs: object) -> None:
         there = [n for n, p in model.named_parameters() if p.device.type != "meta"]
         assert sorted(there) == sorted(placed)
-        real(model, name, *args, **kwargs)  # type: ignore[arg-type]
+        real(model, name, *args, **kwargs)
         placed.append(name)
 
     monkeypatch.setattr(module, "set_parameter", watch)

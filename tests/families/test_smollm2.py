@@ -50,7 +50,12 @@ def test_reads_the_real_file(smollm2: LoadedModel) -> None:
     assert smollm2.model.lm_head.weight is smollm2.model.model.embed_tokens.weight
     assert (config.hidden_size, config.num_hidden_layers, config.num_key_value_heads) == (576, 30, 3)
     assert (config.rms_norm_eps, config.rope_parameters["rope_theta"]) == (1e-5, 100000.0)
-    assert (config.bos_token_id, config.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 2)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    ids = tokenizer(chat).input_ids
+    assert (ids.count(1), ids.count(2)) == (2, 2)  # a default system turn, and the user's
+    assert "<|im_end|>" not in tokenizer.decode(ids, skip_special_tokens=True)
     nexts = [" Rome", " five"]
     for text, expected in zip(TEXTS, nexts, strict=True):
         logits = smollm2.model(tokenizer(text, return_tensors="pt").input_ids).logits

@@ -47,8 +47,8 @@ def make_mixer(name: str, heads: str = "gqa", *, biased: bool = True, seed: int 
 def mamba2_loop(mixer: Mixer, x_TD: Tensor) -> Tensor:
     """One row through a Mamba2 mixer, a token and a head at a time."""
     p = {name: value.double() for name, value in mixer.named_parameters()}
-    H, G, P = mixer.num_heads, mixer.num_groups, mixer.head_dim  # type: ignore[attr-defined]
-    T, eps = len(x_TD), mixer.norm.eps  # type: ignore[union-attr]
+    H, G, P = mixer.num_heads, mixer.num_groups, mixer.head_dim
+    T, eps = len(x_TD), mixer.norm.eps
     z, xBC, dt = (x_TD.double() @ p["in_proj.weight"].T).split([H * P, 2 * G * P + H * P, H], -1)
     taps = p["conv1d.weight"][:, 0]
     K = taps.shape[1]
@@ -74,9 +74,9 @@ def mamba2_loop(mixer: Mixer, x_TD: Tensor) -> Tensor:
 def mamba1_loop(mixer: Mixer, x_TD: Tensor) -> Tensor:
     """One row through a Mamba1 mixer, a token and a sub-head at a time."""
     p = {name: value.double() for name, value in mixer.named_parameters()}
-    H, G, P = mixer.num_heads, mixer.num_groups, mixer.head_dim  # type: ignore[attr-defined]
-    N, R, T = mixer.state_size, mixer.dt_rank, len(x_TD)  # type: ignore[attr-defined]
-    z, x, B, C, dt = (x_TD.double() @ p["in_proj.weight"].T).split([H * P, G * P, G * P, H * P, R], -1)  # type: ignore[list-item]
+    H, G, P = mixer.num_heads, mixer.num_groups, mixer.head_dim
+    N, R, T = mixer.state_size, mixer.dt_rank, len(x_TD)
+    z, x, B, C, dt = (x_TD.double() @ p["in_proj.weight"].T).split([H * P, G * P, G * P, H * P, R], -1)
     B, C = B + p["BC_bias"][: G * P], C + p["BC_bias"][G * P :]
     delta = F.softplus(dt @ p["dt_proj.weight"].T + p["dt_proj.bias"])
     taps, K = p["conv1d.weight"][:, 0], 4

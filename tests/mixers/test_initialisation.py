@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mambify import HybridConfig
+from mambify.errors import UnsupportedError
 from mambify.mixers import MIXERS, AttentionMixer, Mixer
 from mambify.mixers.base import MixerContext
 from mambify.ops.causal_conv import causal_conv
@@ -45,11 +46,8 @@ def started(name: str, layer: AttentionMixer, init: str = "identity", *, seed: i
 
 def split(mixer: Mixer, x_BTD: Tensor) -> list[Tensor]:
     """z, x, B, C and dt as the projection gives them."""
-    if hasattr(mixer, "conv_split"):
-        sizes = [H * P, *mixer.conv_split, H]
-    else:
-        sizes = mixer.split  # type: ignore[assignment]
-    return list(mixer.in_proj(x_BTD).split(sizes, -1))  # type: ignore[operator]
+    sizes = [H * P, *mixer.conv_split, H] if hasattr(mixer, "conv_split") else mixer.split
+    return list(mixer.in_proj(x_BTD).split(sizes, -1))
 
 
 @pytest.mark.parametrize("init", ["identity", "paper"])
@@ -62,11 +60,11 @@ def test_projections_land_in_their_place(name: str, init: str) -> None:
     assert torch.allclose(x, layer.v_proj(inputs), atol=1e-5)
     assert torch.allclose(B, layer.k_proj(inputs), atol=1e-5)
     assert torch.allclose(C, layer.q_proj(inputs), atol=1e-5)
-    assert torch.equal(mixer.out_proj.weight, layer.o_proj.weight)  # type: ignore[union-attr]
+    assert torch.equal(mixer.out_proj.weight, layer.o_proj.weight)
     assert z.std() > 0.1
     assert dt.std() > 0.1
     identity = torch.tensor([0.0, 0.0, 0.0, 1.0])
-    taps = mixer.conv1d.weight[:, 0]  # type: ignore[union-attr,index]
+    taps = mixer.conv1d.weight[:, 0]
     assert torch.equal(taps, identity.expand_as(taps)) == (init == "identity")
     assert taps.abs().max() <= (1.0 if init == "identity" else 0.5)
 
@@ -79,13 +77,13 @@ def test_biases_pass_through_the_convolution_of_mamba2() -> None:
     _, x, B, C, _ = split(mixer, inputs)
     convolved, _ = causal_conv(
         torch.cat([x, B, C], -1),
-        mixer.conv1d.weight.squeeze(1),  # type: ignore[operator,union-attr]
-        mixer.conv1d.bias,  # type: ignore[arg-type,union-attr]
+        mixer.conv1d.weight.squeeze(1),
+        mixer.conv1d.bias,
         activation=None,
     )
     expected = torch.cat([layer.v_proj(inputs), layer.k_proj(inputs), layer.q_proj(inputs)], -1)
     assert torch.allclose(convolved, expected, atol=1e-5)
-    assert torch.equal(mixer.out_proj.bias, layer.o_proj.bias)  # type: ignore[union-attr]
+    assert torch.equal(mixer.out_proj.bias, layer.o_proj.bias)
 
 
 def test_biases_of_mamba1() -> None:
@@ -93,9 +91,9 @@ def test_biases_of_mamba1() -> None:
     layer = attention(attention_bias=True)
     mixer = started("mamba1", layer, attention_bias=True)
     repeated = layer.v_proj.bias.view(G, P).repeat_interleave(H // G, 0).flatten()
-    assert torch.equal(mixer.conv1d.bias, repeated)  # type: ignore[union-attr]
+    assert torch.equal(mixer.conv1d.bias, repeated)
     assert torch.equal(mixer.BC_bias, torch.cat([layer.k_proj.bias, layer.q_proj.bias]))
-    assert mixer.out_proj.bias is None  # type: ignore[union-attr]
+    assert mixer.out_proj.bias is None
 
 
 @pytest.mark.parametrize("name", ["mamba2", "mamba1"])
@@ -113,23 +111,23 @@ def test_head_norms_scale_biases_too() -> None:
     both = {"qk_norm": True, "attention_bias": True}
     layer = attention(**both)
     scaled = (layer.k_proj.bias.view(G, P) * layer.k_norm.weight).flatten()
-    assert torch.allclose(started("mamba2", layer, **both).conv1d.bias[G * P : 2 * G * P], scaled)  # type: ignore[union-attr,index]
-    assert torch.allclose(started("mamba1", layer, **both).BC_bias[: G * P], scaled)  # type: ignore[index]
+    assert torch.allclose(started("mamba2", layer, **both).conv1d.bias[G * P : 2 * G * P], scaled)
+    assert torch.allclose(started("mamba1", layer, **both).BC_bias[: G * P], scaled)
 
 
 def test_distributions_of_mamba2() -> None:
     mixer = started("mamba2", attention())
-    A, delta = mixer.A_log.exp(), torch.nn.functional.softplus(mixer.dt_bias)  # type: ignore[operator,arg-type]
+    A, delta = mixer.A_log.exp(), torch.nn.functional.softplus(mixer.dt_bias)
     assert ((A >= 1) & (A <= 16)).all() and A.std() > 1
     assert ((delta >= 0.99e-3) & (delta <= 0.101)).all() and delta.std() > 1e-3
     assert torch.equal(mixer.D, torch.ones(H))
-    assert torch.equal(mixer.norm.weight, torch.ones(H * P))  # type: ignore[union-attr]
+    assert torch.equal(mixer.norm.weight, torch.ones(H * P))
 
 
 def test_distributions_of_mamba1() -> None:
     mixer = started("mamba1", attention())
-    assert torch.allclose(mixer.A_log.exp(), torch.arange(1.0, N + 1).expand(H * P, N))  # type: ignore[operator]
-    delta = torch.nn.functional.softplus(mixer.dt_proj.bias)  # type: ignore[union-attr,arg-type]
+    assert torch.allclose(mixer.A_log.exp(), torch.arange(1.0, N + 1).expand(H * P, N))
+    delta = torch.nn.functional.softplus(mixer.dt_proj.bias)
     assert ((delta >= 0.99e-3) & (delta <= 0.101)).all()
     assert delta.log().std() > 1  # log-uniform
     assert torch.equal(mixer.D, torch.ones(H * P))
@@ -153,18 +151,18 @@ def test_seed_decides(name: str, init: str) -> None:
 def test_sub_blocks_of_mamba1_meet_their_own(kv_head: int, block: int) -> None:
     """Query head h's sub-block j reads sub-block j of key/value head h // (H/G), in x and in B, and no other."""
     mixer = started("mamba1", attention())
-    mixer.out_proj.weight.copy_(torch.eye(D))  # type: ignore[union-attr,operator]
+    mixer.out_proj.weight.copy_(torch.eye(D))
     inputs = torch.randn(1, 6, D, generator=torch.Generator().manual_seed(0))
     before, _ = mixer(inputs, MixerContext(), None)
     expected = torch.zeros(H, P // N, dtype=torch.bool)
     expected[kv_head * (H // G) : (kv_head + 1) * (H // G), block] = True
-    weight = mixer.in_proj.weight  # type: ignore[union-attr]
-    kept = weight.clone()  # type: ignore[operator]
+    weight = mixer.in_proj.weight
+    kept = weight.clone()
     for offset in (H * P, H * P + G * P):  # rows of x, rows of B
         start = offset + kv_head * P + block * N
-        weight[start : start + N] *= -2.0  # type: ignore[index,operator]
+        weight[start : start + N] *= -2.0
         after, _ = mixer(inputs, MixerContext(), None)
-        weight.copy_(kept)  # type: ignore[operator]
+        weight.copy_(kept)
         changed = (after != before).view(-1, H, P // N, N).any(-1).any(0)
         assert torch.equal(changed, expected)
 
@@ -173,18 +171,16 @@ def test_sub_blocks_of_mamba1_meet_their_own(kv_head: int, block: int) -> None:
 @torch.no_grad()
 def test_heads_of_mamba2_meet_their_own(kv_head: int) -> None:
     mixer = started("mamba2", attention())
-    mixer.out_proj.weight.copy_(torch.eye(D))  # type: ignore[union-attr,operator]
+    mixer.out_proj.weight.copy_(torch.eye(D))
     inputs = torch.randn(1, 6, D, generator=torch.Generator().manual_seed(0))
     before, _ = mixer(inputs, MixerContext(), None)
     start = H * P + G * P + kv_head * P
-    mixer.in_proj.weight[start : start + P] *= -2.0  # type: ignore[union-attr,index,operator]
+    mixer.in_proj.weight[start : start + P] *= -2.0
     after, _ = mixer(inputs, MixerContext(), None)
     changed = (after != before).view(-1, H, P).any(-1).any(0)
     assert changed.tolist() == [h // (H // G) == kv_head for h in range(H)]
 
 
 def test_shape_that_mamba1_cannot_take() -> None:
-    from mambify.errors import UnsupportedError
-
     with pytest.raises(UnsupportedError, match="multiple of 16; this model has 24"):
         MIXERS["mamba1"](config(head_dim=24, mamba1_state_size=16), 0)

@@ -37,8 +37,10 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
     assert (actual.double() - expected.double()).abs().max() <= tolerance * scale
 
 
-def run(mixer: Mixer, x: Tensor, state: RecurrentState | None = None, **context: Tensor) -> tuple[Tensor, RecurrentState]:
-    y, state = mixer(x, MixerContext(**context), state)  # type: ignore[arg-type]
+def run(
+    mixer: Mixer, x: Tensor, state: RecurrentState | None = None, **context: Tensor
+) -> tuple[Tensor, RecurrentState]:
+    y, state = mixer(x, MixerContext(**context), state)
     assert isinstance(state, RecurrentState)
     return y, state
 
@@ -159,7 +161,7 @@ def test_half_precision_keeps_float32_parameters(mixer: Mixer) -> None:
     expected = run(mixer, x)[0]
     for cast in (torch.nn.Module.bfloat16, torch.nn.Module.half, lambda m: m.to(torch.bfloat16)):
         cast(mixer)
-        assert mixer.in_proj.weight.dtype in (torch.bfloat16, torch.float16)  # type: ignore[union-attr]
+        assert mixer.in_proj.weight.dtype in (torch.bfloat16, torch.float16)
         for parameter, value in before.items():
             assert torch.equal(getattr(mixer, parameter), value)
             assert getattr(mixer, parameter).dtype == torch.float32

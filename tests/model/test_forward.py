@@ -121,7 +121,7 @@ def test_flash_attention_would_mix_documents_of_several_rows(tiny_hybrid: Hybrid
     model = tiny_hybrid()
     model.config._attn_implementation_internal = "flash_attention_2"
     positions = torch.tensor([[0, 1, 0, 1], [0, 1, 2, 0]])
-    with pytest.raises(UnsupportedError, match="flash_attention_2 keeps.*one row.*sdpa"):
+    with pytest.raises(UnsupportedError, match=r"flash_attention_2 keeps.*one row.*sdpa"):
         model(tokens(2, 4), position_ids=positions)
 
 
@@ -169,8 +169,9 @@ def test_gradient_checkpointing(model: HybridForCausalLM, reentrant: bool) -> No
     expected = gradients(model, use_cache=False)
     assert expected.keys() == {name for name, _ in model.named_parameters()}
     assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in expected.values())
-    name = "activation_checkpointing_enable" if hasattr(model, "activation_checkpointing_enable") else None
-    getattr(model, name or "gradient_checkpointing_enable")({"use_reentrant": reentrant})
+    newer = hasattr(model, "activation_checkpointing_enable")
+    enable = model.activation_checkpointing_enable if newer else model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
     calls = 0
 
     def count(*_: Any) -> None:
@@ -282,12 +283,19 @@ def test_cache_of_the_right_kind(model: HybridForCausalLM) -> None:
     assert len(cache.layers) == model.config.num_hidden_layers
     for layer, block in zip(cache.layers, model.model.layers, strict=True):
         assert hasattr(layer, "keys") == isinstance(block.mixer, AttentionMixer)
-    with torch.no_grad():
-        model(tokens(), past_key_values=cache)
-        first = model(tokens(2, 1), past_key_values=cache).logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mamba2", "mamba1"])
+def test_a_cache_without_attention_counts_and_resets(tiny_hybrid: Hybrid, name: str) -> None:
+    model, ids = tiny_hybrid(LAYERS[name]), tokens()
+    cache = new_cache(model.config)
+    for _ in range(2):
+        assert cache.get_seq_length() == 0
+        output = model(ids, past_key_values=cache)
+        close(output.logits, model(ids, use_cache=False).logits)
+        assert cache.get_seq_length() == T
         cache.reset()
-        model(tokens(), past_key_values=cache)
-        close(model(tokens(2, 1), past_key_values=cache).logits, first, 0)
 
 
 @pytest.mark.parametrize(
@@ -304,5 +312,5 @@ def test_configurations_that_cannot_be(changes: dict[str, Any], message: str, ti
 
 
 def test_unknown_mixer(tiny_hybrid: Hybrid) -> None:
-    with pytest.raises(InvalidOptionError, match="unknown mixer 'mamba3'.*'mamba"):
+    with pytest.raises(InvalidOptionError, match=r"unknown mixer 'mamba3'.*'mamba"):
         tiny_hybrid(["mamba3"])

@@ -29,7 +29,9 @@ def same(one: HybridForCausalLM, other: HybridForCausalLM) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("load", ["from_pretrained", "auto", "mambify"])
-def test_round_trip_is_bit_exact(tiny_hybrid: Hybrid, tmp_path: Path, dtype: torch.dtype, tied: bool, load: str) -> None:
+def test_round_trip_is_bit_exact(
+    tiny_hybrid: Hybrid, tmp_path: Path, dtype: torch.dtype, tied: bool, load: str
+) -> None:
     model = tiny_hybrid(tie_word_embeddings=tied, attention_bias=True).to(dtype)
     assert model.model.layers[0].mixer.A_log.dtype == torch.float32
     model.save_pretrained(tmp_path)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import platform
-import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import transformers
 
 from mambify import __version__
 
-_MIN_REPEATS, _SECONDS = 3, 0.3
+_MIN_REPEATS, _SECONDS, _AT_MOST = 5, 0.3, 3.0
 _COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
 
 
@@ -25,6 +25,7 @@ def describe_machine(device: str) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
         "num_threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],  # of the minute before: what else was running
         "mambify": __version__,
         "commit": _commit(),
         "python": platform.python_version(),
@@ -36,16 +37,19 @@ def describe_machine(device: str) -> dict[str, Any]:
 
 
 def seconds_of(function: Callable[[], object], device: str) -> float:
-    """Median wall time of one call, after a warm-up; at least three calls, for about a third of a second."""
+    """Wall time of one call: the least of five or more after a warm-up; of fewer where it takes seconds.
+
+    The least, because whatever else a machine does can only add to it.
+    """
     function()
     taken: list[float] = []
     _synchronize(device)
-    while len(taken) < _MIN_REPEATS or sum(taken) < _SECONDS:
+    while sum(taken) < _SECONDS or (len(taken) < _MIN_REPEATS and sum(taken) < _AT_MOST):
         start = time.perf_counter()
         function()
         _synchronize(device)
         taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+    return min(taken)
 
 
 def copy_bandwidth(device: str) -> float:

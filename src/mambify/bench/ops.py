@@ -72,7 +72,7 @@ SHAPES = {
 
 
 def run(device: str, progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """Times every case; milliseconds are medians, ``difference`` the largest one relative to the largest value."""
+    """Times every case; ``difference`` is the largest between ours and theirs, over the largest value."""
     kind = torch.device(device).type
     dtype = torch.bfloat16 if kind == "cuda" else torch.float32
     makers = [(shape, maker) for shape in SHAPES[kind] for maker in _MAKERS]

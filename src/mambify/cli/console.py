@@ -31,7 +31,8 @@ def stdout() -> Console:
 def print_table(table: Table, console: Console | None = None) -> None:
     """A table on stdout; where the terminal is too narrow for it, row by row with the headings at the side."""
     console = console or stdout()
-    if console.measure(table).maximum <= console.width:
+    unlimited = console.options.update(max_width=10_000)
+    if console.measure(table, options=unlimited).maximum <= console.width:
         console.print(table)
         return
     if table.title:

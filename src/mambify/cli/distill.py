@@ -77,9 +77,10 @@ def _final_figures(row: dict[str, Any]) -> dict[str, float]:
 
 
 def _show(result: dict[str, Any]) -> None:
+    from rich.box import SIMPLE
     from rich.table import Table
 
-    table = Table()
+    table = Table(box=SIMPLE, pad_edge=False)
     for heading in ("stage", "attention", "steps", "tokens", "seconds", "loss", "KL", "agreement"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
     for stage in result["stages"]:

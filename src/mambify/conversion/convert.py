@@ -48,9 +48,7 @@ def convert(
     loaded_here = not isinstance(teacher, HybridForCausalLM)
     if not isinstance(teacher, HybridForCausalLM):
         teacher = load(teacher, dtype=dtype, device=device, with_tokenizer=False).model
-    planned = plan(
-        teacher.config, mixer=mixer, attention=attention, attention_layers=attention_layers, init=init
-    )
+    planned = plan(teacher.config, mixer=mixer, attention=attention, attention_layers=attention_layers, init=init)
     return apply_plan(teacher, planned, seed=seed, release=loaded_here)
 
 
@@ -84,7 +82,8 @@ def apply_plan(
         else:
             ours.mixer = theirs.mixer
     student.generation_config = teacher.generation_config
-    return student.eval()
+    student.eval()
+    return student
 
 
 def _share_children(ours: nn.Module, theirs: nn.Module, *, own: tuple[str, ...]) -> None:

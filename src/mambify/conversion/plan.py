@@ -11,7 +11,7 @@ import torch
 from mambify.config import ATTENTION, HybridConfig
 from mambify.errors import InvalidOptionError, UnsupportedError, did_you_mean
 from mambify.families.load import empty_model
-from mambify.mixers import MIXERS
+from mambify.mixers import MIXERS, Mixer
 
 CONTEXTS = (2048, 32768, 131072)
 
@@ -120,8 +120,11 @@ def count_parameters(planned: ConversionPlan) -> ParameterCount:
     if planned.student.tie_word_embeddings:
         model.tie_weights()
     total = sum(p.numel() for p in model.parameters())
-    layers = model.model.layers
-    new = sum(p.numel() for i in planned.converted for p in layers[i].mixer.parameters())  # type: ignore[union-attr]
+    new = 0
+    for index in planned.converted:
+        mixer = model.model.layers[index].mixer
+        assert isinstance(mixer, Mixer)
+        new += sum(p.numel() for p in mixer.parameters())
     return ParameterCount(total, new, total - new)
 
 

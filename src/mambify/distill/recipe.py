@@ -102,6 +102,7 @@ class Kd(_Stage):
     ce_weight: Annotated[float, Field(ge=0)] = 0.0
     temperature: Annotated[float, Field(gt=0)] = 1.0
     mlp_learning_rate: Annotated[float, Field(ge=0)] = 0.0
+    gradient_checkpointing: bool = False
 
 
 Stage = Annotated[Align | Kd, Field(discriminator="kind")]
@@ -111,7 +112,8 @@ class Recipe(_Section):
     """Everything ``mambify distill`` needs; unknown keys are errors.
 
     ``output`` becomes the run directory. ``precision`` is that of the arithmetic: trained weights are float32.
-    ``cuda_graphs`` records each stage's step once and replays it (one process on a GPU; packed documents never).
+    ``cuda_graphs`` records each stage's step once and replays it (one process on a GPU; not with packed
+    documents or gradient checkpointing).
     """
 
     teacher: str

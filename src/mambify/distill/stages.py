@@ -33,6 +33,7 @@ def stage_module(stage: Stage, student: HybridForCausalLM, teacher: HybridForCau
         student.model.layers[index].mixer.requires_grad_(True)  # type: ignore[union-attr]
     if isinstance(stage, Align):
         return MixerAligner(student, teacher, layers)
+    _set_checkpointing(student, stage.gradient_checkpointing)
     if stage.mlp_learning_rate:
         unshare_mlps(student, teacher)
         for block in student.model.layers:
@@ -44,6 +45,15 @@ def stage_module(stage: Stage, student: HybridForCausalLM, teacher: HybridForCau
         ce_weight=stage.ce_weight,
         temperature=stage.temperature,
     )
+
+
+def _set_checkpointing(student: HybridForCausalLM, wanted: bool) -> None:
+    """Turns gradient checkpointing on or off; transformers renamed its methods after 5.17."""
+    if student.model.gradient_checkpointing == wanted:
+        return
+    action = "enable" if wanted else "disable"
+    renamed = getattr(student, f"activation_checkpointing_{action}", None)
+    (renamed or getattr(student, f"gradient_checkpointing_{action}"))()
 
 
 def unshare_mlps(student: HybridForCausalLM, teacher: HybridForCausalLM) -> None:
@@ -170,7 +180,10 @@ def build_trainer(
         data_collator=collate,
         callbacks=callbacks,
         optimizers=(optimizer, None),
-        cuda_graphs=cuda_graphs and arguments.device.type == "cuda" and arguments.world_size == 1,
+        cuda_graphs=cuda_graphs
+        and arguments.device.type == "cuda"
+        and arguments.world_size == 1
+        and not getattr(stage, "gradient_checkpointing", False),
     )
     for callback in (c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"):
         trainer.remove_callback(callback)

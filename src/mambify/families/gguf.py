@@ -31,6 +31,12 @@ _NAMES = (
     (r"^blk\.(\d+)\.attn_output\.", r"model.layers.\1.self_attn.o_proj."),
     (r"^blk\.(\d+)\.ffn_(gate|up|down)\.", r"model.layers.\1.mlp.\2_proj."),
 )
+_SPECIAL_TOKENS = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "pad_token": "padding",
+}
 _EMBEDDING, _QUERY, _ROPE_FREQS = "token_embd.weight", "blk.0.attn_q.weight", "rope_freqs.weight"
 
 
@@ -59,6 +65,11 @@ class GgufFile:
     def has_tokenizer(self) -> bool:
         """Whether the file carries the vocabulary."""
         return self._field("tokenizer.ggml.model") is not None
+
+    def special_tokens(self) -> dict[str, int]:
+        """Transformers' names of the special tokens that the file gives ids of."""
+        ids = {name: self._field(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL_TOKENS.items()}
+        return {name: token_id for name, token_id in ids.items() if token_id is not None}
 
     def _field(self, key: str, default: Any = None) -> Any:
         value = self._container.metadata.get(key)
@@ -162,7 +173,7 @@ def _hugging_face_name(name: str) -> str:
 
 def _split_halves(rows: Tensor, num_heads: int) -> Tensor:
     """Rows with the two rotary halves of a head interleaved (GGUF) → one half after the other (Hugging Face)."""
-    per_head = rows.unflatten(0, (num_heads, -1, 2))
+    per_head: Tensor = rows.unflatten(0, (num_heads, -1, 2))
     return per_head.transpose(1, 2).reshape(rows.shape)
 
 
@@ -172,5 +183,5 @@ def _llama3_factors(rope: dict[str, Any], head_dim: int) -> Tensor:
     original, low, high = (
         rope[key] for key in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
     )
-    smooth = ((original / wavelengths - low) / (high - low)).clamp(0, 1)
-    return 1.0 / ((1 - smooth) / rope["factor"] + smooth)
+    smooth: Tensor = ((original / wavelengths - low) / (high - low)).clamp(0, 1)
+    return torch.reciprocal((1 - smooth) / rope["factor"] + smooth)

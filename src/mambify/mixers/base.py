@@ -90,9 +90,7 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     @torch.no_grad()
-    def init_from_attention(
-        self, weights: AttentionWeights, *, init: str, generator: torch.Generator
-    ) -> None:
+    def init_from_attention(self, weights: AttentionWeights, *, init: str, generator: torch.Generator) -> None:
         """Fills this mixer's parameters from the attention layer it replaces."""
         raise NotImplementedError
 
@@ -107,7 +105,7 @@ class Mixer(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Moves and casts like any module, except that :attr:`float32_parameters` keep their precision."""
         before = {name: getattr(self, name).detach() for name in self.float32_parameters}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, original in before.items():
             parameter = getattr(self, name)
             if parameter.dtype != original.dtype and original.dtype == torch.float32:

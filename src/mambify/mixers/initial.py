@@ -19,7 +19,7 @@ def linear_(weight_OI: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def dt_bias_(bias: Tensor, generator: torch.Generator, low: float = 1e-3, high: float = 0.1) -> Tensor:
-    """softplus⁻¹ of Δ, Δ log-uniform in [low, high] and at least 1e-4 (Mamba, section 3.6; facts of the paper's code)."""
+    """softplus⁻¹ of Δ, Δ log-uniform in [low, high] and at least 1e-4 (Mamba, section 3.6)."""
     delta = torch.empty_like(bias, dtype=torch.float32).uniform_(0, 1, generator=generator)
     delta = (delta * (math.log(high) - math.log(low)) + math.log(low)).exp().clamp(min=1e-4)
     return bias.copy_(inverse_softplus(delta))

@@ -107,17 +107,16 @@ class Mamba1Mixer(RecurrentMixer):
 
     def _repeat_heads(self, x_BTE: Tensor) -> Tensor:
         """Gives each query head its key/value head's channels: ``[B, T, G·P]`` to ``[B, T, H·P]``."""
-        heads = x_BTE.unflatten(-1, (self.num_groups, self.head_dim))
+        heads: Tensor = x_BTE.unflatten(-1, (self.num_groups, self.head_dim))
         return heads.repeat_interleave(self.num_heads // self.num_groups, dim=-2).flatten(-2)
 
     def _sub_heads(self, x: Tensor, dim: int = -1) -> Tensor:
         """Cuts the inner channels I = H·P into J sub-heads of N."""
-        return x.unflatten(dim, (-1, self.state_size))
+        sub_heads: Tensor = x.unflatten(dim, (-1, self.state_size))
+        return sub_heads
 
     @torch.no_grad()
-    def init_from_attention(
-        self, weights: AttentionWeights, *, init: str, generator: torch.Generator
-    ) -> None:
+    def init_from_attention(self, weights: AttentionWeights, *, init: str, generator: torch.Generator) -> None:
         """``paper``: conv, z and dt at random as published; ``identity``: the conv passes its input on.
 
         A q or k bias becomes ``BC_bias``; the v bias enters through the conv bias. Qwen3's per-head norms have no

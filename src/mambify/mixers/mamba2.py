@@ -115,18 +115,14 @@ class Mamba2Mixer(RecurrentMixer):
         return x.unflatten(-1, groups), B.unflatten(-1, groups), C.unflatten(-1, heads)
 
     @torch.no_grad()
-    def init_from_attention(
-        self, weights: AttentionWeights, *, init: str, generator: torch.Generator
-    ) -> None:
+    def init_from_attention(self, weights: AttentionWeights, *, init: str, generator: torch.Generator) -> None:
         """``paper``: conv, z and dt at random as published; ``identity``: the conv passes its input on.
 
         Biases of q, k, v enter through the conv bias (exact where the conv is the identity). Qwen3's per-head norms
         have no counterpart; their weights scale B and C.
         """
         P = self.head_dim
-        z, xBC, dt = self.in_proj.weight.split(
-            [self.num_heads * P, sum(self.conv_split), self.num_heads], dim=0
-        )
+        z, xBC, dt = self.in_proj.weight.split([self.num_heads * P, sum(self.conv_split), self.num_heads], dim=0)
         x, B, C = xBC.split(self.conv_split, dim=0)
         x.copy_(weights.v)
         B.copy_(initial.scaled_rows(weights.k, weights.k_norm))
@@ -159,7 +155,9 @@ class Mamba2Mixer(RecurrentMixer):
     @torch.no_grad()
     def init_random(self) -> None:
         initialization.copy_(self.A_log, torch.linspace(1, 16, self.num_heads).log())
-        initialization.copy_(self.dt_bias, initial.dt_bias_(torch.empty(self.num_heads), torch.Generator().manual_seed(0)))
+        initialization.copy_(
+            self.dt_bias, initial.dt_bias_(torch.empty(self.num_heads), torch.Generator().manual_seed(0))
+        )
         initialization.ones_(self.D)
         initialization.ones_(self.norm.weight)
 
