@@ -127,6 +127,17 @@ def test_left_padding(mixer: Mixer, padding: int) -> None:
 
 
 @torch.no_grad()
+def test_right_padding_leaves_the_state_alone(mixer: Mixer) -> None:
+    x = inputs(1)
+    padded = torch.cat([x, torch.full((1, 5, 24), 9.0)], 1)
+    mask = (torch.arange(T + 5) < T).long()[None]
+    y, state = run(mixer, padded, padding_mask_BT=mask)
+    expected, alone = run(mixer, x)
+    close(y[:, :T], expected)
+    close(state.ssm, alone.ssm)
+
+
+@torch.no_grad()
 def test_padding_inside_a_continued_row(mixer: Mixer) -> None:
     """Chunked prefill of a padded batch: the padding may lie in any chunk."""
     x, padding = inputs(1), 6

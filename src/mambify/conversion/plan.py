@@ -34,17 +34,26 @@ class ConversionPlan:
 
 
 def uniform_attention_layers(num_layers: int, attention: float) -> list[int]:
-    """The layers that keep attention at a share of ``attention``: every (1/share)-th, the last of its period.
+    """The layers that keep attention at a share of ``attention``, spread evenly.
 
-    1/2 keeps 1,3,5,…; 1/4 keeps 3,7,…; 1/8 keeps 7,15,…; 0 none, 1 all; a share whose inverse is no whole number (3/4)
-    spreads the converted layers the same way.
+    1/2 keeps 1,3,5,…; 1/4 keeps 3,7,…; 1/8 keeps 7,15,… (the last of each period, as in the paper); 0 none, 1 all. Above
+    1/2 it is the converted layers that are spread: 3/4 converts 2,6,10,…, 7/8 converts 6,14,…. Every step of a schedule
+    3/4, 1/2, 1/4, 1/8, 0 therefore converts further layers and takes none back, and the first layer, whose output most of
+    the residual stream starts from, comes late.
 
     Raises:
         InvalidOptionError: not within [0, 1].
     """
     if not 0.0 <= attention <= 1.0:
         raise InvalidOptionError(f"attention {attention} is out of range: give a share from 0 to 1, such as 0.5")
-    return [i for i in range(num_layers) if int((i + 1) * attention + 1e-9) > int(i * attention + 1e-9)]
+
+    def completes(count: int, share: float) -> bool:
+        """Whether the ``count``-th layer is the one with which another whole layer of this share is due."""
+        return int(count * share + 1e-9) > int((count - 1) * share + 1e-9)
+
+    if attention > 0.5:
+        return [i for i in range(num_layers) if not completes(i + 2, 1 - attention)]
+    return [i for i in range(num_layers) if completes(i + 1, attention)]
 
 
 def plan(

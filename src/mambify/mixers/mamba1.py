@@ -73,6 +73,7 @@ class Mamba1Mixer(RecurrentMixer):
             B_bias, C_bias = self.BC_bias.split(self.split[2:4])
             B, C = B + B_bias, C + C_bias
         x_BTI, B_BTI = self._repeat_heads(x), self._repeat_heads(B)
+        # With Δ = 0 padding neither writes into the state nor lets it decay, whatever the conv's bias makes of it.
         dt_BTI = mask_padding(F.softplus(self.dt_proj(dt).float()), mask)
         A_JMN = -self._sub_heads(self.A_log.float().exp(), dim=0)
         D_JM = self._sub_heads(self.D.float())
@@ -93,7 +94,7 @@ class Mamba1Mixer(RecurrentMixer):
                 seq_idx_BT=context.seq_idx_BT,
             )
             y_BTJM, ssm = selective_scan(
-                self._sub_heads(mask_padding(x_BTI, mask)),
+                self._sub_heads(x_BTI),
                 dt_BTJM,
                 A_JMN,
                 B_BTJN,

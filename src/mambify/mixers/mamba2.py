@@ -79,6 +79,7 @@ class Mamba2Mixer(RecurrentMixer):
             [self.num_heads * self.head_dim, sum(self.conv_split), self.num_heads], dim=-1
         )
         z_BTHP = z_BTI.unflatten(-1, (self.num_heads, self.head_dim))
+        # With Δ = 0 padding neither writes into the state nor lets it decay, whatever the conv's bias makes of it.
         dt_BTH = mask_padding(F.softplus(dt_BTH.float() + self.dt_bias.float()), mask)
 
         if T == 1 and state is not None:
@@ -94,7 +95,7 @@ class Mamba2Mixer(RecurrentMixer):
                 initial_state_BCL=None if state is None else state.conv,
                 seq_idx_BT=context.seq_idx_BT,
             )
-            x_BTGP, B_BTGN, C_BTHN = self._split_heads(mask_padding(xBC_BTC, mask))
+            x_BTGP, B_BTGN, C_BTHN = self._split_heads(xBC_BTC)
             y_BTHP, ssm = ssd_scan(
                 x_BTGP,
                 dt_BTH,
