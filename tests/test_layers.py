@@ -131,9 +131,7 @@ def targets_of(node: ast.AST, module: str, is_package: bool, known: Collection[s
     yield from (name for name in names if name.split(".")[0] == "mambify")
 
 
-def read_imports(
-    sources: Mapping[str, str], packages: Collection[str]
-) -> tuple[dict[str, set[str]], list[str]]:
+def read_imports(sources: Mapping[str, str], packages: Collection[str]) -> tuple[dict[str, set[str]], list[str]]:
     """All imports of the given modules, and those hidden in functions where that is not allowed."""
     imports: dict[str, set[str]] = {}
     hidden: list[str] = []

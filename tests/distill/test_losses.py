@@ -55,7 +55,7 @@ def test_values_and_gradients(chunk_size: int, kl_weight: float, ce_weight: floa
     torch.testing.assert_close(result.kl.double(), kl.detach(), rtol=1e-4, atol=1e-4)
     if ce_weight:
         torch.testing.assert_close(result.ce.double(), ce.detach(), rtol=1e-4, atol=1e-4)
-    assert result.count == 10
+    assert result.num_positions == 10
     for ours_grad, expected in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(ours_grad.double(), 3 * expected, rtol=1e-3, atol=1e-4)
 
@@ -73,7 +73,7 @@ def test_a_model_agrees_with_itself() -> None:
     student, head, _, _, labels = _inputs()
     result = head_loss(student, head, student, head, labels, chunk_size=4)
     assert abs(float(result.kl)) < 1e-5
-    assert result.agreement == result.count
+    assert result.agreement == result.num_positions
 
 
 def test_bfloat16_under_autocast_is_close() -> None:

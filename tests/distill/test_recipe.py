@@ -86,7 +86,7 @@ def test_unreadable_files(tmp_path: Path, text: str) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="nowhere.yaml"):
+    with pytest.raises(RecipeError, match=r"nowhere\.yaml"):
         load_recipe(tmp_path / "nowhere.yaml")
 
 

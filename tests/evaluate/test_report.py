@@ -75,10 +75,7 @@ def made_up_report() -> dict[str, Any]:
             layer: [
                 [
                     s,
-                    (0.9 + rng.random() * 0.3) * math.exp(-s / 35)
-                    + 0.08
-                    + 0.22 * layer / 30
-                    + 0.01 * rng.random(),
+                    (0.9 + rng.random() * 0.3) * math.exp(-s / 35) + 0.08 + 0.22 * layer / 30 + 0.01 * rng.random(),
                 ]
                 for s in range(0, 161, 10)
             ]

@@ -41,9 +41,7 @@ def test_backend_by_name(name: str) -> None:
     chosen, named = function(*inputs), function(*inputs, backend="reference")
     assert isinstance(chosen, tuple) and isinstance(named, tuple)
     assert all(torch.equal(a, b) for a, b in zip(chosen, named, strict=True))
-    with pytest.raises(
-        InvalidOptionError, match=r"'refrence'.*did you mean 'reference'.*known: auto, reference"
-    ):
+    with pytest.raises(InvalidOptionError, match=r"'refrence'.*did you mean 'reference'.*known: auto, reference"):
         function(*inputs, backend="refrence")
 
 

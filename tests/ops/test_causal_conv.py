@@ -46,9 +46,7 @@ def oracle(seq_idx_BT: Tensor | None = None, silu: bool = True) -> Any:
 
 def conv(seq_idx_BT: Tensor | None = None, activation: Any = "silu") -> Any:
     def run(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> Any:
-        return causal_conv(
-            x, weight, bias, activation=activation, initial_state_BCL=state, seq_idx_BT=seq_idx_BT
-        )
+        return causal_conv(x, weight, bias, activation=activation, initial_state_BCL=state, seq_idx_BT=seq_idx_BT)
 
     return run
 
@@ -67,9 +65,7 @@ def inputs(tokens: int, width: int = 4, dtype: torch.dtype = torch.float64) -> d
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 65])
 @pytest.mark.parametrize("activation", ["silu", None])
 def test_values_and_gradients(tokens: int, dtype: torch.dtype, activation: Any, match: Any) -> None:
-    match(
-        conv(activation=activation), oracle(silu=bool(activation)), inputs(tokens, 4, dtype), TOLERANCE[dtype]
-    )
+    match(conv(activation=activation), oracle(silu=bool(activation)), inputs(tokens, 4, dtype), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("width", [2, 3, 7])
@@ -80,9 +76,7 @@ def test_widths(width: int, match: Any) -> None:
 def test_width_one_carries_nothing() -> None:
     values = inputs(6, 1)
     y, state = causal_conv(values["x"], values["weight"], values["bias"])
-    torch.testing.assert_close(
-        y, torch.nn.functional.silu(values["x"] * values["weight"][:, 0] + values["bias"])
-    )
+    torch.testing.assert_close(y, torch.nn.functional.silu(values["x"] * values["weight"][:, 0] + values["bias"]))
     assert state.shape == (2, 5, 0)
 
 
@@ -151,9 +145,7 @@ def test_step_leaves_its_state_alone_and_keeps_its_dtype() -> None:
 
 def test_output_follows_x_where_weights_are_wider() -> None:
     values = inputs(6, dtype=torch.float32)
-    y, state = causal_conv(
-        values["x"].bfloat16(), values["weight"], values["bias"], initial_state_BCL=values["state"]
-    )
+    y, state = causal_conv(values["x"].bfloat16(), values["weight"], values["bias"], initial_state_BCL=values["state"])
     assert y.dtype == state.dtype == torch.bfloat16
 
 

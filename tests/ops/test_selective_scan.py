@@ -128,9 +128,7 @@ def test_steps_are_the_scan(dtype: torch.dtype, match: Any) -> None:
 def test_step_leaves_its_state_alone_and_keeps_its_dtype() -> None:
     v = inputs(1, dtype=torch.bfloat16)
     before = v["S"].clone()
-    y, state = selective_scan_step(
-        v["x"][:, 0], v["dt"][:, 0], v["A"], v["B"][:, 0], v["C"][:, 0], None, v["S"]
-    )
+    y, state = selective_scan_step(v["x"][:, 0], v["dt"][:, 0], v["A"], v["B"][:, 0], v["C"][:, 0], None, v["S"])
     assert torch.equal(v["S"], before) and not torch.equal(state, before)
     assert y.dtype == torch.bfloat16 and state.dtype == torch.float32
 

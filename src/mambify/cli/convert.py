@@ -55,7 +55,7 @@ def convert(
         with working(f"loading {teacher}", quiet=json):
             loaded = load(teacher, dtype=dtype)
         with working("converting and saving", quiet=json):
-            student = apply_plan(loaded.model, planned, seed=seed)
+            student = apply_plan(loaded.model, planned, seed=seed, release=True)
             save(student, out, tokenizer=loaded.tokenizer, overwrite=overwrite)
         result["out"] = str(out)
         if not json:

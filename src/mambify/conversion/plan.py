@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from mambify.config import ATTENTION, HybridConfig
-from mambify.errors import InvalidOptionError, UnsupportedError, did_you_mean
+from mambify.errors import InvalidOptionError, did_you_mean
 from mambify.families.load import empty_model
 from mambify.mixers import MIXERS, Mixer
 
@@ -36,10 +36,10 @@ class ConversionPlan:
 def uniform_attention_layers(num_layers: int, attention: float) -> list[int]:
     """The layers that keep attention at a share of ``attention``, spread evenly.
 
-    1/2 keeps 1,3,5,…; 1/4 keeps 3,7,…; 1/8 keeps 7,15,… (the last of each period, as in the paper); 0 none, 1 all. Above
-    1/2 it is the converted layers that are spread: 3/4 converts 2,6,10,…, 7/8 converts 6,14,…. Every step of a schedule
-    3/4, 1/2, 1/4, 1/8, 0 therefore converts further layers and takes none back, and the first layer, whose output most of
-    the residual stream starts from, comes late.
+    1/2 keeps 1,3,5,…; 1/4 keeps 3,7,…; 1/8 keeps 7,15,… (the last of each period, as in the paper); 0 none, 1 all.
+    Above 1/2 it is the converted layers that are spread: 3/4 converts 2,6,10,…, 7/8 converts 6,14,…. Every step of a
+    schedule 3/4, 1/2, 1/4, 1/8, 0 therefore converts further layers and takes none back, and the first layer, whose
+    output most of the residual stream starts from, comes late.
 
     Raises:
         InvalidOptionError: not within [0, 1].
@@ -152,13 +152,3 @@ def _kv_bytes(config: HybridConfig, kind: str, num_tokens: int, size: int) -> in
     if kind == "sliding_attention" and config.sliding_window:
         num_tokens = min(num_tokens, config.sliding_window - 1)  # the window counts the token that asks
     return MIXERS[ATTENTION].state_bytes(config, num_tokens, size)
-
-
-def require_convertible(planned: ConversionPlan) -> None:
-    """Refuses a plan that converts nothing although something else was asked for.
-
-    Raises:
-        UnsupportedError: every layer that was to be converted is Mamba already.
-    """
-    if not planned.converted and len(planned.student.attention_layers) != planned.student.num_hidden_layers:
-        raise UnsupportedError("nothing is left to convert: these layers are Mamba already")

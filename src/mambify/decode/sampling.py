@@ -59,7 +59,7 @@ class Sampling:
             warpers.append(TopKLogitsWarper(self.top_k))
         if self.top_p < 1.0:
             warpers.append(TopPLogitsWarper(float(self.top_p)))
-        warped_BV: Tensor = warpers(None, logits_BV)  # type: ignore[arg-type]  # none of them looks at the prompt
+        warped_BV: Tensor = warpers(None, logits_BV)  # none of them looks at the prompt
         return warped_BV.softmax(-1)
 
     def draw(self, logits_BV: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -7,6 +7,7 @@ layer to layer and no gradient crosses one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class MixerAligner(DistillationStage):
             return normalized_mse(output_BTD, trace.output_BTD)
 
     def accumulate_gradients(
-        self, forward: Callable[..., Tensor], batch: dict[str, Tensor], backward: Callable[[Tensor], None]
+        self, forward: Callable[..., Any], batch: dict[str, Tensor], backward: Callable[[Tensor], None]
     ) -> StepResult:
         """Takes each layer's backward pass while the teacher is still on its way up: one layer's graph at a time.
 
@@ -51,7 +52,7 @@ class MixerAligner(DistillationStage):
         """
         losses = {}
         for trace in self.traces(batch["input_ids"], batch.get("position_ids")):
-            loss = forward(trace)
+            loss: Tensor = forward(trace)
             backward(loss * batch["scale"])
             losses[trace.layer_idx] = loss.detach()
         mean = torch.stack(list(losses.values())).mean()

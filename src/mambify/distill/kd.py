@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class KnowledgeDistiller(DistillationStage):
         super().__init__()
         self.student = student
         self._teacher = [teacher]
-        self.weights = {"kl_weight": kl_weight, "ce_weight": ce_weight, "temperature": temperature}
+        self.weights: dict[str, Any] = {"kl_weight": kl_weight, "ce_weight": ce_weight, "temperature": temperature}
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, num_items: Tensor, position_ids: Tensor | None = None
@@ -51,16 +52,16 @@ class KnowledgeDistiller(DistillationStage):
             next_token_labels(labels),
             **self.weights,
         )
-        count = parts.count.clamp(min=1)
+        count = parts.num_positions.clamp(min=1)
         metrics = {"kl": parts.kl / count, "top1_agreement": parts.agreement / count}
         if self.weights["ce_weight"]:
             metrics["ce"] = parts.ce / count
         return StepResult(parts.total / num_items.clamp(min=1), metrics)
 
     def accumulate_gradients(
-        self, forward: Callable[..., StepResult], batch: dict[str, Tensor], backward: Callable[[Tensor], None]
+        self, forward: Callable[..., Any], batch: dict[str, Tensor], backward: Callable[[Tensor], None]
     ) -> StepResult:
-        result = forward(**{name: tensor for name, tensor in batch.items() if name != "scale"})
+        result: StepResult = forward(**{name: tensor for name, tensor in batch.items() if name != "scale"})
         backward(result.loss)
         return StepResult(result.loss.detach(), result.metrics)
 

@@ -31,14 +31,14 @@ class HeadLoss(NamedTuple):
         kl: Σ KL(teacher ‖ student) in nats.
         ce: Σ −log p_student(label); zero where no cross-entropy was asked for.
         agreement: positions at which both models have the same most likely token.
-        count: positions that were counted.
+        num_positions: positions that were counted.
     """
 
     total: Tensor
     kl: Tensor
     ce: Tensor
     agreement: Tensor
-    count: Tensor
+    num_positions: Tensor
 
 
 def head_loss(

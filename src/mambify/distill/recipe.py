@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ class _Section(BaseModel):
 class Student(_Section):
     """What the teacher becomes.
 
-    ``attention`` may be a list of falling shares: a progressive schedule, in which all stages run at each share in turn.
+    ``attention`` may be a list of falling shares: a progressive schedule, all stages at each share in turn.
     """
 
     mixer: str = "mamba2"
@@ -51,7 +52,7 @@ class Student(_Section):
     @model_validator(mode="after")
     def _falls(self) -> Student:
         shares = self.schedule
-        if not shares or any(b >= a for a, b in zip(shares, shares[1:], strict=False)):
+        if not shares or any(b >= a for a, b in itertools.pairwise(shares)):
             raise ValueError(f"attention {shares} must fall from step to step")
         if self.attention_layers is not None and len(shares) > 1:
             raise ValueError("attention_layers and a progressive attention schedule exclude each other")
@@ -196,5 +197,5 @@ def _explain(error: ValidationError) -> str:
         section = next((_SECTIONS[part] for part in reversed(where[:-1]) if part in _SECTIONS), Recipe)
         shown = [part for part in where if part not in ("align", "kd")]
         return f"unknown key '{'.'.join(shown)}': {did_you_mean(where[-1], section.model_fields)}"
-    shown = ".".join(part for part in where if part not in ("align", "kd")) or "recipe"
-    return f"{shown}: {problem['msg']}"
+    place = ".".join(part for part in where if part not in ("align", "kd")) or "recipe"
+    return f"{place}: {problem['msg']}"

@@ -1,10 +1,10 @@
 """Runs a recipe's stages in one directory, from wherever an earlier run of the same recipe stopped.
 
-    RUN/recipe.yaml          the recipe with every default written out
-    RUN/environment.json     versions, device, command
-    RUN/metrics.jsonl        one line a log event, all stages
-    RUN/stages/01-align/     checkpoints, TensorBoard events; trained.safetensors and summary.json once done
-    RUN/student/             the final model
+RUN/recipe.yaml          the recipe with every default written out
+RUN/environment.json     versions, device, command
+RUN/metrics.jsonl        one line a log event, all stages
+RUN/stages/01-align/     checkpoints, TensorBoard events; trained.safetensors and summary.json once done
+RUN/student/             the final model
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import transformers
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 
 from mambify import __version__
 from mambify.conversion import apply_plan, calibrate, plan
@@ -77,9 +77,7 @@ def open_run(recipe: Recipe, *, overwrite: bool = False) -> Path:
     existing = run / "recipe.yaml"
     if existing.is_file():
         if existing.read_text(encoding="utf-8") != text:
-            raise OutputExistsError(
-                f"{run} holds a run of another recipe: choose another output or pass --overwrite"
-            )
+            raise OutputExistsError(f"{run} holds a run of another recipe: choose another output or pass --overwrite")
         return run
     if run.exists() and any(run.iterdir()):
         raise OutputExistsError(f"{run} is not empty and no run: choose another output or pass --overwrite")
@@ -99,8 +97,8 @@ def run_stages(
 ) -> HybridForCausalLM:
     """Converts and trains through every stage, skipping those that are done; saves and returns the student.
 
-    What is frozen is computed in the recipe's precision; where that is not the teacher's own dtype, a copy in it is made
-    for the run, and the student that is saved keeps the teacher's weights as they were.
+    What is frozen is computed in the recipe's precision; where that is not the teacher's own dtype, a copy in it is
+    made for the run, and the student that is saved keeps the teacher's weights as they were.
 
     Args:
         run: what :func:`open_run` gave.
@@ -144,7 +142,8 @@ def _final_student(recipe: Recipe, teacher: HybridForCausalLM, trained: HybridFo
         for name, parameter in final.named_parameters():
             if parameter.data_ptr() not in kept:
                 parameter.copy_(source[name])
-    return final.requires_grad_(True)
+    final.requires_grad_(True)
+    return final
 
 
 def _converted(model: HybridForCausalLM, recipe: Recipe, attention: float) -> HybridForCausalLM:
@@ -158,7 +157,7 @@ def _converted(model: HybridForCausalLM, recipe: Recipe, attention: float) -> Hy
     )
     student = apply_plan(model, planned, seed=recipe.seed) if planned.converted else model
     for index in planned.converted:
-        student.model.layers[index].mixer.float()  # type: ignore[union-attr]
+        student.model.layers[index].mixer.float()
     return student
 
 

@@ -30,14 +30,14 @@ def stage_module(stage: Stage, student: HybridForCausalLM, teacher: HybridForCau
         raise InvalidOptionError(f"stage {stage.kind} has nothing to train: no layer of the student is converted")
     student.requires_grad_(False)
     for index in layers:
-        student.model.layers[index].mixer.requires_grad_(True)  # type: ignore[union-attr]
+        student.model.layers[index].mixer.requires_grad_(True)
     if isinstance(stage, Align):
         return MixerAligner(student, teacher, layers)
     _set_checkpointing(student, stage.gradient_checkpointing)
     if stage.mlp_learning_rate:
         unshare_mlps(student, teacher)
         for block in student.model.layers:
-            block.mlp.requires_grad_(True)  # type: ignore[union-attr]
+            block.mlp.requires_grad_(True)
     return KnowledgeDistiller(
         student,
         teacher,
@@ -60,7 +60,7 @@ def unshare_mlps(student: HybridForCausalLM, teacher: HybridForCausalLM) -> None
     """Gives the student MLPs of its own, before they are trained; the teacher's must stay what they are."""
     for ours, theirs in zip(student.model.layers, teacher.model.layers, strict=True):
         if ours.mlp is theirs.mlp:
-            ours.mlp = copy.deepcopy(theirs.mlp)  # type: ignore[assignment]
+            ours.mlp = copy.deepcopy(theirs.mlp)
 
 
 def parameter_groups(stage: Stage, module: nn.Module) -> list[dict[str, Any]]:
@@ -146,8 +146,9 @@ def use_bfloat16(precision: str, device: str) -> bool:
     if precision != "auto":
         return precision == "bfloat16"
     if device == "cpu":
-        return bool(torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16"))
-    return torch.cuda.is_bf16_supported()
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return bool(torch.cuda.is_bf16_supported())
 
 
 def available_reporters(wanted: list[str]) -> list[str]:

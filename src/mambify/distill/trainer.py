@@ -28,7 +28,7 @@ _COMPLETE = "complete"
 _TORCH_WRITE_ERRORS = ("write", "iostream", "inline_container")
 
 
-def trained_parameters(module: nn.Module) -> dict[str, Tensor]:
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Name → parameter of everything in ``module`` that trains."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
@@ -80,7 +80,7 @@ class DistillationStage(nn.Module):
 
     def accumulate_gradients(
         self,
-        forward: Callable[..., StepResult],
+        forward: Callable[..., Any],
         batch: dict[str, Tensor],
         backward: Callable[[Tensor], None],
     ) -> StepResult:

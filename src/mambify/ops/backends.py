@@ -39,9 +39,7 @@ def check_shape(operation: str, name: str, tensor: Tensor | None, shape: tuple[i
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float32, or float64 where an input is float64: what decays, states and sums are kept in."""
-    return (
-        torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
-    )
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def documents(seq_idx_BT: Tensor) -> Tensor:

@@ -1,1 +1,4 @@
-"""Whole jobs made of several stages: what a command or a script runs in one go. Stages do not import each other; these do."""
+"""Whole jobs made of several stages: what a command or a script runs in one go.
+
+Stages do not import each other; these modules do, and nothing but ``serve`` and ``cli`` imports them.
+"""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from mambify.conversion import plan
 from mambify.data.documents import Document, read_documents
 from mambify.data.overlap import check_disjoint
 from mambify.data.packing import PackedDataset, pack
@@ -16,7 +17,6 @@ from mambify.distill.run import open_run, run_stages
 from mambify.distill.stages import check_training_arguments
 from mambify.errors import InvalidOptionError
 from mambify.families.load import LoadedModel, load, load_config, require_tokenizer
-from mambify.conversion import plan
 from mambify.model import HybridForCausalLM
 
 
@@ -93,9 +93,7 @@ def training_blocks(recipe: Recipe, teacher: LoadedModel) -> PackedDataset:
     train = list(read_documents(source, tokenizer, split="train"))
     if data.heldout is not None:
         check_disjoint(train, heldout_documents(data.heldout, teacher))
-    return pack(
-        train, data.context_length, seed=recipe.seed, mode=data.packing, answers_only=data.answers_only
-    )
+    return pack(train, data.context_length, seed=recipe.seed, mode=data.packing, answers_only=data.answers_only)
 
 
 def heldout_documents(source: str, teacher: LoadedModel) -> list[Document]:

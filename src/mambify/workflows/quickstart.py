@@ -1,10 +1,10 @@
 """``mambify quickstart``: synthesize → convert → distil → evaluate → speak → report, on the embedded teacher.
 
-    OUT/settings.json   what this quickstart does, so that the same command continues an interrupted one
-    OUT/data/           text sampled from the teacher
-    OUT/run/            the distillation run
-    OUT/student/        the model
-    OUT/report.json     every figure       OUT/report.html   the same to look at
+OUT/settings.json   what this quickstart does, so that the same command continues an interrupted one
+OUT/data/           text sampled from the teacher
+OUT/run/            the distillation run
+OUT/student/        the model
+OUT/report.json     every figure       OUT/report.html   the same to look at
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def _open(out: Path, settings: Settings, *, overwrite: bool) -> Path:
         shutil.rmtree(out)
     if marker.is_file():
         if read_json(marker) != asdict(settings):
-            raise OutputExistsError(f"{out} holds a quickstart with other settings: choose another --out or --overwrite")
+            raise OutputExistsError(f"{out} holds another quickstart: choose another --out or pass --overwrite")
         return out
     require_new(out)
     write_json(marker, asdict(settings))
@@ -284,10 +284,12 @@ def _report(
     ours, theirs = score["student"], score["teacher"]
     metrics = read_metrics(run / "metrics.jsonl")
     stages = [
-        stage | {"name": stage["stage"], "history": [row for row in metrics if row["stage"] == stage["stage"] and row["step"] >= 0]}
+        stage | {"name": name, "history": [row for row in metrics if row["stage"] == name and row["step"] >= 0]}
         for stage in summaries(run)
+        for name in (stage["stage"],)
     ]
-    new = sum(p.numel() for i in student.config.converted_layers for p in student.model.layers[i].mixer.parameters())  # type: ignore[union-attr]
+    mixers = [student.get_submodule(f"model.layers.{i}.mixer") for i in student.config.converted_layers]
+    new = sum(p.numel() for mixer in mixers for p in mixer.parameters())
     total = sum(p.numel() for p in student.parameters())
     return {
         "title": f"{settings.teacher}: {1 - settings.attention:.0%} of the layers as Mamba2",

@@ -114,14 +114,11 @@ def line_chart(
     x_axis = Axis(min(xs), max(xs), ())
     ticks = [t for t in _linear(min(xs), max(xs)).ticks if x_axis.low <= t <= x_axis.high]
     x_ticks = [
-        el("text", x_format(tick), x=_at(x_axis.share(tick)), y="100%", dy="18", class_="x-tick")
-        for tick in ticks
+        el("text", x_format(tick), x=_at(x_axis.share(tick)), y="100%", dy="18", class_="x-tick") for tick in ticks
     ]
     curves = []
     for line in lines:
-        points = " ".join(
-            f"{1000 * x_axis.share(x):.1f},{1000 * (1 - y_axis.share(y)):.1f}" for x, y in line.points
-        )
+        points = " ".join(f"{1000 * x_axis.share(x):.1f},{1000 * (1 - y_axis.share(y)):.1f}" for x, y in line.points)
         style = None if line.shade is None else f"--shade:{100 * line.shade:.0f}%"
         kind = "faint" if line.faint else "shaded" if line.shade is not None else "bold"
         name = el("title", line.name) if line.name else None
@@ -138,9 +135,7 @@ def line_chart(
     )
 
 
-def before_after_bars(
-    rows: Sequence[tuple[str, float, float]], *, title: str, description: str, y_label: str
-) -> Html:
+def before_after_bars(rows: Sequence[tuple[str, float, float]], *, title: str, description: str, y_label: str) -> Html:
     """For each label a pale bar (before) with a solid, narrower one in front of it (after)."""
     axis = _value_axis([max(before, after) for _, before, after in rows], from_zero=True)
     slot = 1 / len(rows)
@@ -160,9 +155,7 @@ def before_after_bars(
             for name, value, width in (("before", before, 0.78), ("after", after, 0.46))
         ]
         hover = el("title", f"layer {label}: {significant(before)} → {significant(after)}")
-        tick = (
-            el("text", label, x=_at(middle), y="100%", dy="18", class_="x-tick") if i % every == 0 else None
-        )
+        tick = el("text", label, x=_at(middle), y="100%", dy="18", class_="x-tick") if i % every == 0 else None
         parts.append(el("g", hover, bars, tick))
     return _frame(
         "bars",

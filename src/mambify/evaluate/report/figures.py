@@ -73,18 +73,14 @@ def memory_bars(teacher: Mapping[str, Any], student: Mapping[str, Any]) -> Html 
         el("span", "student's KV cache and state", class_="is-student"),
         ". Each pair has its own scale.",
     )
-    return el(
-        "div", table(["tokens", "", "teacher", "student", "share"], rows, caption=caption), class_="memory"
-    )
+    return el("div", table(["tokens", "", "teacher", "student", "share"], rows, caption=caption), class_="memory")
 
 
 def _curve(history: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[float, float]]]:
     """The loss over tokens where every row counts them, else over steps."""
     rows = [row for row in history if isinstance(row, Mapping) and number(row.get("loss")) is not None]
     key = "tokens" if rows and all(number(row.get("tokens")) is not None for row in rows) else "step"
-    points = [
-        (x, y) for r in rows if (x := number(r.get(key))) is not None and (y := number(r["loss"])) is not None
-    ]
+    points = [(x, y) for r in rows if (x := number(r.get(key))) is not None and (y := number(r["loss"])) is not None]
     return key, points
 
 
@@ -181,9 +177,7 @@ def alignment(given: Mapping[str, Any]) -> Html | None:
             description=f"{len(rows)} layers; the largest error left is {largest}",
             y_label="normalised error",
         ),
-        data_behind(
-            ["layer", "first", "last"], [[name, significant(a), significant(b)] for name, a, b in rows]
-        ),
+        data_behind(["layer", "first", "last"], [[name, significant(a), significant(b)] for name, a, b in rows]),
     )
     meaning = el(
         "p",
@@ -194,10 +188,7 @@ def alignment(given: Mapping[str, Any]) -> Html | None:
     if all(len(points) < 2 for points in curves.values()):
         return join(meaning, el("div", bars, class_="grid-2"))
     last = max(len(curves) - 1, 1)
-    lines = [
-        Line(points, shade=i / last, name=f"layer {layer}")
-        for i, (layer, points) in enumerate(curves.items())
-    ]
+    lines = [Line(points, shade=i / last, name=f"layer {layer}") for i, (layer, points) in enumerate(curves.items())]
     names = list(curves)
     over_time = el(
         "figure",

@@ -36,9 +36,7 @@ def el(tag: str, /, *children: Child, **attributes: object) -> Html:
     return Html(f"<{tag}{''.join(pairs)}>{join(*children)}</{tag}>")
 
 
-def table(
-    head: list[str], rows: list[list[Child]], *, caption: Child = None, first_is_header: bool = True
-) -> Html:
+def table(head: list[str], rows: list[list[Child]], *, caption: Child = None, first_is_header: bool = True) -> Html:
     """A data table that scrolls sideways in its own box on a narrow screen."""
 
     def cells(row: list[Child]) -> Html:

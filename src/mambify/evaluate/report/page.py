@@ -238,12 +238,8 @@ def _results(report: Mapping[str, Any]) -> Html | None:
 def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     """Nested mappings as rows with dotted keys and plain values, the way overrides are written."""
     if not isinstance(value, Mapping):
-        return [
-            (prefix, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
-        ]
-    return [
-        row for key, item in value.items() for row in _flat(item, f"{prefix}.{key}" if prefix else str(key))
-    ]
+        return [(prefix, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))]
+    return [row for key, item in value.items() for row in _flat(item, f"{prefix}.{key}" if prefix else str(key))]
 
 
 def _settings(report: Mapping[str, Any]) -> Html | None:

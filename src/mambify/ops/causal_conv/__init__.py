@@ -64,9 +64,7 @@ def causal_conv(
     check_shape("causal_conv", "bias_C", bias_C, (channels,))
     check_shape("causal_conv", "initial_state_BCL", initial_state_BCL, (batch, channels, width - 1))
     check_shape("causal_conv", "seq_idx_BT", seq_idx_BT, (batch, tokens))
-    return reference.causal_conv(
-        x_BTC, weight_CK, bias_C, activation == "silu", initial_state_BCL, seq_idx_BT
-    )
+    return reference.causal_conv(x_BTC, weight_CK, bias_C, activation == "silu", initial_state_BCL, seq_idx_BT)
 
 
 def causal_conv_step(

@@ -15,9 +15,7 @@ __all__ = ["gated_rms_norm"]
 _BACKENDS = ("reference",)
 
 
-def gated_rms_norm(
-    y_BTHP: Tensor, z_BTHP: Tensor, weight_HP: Tensor, eps: float, backend: str = "auto"
-) -> Tensor:
+def gated_rms_norm(y_BTHP: Tensor, z_BTHP: Tensor, weight_HP: Tensor, eps: float, backend: str = "auto") -> Tensor:
     """Gates, then normalises each head: ``weight · u / sqrt(mean_P(u²) + eps)`` with ``u = y · SiLU(z)``.
 
     Computed in float32 and rounded to z's dtype before the weight multiplies it, as transformers does in

@@ -64,9 +64,7 @@ def selective_scan(
     check_shape("selective_scan", "B_BTJN", B_BTJN, (batch, tokens, heads, state_size))
     check_shape("selective_scan", "C_BTJN", C_BTJN, (batch, tokens, heads, state_size))
     check_shape("selective_scan", "D_JM", D_JM, (heads, channels))
-    check_shape(
-        "selective_scan", "initial_state_BJMN", initial_state_BJMN, (batch, heads, channels, state_size)
-    )
+    check_shape("selective_scan", "initial_state_BJMN", initial_state_BJMN, (batch, heads, channels, state_size))
     check_shape("selective_scan", "seq_idx_BT", seq_idx_BT, (batch, tokens))
     return reference.selective_scan(
         x_BTJM, dt_BTJM, A_JMN, B_BTJN, C_BTJN, D_JM, initial_state_BJMN, seq_idx_BT, min(chunk_size, tokens)

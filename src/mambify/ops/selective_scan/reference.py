@@ -117,9 +117,7 @@ class _Scan(torch.autograd.Function):
                 kept_QB = None if kept_TB is None else kept_TB[chunk]
                 dt_QBJM = dt_TBJM[chunk]
                 enters.append(enter_BJMN)
-                _, state_QBJMN = _states(
-                    dt_QBJM, dt_QBJM * x_TBJM[chunk], A_JMN, B_TBJN[chunk], enter_BJMN, kept_QB
-                )
+                _, state_QBJMN = _states(dt_QBJM, dt_QBJM * x_TBJM[chunk], A_JMN, B_TBJN[chunk], enter_BJMN, kept_QB)
                 y_TBJM[chunk] = torch.matmul(state_QBJMN, C_TBJN[chunk].unsqueeze(-1)).squeeze(-1)
                 enter_BJMN = state_QBJMN[-1].clone()
         ctx.save_for_backward(x_TBJM, dt_TBJM, A_JMN, B_TBJN, C_TBJN, kept_TB, *enters)
@@ -146,9 +144,7 @@ class _Scan(torch.autograd.Function):
                     dy_TBJM[chunk],
                 )
                 written_QBJM = dt_QBJM * x_QBJM
-                decay_QBJMN, state_QBJMN = _states(
-                    dt_QBJM, written_QBJM, A_JMN, B_QBJN, enters[number], kept_QB
-                )
+                decay_QBJMN, state_QBJMN = _states(dt_QBJM, written_QBJM, A_JMN, B_QBJN, enters[number], kept_QB)
                 dC_TBJN[chunk] = torch.matmul(dy_QBJM.unsqueeze(-2), state_QBJMN).squeeze(-2)
                 # The gradient of every state: from last to first, each token hands decay · gradient back.
                 dstate_QBJMN = dy_QBJM.unsqueeze(-1) * C_TBJN[chunk].unsqueeze(-2)
