@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from mambify.families.load import LoadedModel
 
 
-@pytest.mark.slow
 def test_smollm2_writes_both_sides_of_a_conversation_and_plain_text(smollm2: LoadedModel, tmp_path: Path) -> None:
     model, tokenizer = smollm2.model, smollm2.tokenizer
     assert tokenizer is not None

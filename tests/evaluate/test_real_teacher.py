@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from mambify.families.load import LoadedModel
 
 
-@pytest.mark.slow
 def test_smollm2_on_wikitext(smollm2: LoadedModel, shared_data: Path) -> None:
     text = shared_data / "lm_text" / "wikitext2_test.txt"
     result = compare(

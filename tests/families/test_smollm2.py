@@ -27,7 +27,6 @@ def theirs(smollm2: LoadedModel) -> PreTrainedModel:
     ).eval()
 
 
-@pytest.mark.slow  # transformers takes half a minute to read the file
 @torch.no_grad()
 def test_logits_equal_transformers(smollm2: LoadedModel, theirs: PreTrainedModel) -> None:
     tokenizer = smollm2.tokenizer
