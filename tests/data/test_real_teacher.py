@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pytest
 import torch
 
 from mambify.data import check_disjoint, pack, read_documents, synthesize

@@ -17,9 +17,9 @@ from mambify.workflows.distill import distill
 if TYPE_CHECKING:
     from mambify.families.load import LoadedModel
 
-TEXT = """The Nile is the longest river of Africa. It rises in the highlands and flows north through Sudan and Egypt to the
-Mediterranean Sea. Every summer its flood left dark mud on the fields, and the farmers sowed as soon as the water fell.
-Cities grew along its banks because boats could sail south with the wind and drift north with the stream. """
+TEXT = """The Nile is the longest river of Africa. It rises in the highlands and flows north through Sudan and Egypt
+to the Mediterranean Sea. Every summer its flood left dark mud on the fields, and the farmers sowed as soon as the water
+fell. Cities grew along its banks because boats could sail south with the wind and drift north with the stream. """
 
 
 def test_calibration_brings_a_fresh_student_near_the_teacher(smollm2: LoadedModel) -> None:

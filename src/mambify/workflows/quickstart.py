@@ -292,7 +292,7 @@ def _report(
     new = sum(p.numel() for mixer in mixers for p in mixer.parameters())
     total = sum(p.numel() for p in student.parameters())
     return {
-        "title": f"{settings.teacher}: {1 - settings.attention:.0%} of the layers as Mamba2",
+        "title": f"{settings.teacher}: {student.num_converted} of {len(student.model.layers)} layers as Mamba2",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": device_name(device),
         "versions": {

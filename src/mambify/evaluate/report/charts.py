@@ -63,10 +63,8 @@ def _logarithmic(low: float, high: float) -> Axis:
     return Axis(below, above, tuple(t for t in every if below <= t <= above), log=True)
 
 
-def _value_axis(values: Sequence[float], *, from_zero: bool = False) -> Axis:
+def _value_axis(values: Sequence[float]) -> Axis:
     low, high = min(values), max(values)
-    if from_zero:
-        return _linear(0.0, high)
     return _logarithmic(low, high) if low > 0 and high / low > 6 else _linear(low, high)
 
 
@@ -136,8 +134,13 @@ def line_chart(
 
 
 def before_after_bars(rows: Sequence[tuple[str, float, float]], *, title: str, description: str, y_label: str) -> Html:
-    """For each label a pale bar (before) with a solid, narrower one in front of it (after)."""
-    axis = _value_axis([max(before, after) for _, before, after in rows], from_zero=True)
+    """For each label a pale bar (before) with a solid, narrower one in front of it (after).
+
+    The axis begins at zero, or is logarithmic where the bars after would not be seen beside those before.
+    """
+    values = [value for _, *pair in rows for value in pair]
+    wide = min(values) > 0 and max(values) > 30 * min(values)
+    axis = _logarithmic(min(values) / 2, max(values)) if wide else _linear(0.0, max(values))
     slot = 1 / len(rows)
     every = 1 if len(rows) <= 16 else 2  # labels that would touch are left out
     parts: list[Html] = []
@@ -161,7 +164,7 @@ def before_after_bars(rows: Sequence[tuple[str, float, float]], *, title: str, d
         "bars",
         title,
         description,
-        el("text", y_label, x="0", y="-14", class_="axis-label"),
+        el("text", f"{y_label} (log scale)" if wide else y_label, x="0", y="-14", class_="axis-label"),
         _grid(axis),
         parts,
         el("line", x1="0", x2="100%", y1="100%", y2="100%", class_="base"),
