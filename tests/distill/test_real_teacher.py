@@ -68,4 +68,9 @@ def test_align_and_kd_train_the_real_teacher_and_it_still_speaks(smollm2: Loaded
     assert all(torch.equal(kept[name], ours[name]) for name in same)
     question = [{"role": "user", "content": "What is the capital of France?"}]
     answer = "".join(generate_text(student, smollm2.tokenizer, question, max_new_tokens=12, temperature=0.0))
-    assert "Paris" in answer
+    prompt = smollm2.tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    uncached = student.generate(**prompt, max_new_tokens=12, do_sample=False, use_cache=False)
+    expected = smollm2.tokenizer.decode(uncached[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert answer.strip() == expected.strip() != ""
