@@ -3,9 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import LlamaForCausalLM
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from mambify.data.cpu_attention import fast_single_queries, grouped_attention
 from mambify.data.sample import _draw, _invert_distribution, sample_continuations
 
 
@@ -70,35 +68,6 @@ def test_the_first_token_is_drawn_from_the_model(model: LlamaForCausalLM) -> Non
     rows = sample_continuations(model, [prompt] * 20_000, max_new_tokens=1, stop_ids=[])
     seen = torch.bincount(torch.tensor(rows)[:, 0], minlength=len(expected)) / 20_000
     assert (seen - expected).abs().max() < 4 * (0.25 / 20_000) ** 0.5
-
-
-@pytest.mark.parametrize("keys", [1, 9])
-@pytest.mark.parametrize("masked", [False, True])
-def test_attention_of_one_query_equals_torch(keys: int, masked: bool) -> None:
-    torch.manual_seed(0)
-    module = torch.nn.Module()
-    module.num_key_value_groups, module.is_causal = 3, True
-    q, k, v = torch.randn(2, 6, 1, 8), torch.randn(2, 2, keys, 8), torch.randn(2, 2, keys, 8)
-    mask = None
-    if masked:
-        mask = torch.ones(2, 1, 1, keys, dtype=torch.bool)
-        mask[1, :, :, : keys // 2] = False
-    expected, _ = sdpa_attention_forward(module, q, k, v, mask, scaling=0.3)
-    given, _ = grouped_attention(module, q, k, v, mask, scaling=0.3)
-    torch.testing.assert_close(given, expected)
-
-
-def test_sampling_leaves_the_attention_of_the_model_as_it_was(model: LlamaForCausalLM) -> None:
-    inside = []
-    handle = model.register_forward_hook(lambda *_: inside.append(model.config._attn_implementation))
-    sample_continuations(model, [[5, 6]], max_new_tokens=3, stop_ids=[])
-    handle.remove()
-    assert set(inside) == {"mambify_single_query"}
-    assert model.config._attn_implementation == "sdpa"
-    model.set_attn_implementation("eager")
-    with fast_single_queries(model):
-        assert model.config._attn_implementation == "eager"
-    model.set_attn_implementation("sdpa")
 
 
 def test_sampled_text_is_as_surprising_as_the_model_says(model: LlamaForCausalLM) -> None:

@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from mambify.data.cpu_attention import fast_single_queries
-
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import Cache
@@ -66,7 +64,7 @@ def sample_continuations(
     out_BT = torch.full((len(prompts), max_new_tokens), -1, device=device)
     ended_B = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     cache: Cache | None = None  # the model makes the kind it needs
-    with torch.inference_mode(), fast_single_queries(model):
+    with torch.inference_mode():
         for step in range(max_new_tokens):
             output = model(
                 input_ids=tokens_BT,
