@@ -21,7 +21,14 @@ from mambify.distill import trainer as trainer_module
 from mambify.distill.logs import read_metrics
 from mambify.distill.recipe import Recipe, dump_recipe
 from mambify.distill.run import summaries
-from mambify.errors import InvalidOptionError, OutputExistsError, OutputWriteError, RecipeError, TrainingDivergedError
+from mambify.errors import (
+    InvalidOptionError,
+    OutputExistsError,
+    OutputWriteError,
+    RecipeError,
+    TrainingDivergedError,
+    UnsupportedError,
+)
 from mambify.workflows.distill import distill
 
 MakeRecipe = Callable[..., Recipe]
@@ -260,6 +267,14 @@ def test_a_full_disk_stops_with_earlier_checkpoints_intact(
 def test_an_unknown_trainer_key_names_the_nearest(make_recipe: MakeRecipe) -> None:
     with pytest.raises(RecipeError, match="did you mean 'max_grad_norm'"):
         distill(make_recipe(stages=[_align(1, trainer={"max_grad_nrm": 1})]), device="cpu")
+
+
+def test_one_of_several_processes_is_refused(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    recipe = make_recipe()
+    with pytest.raises(UnsupportedError, match="several processes"):
+        distill(recipe, device="cpu")
+    assert not Path(recipe.output).exists()
 
 
 def test_converting_nothing_is_refused_before_anything_is_written(make_recipe: MakeRecipe) -> None:

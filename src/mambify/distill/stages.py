@@ -17,7 +17,7 @@ from mambify.distill.align import MixerAligner
 from mambify.distill.kd import KnowledgeDistiller, collate
 from mambify.distill.recipe import Align, Kd, Recipe, Stage
 from mambify.distill.trainer import StageTrainer, last_complete_checkpoint
-from mambify.errors import InvalidOptionError, RecipeError, did_you_mean
+from mambify.errors import InvalidOptionError, RecipeError, UnsupportedError, did_you_mean
 from mambify.model import HybridForCausalLM
 
 _MLP = "mlp"
@@ -84,11 +84,10 @@ def training_arguments(
     Raises:
         RecipeError: ``trainer`` holds a key that TrainingArguments has not; or a batch smaller than one sequence.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    sequences = max(stage.batch_tokens // context_length // world, 1)
+    sequences = max(stage.batch_tokens // context_length, 1)
     micro = min(stage.micro_batch or sequences, sequences)
     accumulation = -(-sequences // micro)
-    steps = max(stage.tokens // (micro * accumulation * context_length * world), 1)
+    steps = max(stage.tokens // (micro * accumulation * context_length), 1)
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     for key in stage.trainer:
         if key not in known:
@@ -123,7 +122,10 @@ def training_arguments(
     }
     if stage.schedule == "cosine_with_min_lr":
         settings["lr_scheduler_kwargs"] = {"min_lr_rate": stage.min_learning_rate}
-    return TrainingArguments(**settings | stage.trainer)
+    arguments = TrainingArguments(**settings | stage.trainer)
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # else the Trainer would spread each step over all GPUs by nn.DataParallel
+    return arguments
 
 
 def check_training_arguments(recipe: Recipe, *, device: str) -> None:
@@ -131,7 +133,10 @@ def check_training_arguments(recipe: Recipe, *, device: str) -> None:
 
     Raises:
         RecipeError: see :func:`training_arguments`; or a value that TrainingArguments does not take.
+        UnsupportedError: started as one of several processes.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UnsupportedError("distilling in several processes is not supported yet: start it as one")
     for stage in recipe.stages:
         try:
             training_arguments(
