@@ -1,6 +1,6 @@
 """Imports only go down: no module of mambify imports one above it, no circle, no import hidden in a function.
 
-    errors ← {io, norm, tokenization} ← config ← ops ← cache ← mixers ← model ← families ← conversion
+    errors ← {io, norm, tokenization} ← config ← ops ← cache ← mixers ← model ← engine ← families ← conversion
            ← {data, distill, decode, evaluate, export} ← {bench, serve, workflows} ← cli
 
 Parts in braces do not import each other: stages share directories of checkpoints. Commands import inside
@@ -27,6 +27,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("cache",),
     ("mixers",),
     ("model",),
+    ("engine",),
     ("families",),
     ("conversion",),
     ("data", "distill", "decode", "evaluate", "export"),

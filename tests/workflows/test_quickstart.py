@@ -52,6 +52,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
         settings_for("cpu", str(path)),
         tokens=4000,
         sampling_batch=16,
+        documents_per_shard=16,
         max_new_tokens=24,
         align_tokens=1024,
         kd_tokens=1024,

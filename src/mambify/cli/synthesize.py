@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,11 +24,17 @@ def synthesize(
     ] = "auto",
     seed: options.Seed = 0,
     temperature: Annotated[float, typer.Option(help="1 is the teacher's own distribution.")] = 1.0,
+    top_k: options.TopK = 0,
     top_p: options.TopP = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of an answer or a plain text.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="Texts sampled at a time.")] = 64,
+    max_user_tokens: Annotated[int, typer.Option(help="Length limit of a user's turn.")] = 128,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Texts sampled at a time; 64 by default, 1024 on a GPU.")
+    ] = None,
     device: options.Device = None,
-    dtype: options.Dtype = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="auto (bfloat16 where the device is fast in it), float32, bfloat16 or float16.")
+    ] = "auto",
     overwrite: options.Overwrite = False,
     json: options.Json = False,
 ) -> None:
@@ -42,16 +48,32 @@ def synthesize(
     from mambify.data.sampler import Settings
     from mambify.data.synthesize import synthesize as sample
     from mambify.distill.recipe import parse_count
+    from mambify.distill.stages import use_bfloat16
     from mambify.families.load import as_dtype, load, require_tokenizer
 
     num_tokens = parse_count(tokens)
     if not isinstance(num_tokens, int):
         raise InvalidOptionError(f"'{tokens}' is no number of tokens: write it like 500k, 20M or 1B")
     as_dtype(dtype)
-    Settings(
-        num_tokens, kind, seed, temperature, top_p, max_new_tokens=max_new_tokens, batch_size=batch_size
-    )  # raises on a setting out of range before the teacher is loaded
     place = options.pick_device(device)
+    on_gpu = place.startswith("cuda")
+    if batch_size is None:
+        batch_size = 1024 if on_gpu else 64
+    settings: dict[str, Any] = {
+        "kind": kind,
+        "seed": seed,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "max_new_tokens": max_new_tokens,
+        "max_user_tokens": max_user_tokens,
+        "batch_size": batch_size,
+        # The last texts of a shard leave slots empty, so shards are many times what is sampled at once.
+        "documents_per_shard": 16 * batch_size if on_gpu else 512,
+    }
+    Settings(num_tokens, **settings)  # raises on a setting out of range before the teacher is loaded
+    if dtype == "auto" and use_bfloat16("auto", place):
+        dtype = "bfloat16"
     announcer(quiet=json)(f"loading {teacher}")
     loaded = load(teacher, dtype=dtype, device=place)
     with progress_bar(quiet=json) as progress:
@@ -61,12 +83,7 @@ def synthesize(
             require_tokenizer(loaded),
             out,
             num_tokens=num_tokens,
-            kind=kind,
-            seed=seed,
-            temperature=temperature,
-            top_p=top_p,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
+            **settings,
             teacher=teacher,
             overwrite=overwrite,
             progress=lambda done, total: progress.update(task, completed=done, total=total),

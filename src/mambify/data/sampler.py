@@ -1,10 +1,11 @@
-"""Drawing documents from a teacher, a batch at a time: conversations through its template, or plain text."""
+"""Drawing documents from a teacher: conversations through its template, or plain text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,9 @@ import torch
 from mambify.data.chat import ChatFormat, Message, chat_format, decode, document_end, document_start
 from mambify.data.documents import DEFAULT_HELDOUT, Document, Kind, document_id
 from mambify.data.sample import sample_continuations
+from mambify.engine import DecodeEngine, Drawing, Turn
 from mambify.errors import InvalidOptionError, UnsupportedError, did_you_mean
+from mambify.model import HybridForCausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,7 +66,7 @@ class Settings:
 
 
 class Sampler:
-    """Draws batches of documents of one kind."""
+    """Draws documents of one kind: on a GPU through the decode engine's slots, elsewhere a batch at a time."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
@@ -82,19 +85,55 @@ class Sampler:
                 f"documents of up to {self.longest} tokens do not fit the teacher's {limit} positions: "
                 "lower max_new_tokens, max_user_tokens or turns"
             )
+        self.in_slots = self.device.type == "cuda" and isinstance(model, HybridForCausalLM)
+
+    @cached_property
+    def engine(self) -> DecodeEngine:
+        """Slots for ``batch_size`` documents of any length these settings allow."""
+        assert isinstance(self.model, HybridForCausalLM)
+        form, s = self.format, self.settings
+        given = [] if form is None else [form.before_user, form.before_answer, form.before_next_user]
+        with _evaluating(self.model):
+            return DecodeEngine(
+                self.model,
+                num_slots=s.batch_size,
+                max_length=self.longest + 1,
+                max_given=max(map(len, given), default=1),
+                drawing=Drawing(s.temperature, s.top_k, s.top_p),
+                stop_ids=sorted(self.stops),
+            )
+
+    @property
+    def at_once(self) -> int | None:
+        """The most rows that :meth:`sample` should be asked for; slots are refilled as documents end, so any number."""
+        return None if self.in_slots else self.settings.batch_size
 
     def facts(self) -> dict[str, Any]:
-        """What the tokenizer's conventions contribute to the bytes."""
+        """What the tokenizer's conventions, and the way of sampling, contribute to the bytes."""
         return {
             "stops": sorted(self.stops),
             "document_start": self.start,
             "chat_format": None if self.format is None else _plain(self.format),
+            "sampled_in": "slots" if self.in_slots else "batches",
         }
 
-    def sample(self, kind: Kind, rows: int) -> list[Document]:
-        """Up to ``rows`` documents (empty ones are dropped), in a fixed order."""
+    def sample(self, kind: Kind, rows: int, progress: Callable[[int], None] | None = None) -> list[Document]:
+        """Up to ``rows`` documents (empty ones are dropped), in a fixed order; ``progress`` hears of their tokens."""
+        writers: list[_Writer] = [self._writer(kind, progress) for _ in range(rows)]
         with _evaluating(self.model):
-            return self._chat(rows) if kind == "chat" else self._text(rows)
+            if self.in_slots:
+                seeds = torch.randint(2**62, (rows,)).tolist()
+                for writer, seed in zip(writers, seeds, strict=True):
+                    writer.seed = seed
+                self.engine.run(writers)
+            else:
+                self._run_in_batches(writers)
+        return [writer.document for writer in writers if writer.document is not None]
+
+    def _writer(self, kind: Kind, progress: Callable[[int], None] | None) -> _Writer:
+        if kind == "chat":
+            return _Conversation(self, progress)
+        return _Text(self, progress)
 
     def _longest(self) -> int:
         answer = self.settings.max_new_tokens
@@ -106,91 +145,124 @@ class Sampler:
         chat = len(self.format.before_user) + turn + later * (len(self.format.before_next_user) + turn)
         return max(text, chat)
 
-    def _continue(self, prompts: Sequence[Sequence[int]], limit: int) -> list[list[int]]:
-        if not prompts:
-            return []
+    def _run_in_batches(self, writers: Sequence[_Writer]) -> None:
+        """Turn by turn: all have the same kind of turn at the same time."""
         s = self.settings
-        return sample_continuations(
-            self.model,
-            prompts,
-            max_new_tokens=limit,
-            stop_ids=self.stops,
-            temperature=s.temperature,
-            top_p=s.top_p,
-            top_k=s.top_k,
-        )
+        writing = [(writer, writer.begin()) for writer in writers]
+        while writing:
+            said = sample_continuations(
+                self.model,
+                [writer.ids for writer, _ in writing],
+                max_new_tokens=writing[0][1].limit,
+                stop_ids=self.stops,
+                temperature=s.temperature,
+                top_p=s.top_p,
+                top_k=s.top_k,
+            )
+            heard = [(writer, writer.hear(ids)) for (writer, _), ids in zip(writing, said, strict=True)]
+            writing = [(writer, turn) for writer, turn in heard if turn is not None]
 
-    def _text(self, rows: int) -> list[Document]:
-        assert self.start is not None
-        documents = []
-        for ids in self._continue([[self.start]] * rows, self.settings.max_new_tokens):
-            words = self._words(ids)
-            if words.strip():
-                whole = np.asarray([self.start, *ids])
-                documents.append(Document(document_id(words), "text", words, whole, loss_start=1))
-        return documents
-
-    def _chat(self, rows: int) -> list[Document]:
-        assert self.format is not None
-        drafts = [_Draft(list(self.format.before_user), []) for _ in range(rows)]
-        for turn in range(self.settings.turns):
-            writing = [draft for draft in drafts if draft.open]
-            if turn:
-                for draft in writing:
-                    draft.finished = (len(draft.ids), len(draft.messages))
-                    draft.extend(self.format.before_next_user)
-            self._let_speak(writing, "user", self.settings.max_user_tokens)
-            writing = [draft for draft in writing if draft.open]
-            for draft in writing:
-                draft.extend(self.format.before_answer)
-                draft.loss_start = draft.loss_start or len(draft.ids)
-            self._let_speak(writing, "assistant", self.settings.max_new_tokens)
-        return [self._finish(draft) for draft in drafts if draft.messages]
-
-    def _let_speak(self, drafts: Sequence[_Draft], role: str, limit: int) -> None:
-        """Adds one turn to every draft, in place; one that says nothing takes its exchange with it."""
-        for draft, ids in zip(drafts, self._continue([d.ids for d in drafts], limit), strict=True):
-            words = self._words(ids)
-            draft.open = ids[-1] in self.stops
-            if not words.strip():
-                draft.drop()
-                continue
-            draft.ids += ids
-            draft.messages.append({"role": role, "content": words.strip()})
-
-    def _finish(self, draft: _Draft) -> Document:
-        text = decode(self.tokenizer, draft.ids, specials=True)
-        loss_start = draft.loss_start or len(draft.ids)
-        return Document(document_id(text), "chat", text, np.asarray(draft.ids), loss_start, tuple(draft.messages))
-
-    def _words(self, ids: Sequence[int]) -> str:
+    def words(self, ids: Sequence[int]) -> str:
+        """The text of a turn, without the token that ended it."""
         said = ids[:-1] if ids and ids[-1] in self.stops else ids
         return decode(self.tokenizer, said, specials=False)
 
 
-@dataclass
-class _Draft:
-    """A conversation being written.
+class _Writer:
+    """A document being written, as a speaker of the engine: ``ids`` is all of it so far."""
+
+    def __init__(self, sampler: Sampler, progress: Callable[[int], None] | None) -> None:
+        self.sampler, self.progress = sampler, progress
+        self.seed = 0
+        self.ids: list[int] = []
+        self.document: Document | None = None
+
+    def begin(self) -> Turn:
+        """The prompt, and how much may be said."""
+        raise NotImplementedError
+
+    def hear(self, ids: list[int]) -> Turn | None:
+        """Takes in what was said; what follows, or ``None`` at the end."""
+        raise NotImplementedError
+
+    def _finish(self, document: Document) -> None:
+        self.document = document
+        if self.progress is not None:
+            self.progress(len(document))
+
+
+class _Text(_Writer):
+    """Plain text after the token that documents begin with."""
+
+    def begin(self) -> Turn:
+        assert self.sampler.start is not None
+        self.ids = [self.sampler.start]
+        return Turn(self.ids, self.sampler.settings.max_new_tokens)
+
+    def hear(self, ids: list[int]) -> Turn | None:
+        words = self.sampler.words(ids)
+        if words.strip():
+            whole = np.asarray([*self.ids, *ids])
+            self._finish(Document(document_id(words), "text", words, whole, loss_start=1))
+        return None
+
+
+class _Conversation(_Writer):
+    """Questions and answers in turns.
 
     ``loss_start`` is 0 until the first answer begins; ``finished`` counts the tokens and the turns of the
     exchanges that are over.
     """
 
-    ids: list[int]
-    messages: list[Message]
-    open: bool = True
-    loss_start: int = 0
-    finished: tuple[int, int] = (0, 0)
+    def __init__(self, sampler: Sampler, progress: Callable[[int], None] | None) -> None:
+        super().__init__(sampler, progress)
+        assert sampler.format is not None
+        self.format = sampler.format
+        self.messages: list[Message] = []
+        self.loss_start = 0
+        self.finished = (0, 0)
 
-    def extend(self, after_words: Sequence[int]) -> None:
-        """Appends what the template writes after a turn, in place of the turn's end that was sampled."""
-        self.ids = self.ids[:-1] + list(after_words)
+    def begin(self) -> Turn:
+        self.ids = list(self.format.before_user)
+        return Turn(self.format.before_user, self.sampler.settings.max_user_tokens)
 
-    def drop(self) -> None:
+    def hear(self, ids: list[int]) -> Turn | None:
+        asked = len(self.messages) % 2 == 0  # a question was
+        words = self.sampler.words(ids)
+        if not words.strip():
+            self._drop()
+            return None
+        self.ids += ids
+        self.messages.append({"role": "user" if asked else "assistant", "content": words.strip()})
+        if ids[-1] not in self.sampler.stops:
+            self._write()
+            return None
+        if asked:
+            turn = self._go_on(self.format.before_answer, self.sampler.settings.max_new_tokens)
+            self.loss_start = self.loss_start or len(self.ids)
+            return turn
+        self.finished = (len(self.ids), len(self.messages))
+        if len(self.messages) == 2 * self.sampler.settings.turns:
+            self._write()
+            return None
+        return self._go_on(self.format.before_next_user, self.sampler.settings.max_user_tokens)
+
+    def _go_on(self, given: Sequence[int], limit: int) -> Turn:
+        """What the template writes after a turn takes the place of the turn's end that was sampled."""
+        self.ids = self.ids[:-1] + list(given)
+        return Turn(given, limit)
+
+    def _drop(self) -> None:
         """Ends the conversation before the exchange in which a question or an answer is empty."""
-        self.open = False
         num_ids, num_messages = self.finished
         del self.ids[num_ids:], self.messages[num_messages:]
+        if self.messages:
+            self._write()
+
+    def _write(self) -> None:
+        text = decode(self.sampler.tokenizer, self.ids, specials=True)
+        loss_start = self.loss_start or len(self.ids)
+        self._finish(Document(document_id(text), "chat", text, np.asarray(self.ids), loss_start, tuple(self.messages)))
 
 
 def _plain(form: ChatFormat) -> dict[str, Any]:

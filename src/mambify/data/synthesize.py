@@ -209,7 +209,8 @@ def _sample_shard(
                 break
             kind = min(settings.kinds, key=lambda kind: tokens[kind])
             if not waiting[kind]:
-                drawn = sampler.sample(kind, _rows_to_draw(sampler, documents, settings.num_tokens - total))
+                rows = _rows_to_draw(sampler, documents, settings.num_tokens - total)
+                drawn = sampler.sample(kind, rows, _counting(total, settings.num_tokens, progress))
                 waiting[kind] = drawn[::-1]
                 empty = 0 if any(document.id not in seen for document in drawn) else empty + 1
                 if empty == _MAX_EMPTY_BATCHES:
@@ -217,8 +218,6 @@ def _sample_shard(
                         f"the teacher repeats itself: the last {empty} batches held no new text; "
                         f"{total} of {settings.num_tokens} tokens were sampled"
                     )
-                if progress is not None:
-                    progress(min(total, settings.num_tokens), settings.num_tokens)
                 continue
             document = waiting[kind].pop()
             if document.id in seen:
@@ -231,14 +230,28 @@ def _sample_shard(
     return documents
 
 
+def _counting(before: int, wanted: int, progress: Progress | None) -> Callable[[int], None] | None:
+    """Adds the tokens of each finished document to those there are, for ``progress``."""
+    if progress is None:
+        return None
+    so_far = before
+
+    def count(tokens: int) -> None:
+        nonlocal so_far
+        so_far += tokens
+        progress(min(so_far, wanted), wanted)
+
+    return count
+
+
 def _rows_to_draw(sampler: Sampler, documents: Sequence[Document], tokens_left: int) -> int:
-    """A full batch, or fewer rows near an end, where the rest of a batch would be thrown away."""
+    """What the shard still needs, in slots; else a full batch, or fewer rows where the rest would be thrown away."""
     settings = sampler.settings
     # Until there is a document to go by, one is taken to be half as long as it may be.
     mean = sum(map(len, documents)) / len(documents) if documents else sampler.longest / 2
     left = min(settings.documents_per_shard - len(documents), int(tokens_left / mean) + 1)
     per_kind = -(-left // len(settings.kinds))
-    return max(1, min(settings.batch_size, per_kind))
+    return max(1, per_kind if sampler.at_once is None else min(sampler.at_once, per_kind))
 
 
 def _weights_fingerprint(model: PreTrainedModel) -> str:

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 
 from mambify.mixers.base import AttentionWeights, Mixer, MixerContext
 from mambify.norm import RMSNorm
+from mambify.ops.decode_attention import decode_attention
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -32,6 +33,25 @@ class KVState(NamedTuple):
         """Adds the new keys and values; returns all that the new queries may look at."""
         keys, values = self.cache.update(k_BGTP, v_BGTP, self.layer_idx)
         return keys, values
+
+
+class SlotKV(NamedTuple):
+    """Keys and values in fixed buffers, a slot a sequence, each filled up to its own length.
+
+    Attributes:
+        keys_SGLP, values_SGLP: the buffers; S slots, L their length.
+        lengths_S: tokens each slot holds already; the next goes to this place.
+    """
+
+    keys_SGLP: Tensor
+    values_SGLP: Tensor
+    lengths_S: Tensor
+
+    def append(self, k_SGP: Tensor, v_SGP: Tensor) -> None:
+        """Writes one token into every slot, at its own place."""
+        slot_S = torch.arange(len(k_SGP), device=k_SGP.device)
+        self.keys_SGLP[slot_S, :, self.lengths_S] = k_SGP
+        self.values_SGLP[slot_S, :, self.lengths_S] = v_SGP
 
 
 class SoftmaxAttention(nn.Module):
@@ -119,15 +139,29 @@ class AttentionMixer(Mixer):
         self.attend = SoftmaxAttention(config, layer_idx)
 
     def forward(
-        self, x_BTD: Tensor, context: MixerContext, state: KVState | None = None
-    ) -> tuple[Tensor, KVState | None]:
-        """Attends from every token to those before it. Returns ``[B, T, D]`` and the (grown) state."""
+        self, x_BTD: Tensor, context: MixerContext, state: KVState | SlotKV | None = None
+    ) -> tuple[Tensor, KVState | SlotKV | None]:
+        """Attends from every token to those before it. Returns ``[B, T, D]`` and the (grown) state.
+
+        With slots there is one token a row, and the caller counts the lengths on.
+        """
         B, T, _ = x_BTD.shape
         q_BHTP = self.q_norm(self.q_proj(x_BTD).view(B, T, -1, self.head_dim)).transpose(1, 2)
         k_BGTP = self.k_norm(self.k_proj(x_BTD).view(B, T, -1, self.head_dim)).transpose(1, 2)
         v_BGTP = self.v_proj(x_BTD).view(B, T, -1, self.head_dim).transpose(1, 2)
         assert context.position_embeddings is not None, "attention needs RoPE's cos and sin"
         q_BHTP, k_BGTP = apply_rotary_pos_emb(q_BHTP, k_BGTP, *context.position_embeddings)
+        if isinstance(state, SlotKV):
+            state.append(k_BGTP[:, :, 0], v_BGTP[:, :, 0])
+            y_SHP = decode_attention(
+                q_BHTP[:, :, 0],
+                state.keys_SGLP,
+                state.values_SGLP,
+                state.lengths_S + 1,
+                scaling=self.attend.scaling,
+                window=self.attend.sliding_window,
+            )
+            return self.o_proj(y_SHP.reshape(B, T, -1)), state
         if state is not None:
             k_BGTP, v_BGTP = state.append(k_BGTP, v_BGTP)
         y_BTHP, _ = self.attend(q_BHTP, k_BGTP, v_BGTP, context.attention_mask, context.attention_kwargs)

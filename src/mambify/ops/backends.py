@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from mambify.errors import InvalidOptionError, did_you_mean
+
+#: Whether kernels may be imported at all; PyTorch's CUDA builds bring Triton, its CPU builds do not.
+HAS_TRITON = find_spec("triton") is not None
+
+
+def backends_on(device: torch.device, *, supported: bool = True) -> tuple[str, ...]:
+    """The implementations that can run on ``device``, the one that ``"auto"`` takes first.
+
+    Args:
+        supported: whether the operation's Triton kernels take these shapes and dtypes.
+    """
+    if not (HAS_TRITON and supported):
+        return ("reference",)
+    if device.type == "cuda":
+        return ("triton", "reference")
+    # Triton's interpreter: for tests of the kernels on a CPU, orders of magnitude slower than the reference.
+    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return ("reference", "triton") if interpreted else ("reference",)
 
 
 def pick_backend(operation: str, backend: str, available: Sequence[str]) -> str:

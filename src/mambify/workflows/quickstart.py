@@ -51,7 +51,7 @@ class Settings:
 
     Attributes:
         attention: share of layers that keep attention.
-        tokens: to sample from the teacher, in batches of ``sampling_batch`` conversations.
+        tokens: to sample from the teacher, ``sampling_batch`` conversations at a time.
         heldout: share of the conversations that is kept for evaluation.
         align_tokens, kd_tokens: to train on in each stage, in steps of ``batch_tokens``.
         context_length: of training and evaluation.
@@ -64,6 +64,7 @@ class Settings:
     temperature: float
     top_k: int
     sampling_batch: int
+    documents_per_shard: int
     max_user_tokens: int
     max_new_tokens: int
     heldout: float
@@ -88,6 +89,7 @@ def settings_for(device: str, teacher: str = "smollm2") -> Settings:
             temperature=0.8,
             top_k=50,
             sampling_batch=128,
+            documents_per_shard=128,
             max_user_tokens=48,
             max_new_tokens=128,
             heldout=0.15,
@@ -106,7 +108,8 @@ def settings_for(device: str, teacher: str = "smollm2") -> Settings:
         tokens=600_000,
         temperature=0.8,
         top_k=50,
-        sampling_batch=512,
+        sampling_batch=1024,
+        documents_per_shard=16_384,
         max_user_tokens=64,
         max_new_tokens=256,
         heldout=0.06,
@@ -218,7 +221,7 @@ def _synthesize(
         max_new_tokens=settings.max_new_tokens,
         max_user_tokens=settings.max_user_tokens,
         batch_size=settings.sampling_batch,
-        documents_per_shard=settings.sampling_batch,
+        documents_per_shard=settings.documents_per_shard,
         heldout=settings.heldout,
         teacher=settings.teacher,
         progress=lambda done, total: tell("sample", min(done, total), total),

@@ -1,0 +1,8 @@
+"""Decoding many sequences at once in fixed buffers."""
+
+from __future__ import annotations
+
+from mambify.engine.engine import DecodeEngine, Turn
+from mambify.engine.slots import Drawing
+
+__all__ = ["DecodeEngine", "Drawing", "Turn"]

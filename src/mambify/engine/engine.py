@@ -1,0 +1,291 @@
+"""Decoding many sequences at once: the host's side, which hands out slots and listens.
+
+A sequence is a series of turns: tokens that are given, then tokens that are drawn until one of them is a stop or the
+turn's budget is spent. When a turn ends its owner says what follows, or that the sequence is over; then the slot goes
+to the next sequence. The device never waits for that: while it works on one window of steps, the host looks at what
+the one before gave.
+
+On a GPU the step is recorded as a CUDA graph, once for every size the batch shrinks to as the last sequences end.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mambify.engine.slots import Drawing, Slots
+from mambify.errors import InvalidOptionError
+from mambify.mixers import MIXERS
+from mambify.model import HybridForCausalLM
+
+_WINDOW = 4  # steps between two looks of the host
+_SMALLEST = 32  # slots below which a batch does not shrink
+_WARM_UP = 2
+
+
+class Turn(NamedTuple):
+    """What is given, and how many tokens may then be drawn."""
+
+    given: Sequence[int]
+    limit: int
+
+
+class Speaker(Protocol):
+    """One sequence to decode.
+
+    Attributes:
+        seed: decides its random numbers, together with their positions.
+    """
+
+    seed: int
+
+    def begin(self) -> Turn:
+        """The prompt, not empty, and the first turn's budget."""
+        ...
+
+    def hear(self, ids: list[int]) -> Turn | None:
+        """Told what was drawn; says how it goes on.
+
+        The last of ``ids`` has not been read by the model. The given tokens of the next turn, not empty, take its
+        place. ``None`` ends the sequence.
+        """
+        ...
+
+
+@dataclass
+class _Seat:
+    """What the host knows of a slot: who sits there, where its drawn tokens begin, from which look on it counts."""
+
+    speaker: Speaker | None = None
+    start: int = 0
+    since: int = 0
+
+
+class _Look(NamedTuple):
+    """A copy on the host of where the slots stood; ready once ``event`` has passed."""
+
+    event: torch.cuda.Event | None
+    ended: torch.Tensor
+    length: torch.Tensor
+    history: torch.Tensor
+
+
+class DecodeEngine:
+    """Continues any number of sequences, ``num_slots`` at a time.
+
+    Args:
+        model: in its own dtype, on its own device, in evaluation mode.
+        num_slots: sequences worked on at once.
+        max_length: the most tokens a sequence may have, prompt included.
+        max_given: the most tokens that may be given at once beyond the common beginning of all prompts.
+        stop_ids: tokens that end a turn.
+
+    Raises:
+        InvalidOptionError: the buffers do not fit the device's free memory.
+    """
+
+    def __init__(
+        self,
+        model: HybridForCausalLM,
+        *,
+        num_slots: int,
+        max_length: int,
+        drawing: Drawing,
+        stop_ids: Sequence[int],
+        max_given: int = 64,
+    ) -> None:
+        self._model = model
+        self._check_memory(num_slots, max_length)
+        with torch.inference_mode():
+            self._slots = Slots(
+                model, num_slots=num_slots, length=max_length, num_forced=max_given, drawing=drawing, stop_ids=stop_ids
+            )
+        self._sizes = [num_slots]
+        while self._sizes[-1] // 2 >= _SMALLEST:
+            self._sizes.append(self._sizes[-1] // 2)
+        self._steps = {size: self._recorded(size) for size in self._sizes}
+
+    def _check_memory(self, num_slots: int, max_length: int) -> None:
+        """Before anything is allocated: what the slots carry must leave a tenth of the free memory for the step."""
+        device, config = self._model.device, self._model.config
+        if device.type != "cuda":
+            return
+        mixers = [MIXERS[name] for name in config.layer_mixers or ()]
+        one = sum(mixer.state_bytes(config, max_length, self._model.dtype.itemsize) for mixer in mixers)
+        free = torch.cuda.mem_get_info(device)[0]
+        if num_slots * one > 0.9 * free:
+            raise InvalidOptionError(
+                f"{num_slots} sequences of {max_length} tokens carry {num_slots * one / 1e9:.1f} GB and "
+                f"{free / 1e9:.1f} GB are free: lower batch_size to {max(1, int(0.9 * free / one))} or less"
+            )
+
+    def _recorded(self, size: int) -> Callable[[], None]:
+        """The step over ``size`` slots; on a GPU as a graph. No slot is active yet, so the trial runs change none."""
+        if self._model.device.type != "cuda":
+            return lambda: self._slots.step(size)
+        with torch.inference_mode():
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UP):
+                    self._slots.step(size)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._slots.step(size)
+        return graph.replay
+
+    @torch.inference_mode()
+    def run(self, speakers: Sequence[Speaker]) -> None:
+        """Decodes all of them to their ends; what each one says it hears itself.
+
+        Raises:
+            InvalidOptionError: a turn does not fit the slots.
+        """
+        run = _Run(self._slots, self._sizes, speakers)
+        while run.busy:
+            for _ in range(_WINDOW):
+                self._steps[run.size]()
+            run.look()
+
+
+class _Run:
+    """One call of :meth:`DecodeEngine.run`: who sits where, who waits, and the looks at the device."""
+
+    def __init__(self, slots: Slots, sizes: Sequence[int], speakers: Sequence[Speaker]) -> None:
+        self._slots, self._sizes = slots, sizes
+        self._device = slots.control.token_S.device
+        self._waiting = deque((speaker, speaker.begin()) for speaker in speakers)
+        self._prefix = _common_beginning([turn.given for _, turn in self._waiting])
+        self._carried = slots.write_prefix(self._prefix)
+        self.size = next(
+            (size for size in reversed(sizes) if size >= len(self._waiting)), sizes[0]
+        )  # the smallest that holds all
+        self._seats = [_Seat() for _ in range(slots.num_slots)]
+        self._number = 0  # of the look that is taken next
+        self._looks: list[_Look] = []
+        for flag in (slots.control.active_S, slots.control.ended_S):
+            flag.zero_()
+        self._seat_waiting(range(self.size), {})
+
+    @property
+    def busy(self) -> bool:
+        return any(seat.speaker is not None for seat in self._seats[: self.size])
+
+    def look(self) -> None:
+        """Takes a look at the window that was just enqueued, and deals with the one before it."""
+        self._looks.append(self._take())
+        self._number += 1
+        if self._device.type == "cuda" and len(self._looks) < 2:
+            return
+        look = self._looks.pop(0)
+        if look.event is not None:
+            look.event.synchronize()
+        self._deal_with(look, self._number - 1 - len(self._looks))
+
+    def _take(self) -> _Look:
+        c = self._slots.control.first(self.size)
+        parts = (c.ended_S, c.length_S, c.history_SL)
+        if self._device.type != "cuda":
+            return _Look(None, *(part.clone() for part in parts))
+        copies = [torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in parts]
+        for copy, part in zip(copies, parts, strict=True):
+            copy.copy_(part, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return _Look(event, *copies)
+
+    def _deal_with(self, look: _Look, number: int) -> None:
+        """Lets the speakers of ended turns say what follows, and gives free slots to those who wait."""
+        length, history = look.length.numpy(), look.history.numpy()
+        going_on: dict[int, tuple[int, Turn]] = {}
+        free = []
+        for slot in look.ended.nonzero()[:, 0].tolist():
+            seat = self._seats[slot]
+            if seat.speaker is None or number < seat.since:
+                continue
+            at = int(length[slot])
+            following = seat.speaker.hear(history[slot, seat.start : at + 1].tolist())
+            if following is None:
+                seat.speaker = None
+                free.append(slot)
+            else:
+                going_on[slot] = at, following
+        self._seat_waiting(free, going_on)
+        if not self._waiting:
+            self._shrink()
+
+    def _seat_waiting(self, free: Sequence[int], going_on: dict[int, tuple[int, Turn]]) -> None:
+        """Sets slots on the device: those that go on, and the free ones as far as there are sequences waiting."""
+        begun: list[int] = []
+        turns: list[tuple[int, int, Turn]] = [(slot, at, turn) for slot, (at, turn) in going_on.items()]
+        for slot in free:
+            if not self._waiting:
+                break
+            speaker, turn = self._waiting.popleft()
+            self._seats[slot].speaker = speaker
+            begun.append(slot)
+            turns.append((slot, len(self._prefix), Turn(turn.given[len(self._prefix) :], turn.limit)))
+        if not turns:
+            return
+        width = self._slots.control.forced_SF.shape[1]
+        forced = np.zeros((len(turns), width), dtype=np.int64)
+        rows = np.zeros((len(turns), 6), dtype=np.int64)
+        for row, (slot, at, turn) in enumerate(turns):
+            given = turn.given
+            if len(given) - 1 > width or at + len(given) + turn.limit > self._slots.length:
+                raise InvalidOptionError(
+                    f"a turn of {len(given)} given and {turn.limit} drawn tokens at position {at} does not fit "
+                    f"slots of {self._slots.length} tokens, {width + 1} of them given at once"
+                )
+            seat = self._seats[slot]
+            assert seat.speaker is not None
+            seat.start, seat.since = at + len(given), self._number
+            forced[row, : len(given) - 1] = given[1:]
+            rows[row] = slot, given[0], at, len(given) - 1, turn.limit, seat.speaker.seed
+        self._set(rows, forced)
+        if begun:
+            self._slots.begin(torch.tensor(begun, device=self._device), self._carried)
+
+    def _set(self, rows: NDArray[np.int64], forced: NDArray[np.int64]) -> None:
+        c = self._slots.control
+        packed = torch.from_numpy(np.concatenate([rows, forced], axis=1))
+        if self._device.type == "cuda":
+            packed = packed.pin_memory().to(self._device, non_blocking=True)
+        slot, token, at, num_forced, limit, seed = packed[:, :6].unbind(1)
+        c.token_S[slot], c.length_S[slot], c.num_forced_S[slot] = token, at, num_forced
+        c.budget_S[slot], c.seed_S[slot], c.forced_SF[slot] = limit, seed, packed[:, 6:]
+        c.next_forced_S.index_fill_(0, slot, 0)
+        c.ended_S.index_fill_(0, slot, False)
+        c.active_S.index_fill_(0, slot, True)
+
+    def _shrink(self) -> None:
+        """Moves the last sequences together once they fit a smaller batch."""
+        taken = [slot for slot, seat in enumerate(self._seats[: self.size]) if seat.speaker is not None]
+        size = next((s for s in reversed(self._sizes) if s >= len(taken)), self.size)
+        if not taken or size >= self.size:
+            return
+        sources = [slot for slot in taken if slot >= size]
+        targets = [slot for slot in range(size) if self._seats[slot].speaker is None][: len(sources)]
+        if sources:
+            self._slots.move(*(torch.tensor(slots, device=self._device) for slots in (sources, targets)))
+        for source, target in zip(sources, targets, strict=True):
+            seat, self._seats[source] = self._seats[source], _Seat()
+            seat.since = self._number  # a look that is under way shows it at its old place
+            self._seats[target] = seat
+        self.size = size
+
+
+def _common_beginning(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens all prompts begin with, without the last of the shortest: something must be left to read."""
+    shortest = min(prompts, key=len)
+    for place, token in enumerate(shortest[:-1]):
+        if any(prompt[place] != token for prompt in prompts):
+            return list(shortest[:place])
+    return list(shortest[:-1])

@@ -1,0 +1,30 @@
+"""Uniform numbers that depend on a seed and a counter alone: a row draws the same ones wherever it is batched.
+
+Letters: S rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), its constants as signed 64-bit integers.
+_GOLDEN = -7046029254386353131
+_MIX = (-4658895280553007687, -7723592293110705685)
+
+
+def uniform(seed_S: Tensor, counter_S: Tensor) -> Tensor:
+    """Float32 numbers in [0, 1), multiples of 2⁻²⁴, from int64 seeds and int64 counters."""
+    z_S = _mixed(_mixed(seed_S + _GOLDEN) + counter_S * _GOLDEN)
+    return _shifted(z_S, 40).to(torch.float32) * 2.0**-24
+
+
+def _mixed(z_S: Tensor) -> Tensor:
+    z_S = (z_S ^ _shifted(z_S, 30)) * _MIX[0]
+    z_S = (z_S ^ _shifted(z_S, 27)) * _MIX[1]
+    return z_S ^ _shifted(z_S, 31)
+
+
+def _shifted(z_S: Tensor, bits: int) -> Tensor:
+    """Shifts right and fills with zeros, which ``>>`` on signed integers does not."""
+    return (z_S >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mambify.ops.backends import HAS_TRITON
+from mambify.ops.decode_attention import decode_attention
+
+BACKENDS = ["reference", pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"))]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("heads", "groups", "head_dim"), [(9, 3, 64), (4, 1, 24), (32, 32, 16)])
+@pytest.mark.parametrize("window", [None, 5])
+def test_each_row_attends_to_what_it_has_filled(
+    backend: str, heads: int, groups: int, head_dim: int, window: int | None
+) -> None:
+    lengths = [1, 4, 64, 65, 100]
+    q = torch.randn(len(lengths), heads, head_dim)
+    keys = torch.full((len(lengths), groups, 100, head_dim), float("nan"))
+    values = keys.clone()
+    expected = []
+    for row, length in enumerate(lengths):
+        keys[row, :, :length] = torch.randn(groups, length, head_dim)
+        values[row, :, :length] = torch.randn(groups, length, head_dim)
+        k, v = (t[row, :, :length].double().repeat_interleave(heads // groups, 0) for t in (keys, values))
+        score = torch.einsum("hp,hlp->hl", q[row].double(), k) * 0.3
+        if window is not None:
+            score[:, : max(length - window, 0)] = -torch.inf
+        expected.append(torch.einsum("hl,hlp->hp", score.softmax(-1), v))
+    given = (t.to(DEVICE) for t in (q, keys, values, torch.tensor(lengths)))
+    actual = decode_attention(*given, scaling=0.3, window=window, backend=backend)
+    assert (actual.cpu() - torch.stack(expected)).abs().max() < 1e-5
+
+
+def test_shapes_that_do_not_belong_together_are_refused() -> None:
+    q, keys = torch.randn(2, 4, 8), torch.randn(2, 3, 5, 8)
+    with pytest.raises(ValueError, match="G dividing H"):
+        decode_attention(q, keys, keys, torch.ones(2), scaling=1.0)
+    with pytest.raises(ValueError, match="lengths_S"):
+        decode_attention(q, keys[:, :2], keys[:, :2], torch.ones(3), scaling=1.0)
