@@ -91,6 +91,24 @@ def test_greedy_turns_equal_forward_passes(layers: str, slots: int, tiny_hybrid:
         assert [talk.ids for talk in given] == expected
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("layers", LAYERS)
+def test_recorded_steps_on_a_gpu_give_the_same(
+    layers: str, tiny_hybrid: Hybrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA graphs, a host that is one window behind, and slots that move: nothing of it shows."""
+    monkeypatch.setattr("mambify.engine.engine._SMALLEST", 1)
+    model = tiny_hybrid(LAYERS[layers])
+    expected = [alone(model, talk, {5, 40, 41}) for talk in talks()]
+    model.cuda()
+    for slots in (1, 4, 16):
+        engine = engine_for(model, slots=slots, stops={5, 40, 41})
+        for _ in range(2):
+            given = talks()
+            engine.run(given)
+            assert [talk.ids for talk in given] == expected
+
+
 def test_a_sliding_window_is_kept(tiny_hybrid: Hybrid) -> None:
     model = tiny_hybrid(["attention", "mamba2", "attention"], sliding_window=6)
     prompt = list(range(10, 24))  # longer than the window, and read at once but for its last token
