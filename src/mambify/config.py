@@ -16,7 +16,7 @@ class HybridConfig(PreTrainedConfig):  # type: ignore[misc]
     """Configuration of :class:`mambify.model.HybridForCausalLM`.
 
     The fields are the union of what the supported Transformer families vary, under transformers' own
-    names, and three of ours:
+    names, and some of ours:
 
     Args:
         layer_mixers: one name a layer, ``"attention"`` or a row of :data:`mambify.mixers.MIXERS`.
@@ -29,6 +29,8 @@ class HybridConfig(PreTrainedConfig):  # type: ignore[misc]
         conv_kernel: width K of the causal convolution of a Mamba mixer.
         mamba1_state_size: N of Mamba1; a head of P channels is P/N sub-heads.
         mamba1_dt_rank: rank of Mamba1's Δ projection; ``None`` is ⌈D/16⌉.
+        ops_backend: implementation of the Mamba mixers' operations over sequences: ``auto`` takes the fastest that
+            runs where the tensors are, ``reference`` and ``triton`` insist on one.
         teacher_family: the family file that the teacher was read with.
         teacher: the name the teacher was loaded by.
 
@@ -67,6 +69,7 @@ class HybridConfig(PreTrainedConfig):  # type: ignore[misc]
     conv_kernel: int = 4
     mamba1_state_size: int = 16
     mamba1_dt_rank: int | None = None
+    ops_backend: str = "auto"
     teacher_family: str = ""
     teacher: str = ""
 

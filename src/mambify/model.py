@@ -36,6 +36,7 @@ from mambify.io import atomic_write_text
 from mambify.mixers import MIXERS, Mixer, MixerContext
 from mambify.mixers.attention import SoftmaxAttention
 from mambify.norm import RMSNorm
+from mambify.ops.swiglu import swiglu
 
 _MASKS = {
     "full_attention": create_causal_mask,
@@ -85,6 +86,18 @@ def _positions_in_documents(seq_idx_BT: Tensor) -> Tensor:
     return index_T - (index_T * starts_BT).cummax(dim=1).values
 
 
+class GatedMLP(LlamaMLP):  # type: ignore[misc]
+    """down(act(gate(x)) · up(x)), the activation and its product as one operation where it is SiLU."""
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        y_BTD: Tensor
+        if self.config.hidden_act == "silu":
+            y_BTD = self.down_proj(swiglu(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
+        else:
+            y_BTD = super().forward(x_BTD)
+        return y_BTD
+
+
 class HybridBlock(GradientCheckpointingLayer):  # type: ignore[misc]
     """x + mixer(norm(x)), then x + mlp(norm(x)); norms and MLP are the teacher's."""
 
@@ -98,7 +111,7 @@ class HybridBlock(GradientCheckpointingLayer):  # type: ignore[misc]
             raise InvalidOptionError(f"unknown mixer '{name}' of layer {layer_idx}: {did_you_mean(name, MIXERS)}")
         self.mixer: Mixer = MIXERS[name](config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = LlamaMLP(config)
+        self.mlp = GatedMLP(config)
 
     def forward(self, x_BTD: Tensor, context: MixerContext, past_key_values: Cache | None = None) -> Tensor:
         state = None if past_key_values is None else self.mixer.load_state(past_key_values)

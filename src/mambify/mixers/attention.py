@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from mambify.mixers.base import AttentionWeights, Mixer, MixerContext
 from mambify.norm import RMSNorm
 from mambify.ops.decode_attention import decode_attention
+from mambify.ops.rope import rotate
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -146,11 +147,12 @@ class AttentionMixer(Mixer):
         With slots there is one token a row, and the caller counts the lengths on.
         """
         B, T, _ = x_BTD.shape
-        q_BHTP = self.q_norm(self.q_proj(x_BTD).view(B, T, -1, self.head_dim)).transpose(1, 2)
-        k_BGTP = self.k_norm(self.k_proj(x_BTD).view(B, T, -1, self.head_dim)).transpose(1, 2)
+        q_BTHP = self.q_norm(self.q_proj(x_BTD).view(B, T, -1, self.head_dim))
+        k_BTGP = self.k_norm(self.k_proj(x_BTD).view(B, T, -1, self.head_dim))
         v_BGTP = self.v_proj(x_BTD).view(B, T, -1, self.head_dim).transpose(1, 2)
         assert context.position_embeddings is not None, "attention needs RoPE's cos and sin"
-        q_BHTP, k_BGTP = apply_rotary_pos_emb(q_BHTP, k_BGTP, *context.position_embeddings)
+        q_BHTP = rotate(q_BTHP, *context.position_embeddings).transpose(1, 2)
+        k_BGTP = rotate(k_BTGP, *context.position_embeddings).transpose(1, 2)
         if isinstance(state, SlotKV):
             state.append(k_BGTP[:, :, 0], v_BGTP[:, :, 0])
             y_SHP = decode_attention(

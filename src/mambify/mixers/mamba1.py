@@ -51,6 +51,7 @@ class Mamba1Mixer(RecurrentMixer):
         if P % N:
             raise UnsupportedError(f"mamba1 needs a head dimension that is a multiple of {N}; this model has {P}")
         self.num_heads, self.num_groups, self.head_dim, self.state_size = H, G, P, N
+        self.ops_backend = config.ops_backend
         self.dt_rank = config.mamba1_dt_rank
         inner = H * P
         self.split = [inner, G * P, G * P, H * P, self.dt_rank]
@@ -92,6 +93,7 @@ class Mamba1Mixer(RecurrentMixer):
                 self.conv1d.bias,
                 initial_state_BCL=None if state is None else state.conv,
                 seq_idx_BT=context.seq_idx_BT,
+                backend=self.ops_backend,
             )
             y_BTJM, ssm = selective_scan(
                 self._sub_heads(x_BTI),
@@ -102,6 +104,7 @@ class Mamba1Mixer(RecurrentMixer):
                 D_JM,
                 initial_state_BJMN=None if state is None else state.ssm,
                 seq_idx_BT=context.seq_idx_BT,
+                backend=self.ops_backend,
             )
             y_BTI = y_BTJM.flatten(2)
         return self.out_proj(y_BTI.to(z.dtype) * F.silu(z)), RecurrentState(conv, ssm)

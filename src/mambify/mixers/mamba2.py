@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 class GatedRMSNorm(nn.Module):
     """RMSNorm of y·SiLU(z) over each head's P channels; weight ``[H·P]`` as in the stock layout."""
 
-    def __init__(self, num_heads: int, head_dim: int, eps: float) -> None:
+    def __init__(self, num_heads: int, head_dim: int, eps: float, ops_backend: str = "auto") -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(num_heads * head_dim))
-        self.num_heads, self.eps = num_heads, eps
+        self.num_heads, self.eps, self.ops_backend = num_heads, eps, ops_backend
 
     def forward(self, y_BTHP: Tensor, z_BTHP: Tensor) -> Tensor:
-        return gated_rms_norm(y_BTHP, z_BTHP, self.weight.view(self.num_heads, -1), self.eps)
+        return gated_rms_norm(y_BTHP, z_BTHP, self.weight.view(self.num_heads, -1), self.eps, self.ops_backend)
 
 
 class Mamba2Mixer(RecurrentMixer):
@@ -58,13 +58,14 @@ class Mamba2Mixer(RecurrentMixer):
         H, G, P = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.num_heads, self.num_groups, self.head_dim, self.state_size = H, G, P, P
         self.conv_split = [G * P, G * P, H * P]
+        self.ops_backend = config.ops_backend
         channels = sum(self.conv_split)
         self.in_proj = nn.Linear(config.hidden_size, H * P + channels + H, bias=False)
         self.conv1d = nn.Conv1d(channels, channels, config.conv_kernel, groups=channels)
         self.dt_bias = nn.Parameter(torch.empty(H, dtype=torch.float32))
         self.A_log = nn.Parameter(torch.empty(H, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(H, dtype=torch.float32))
-        self.norm = GatedRMSNorm(H, P, config.rms_norm_eps)
+        self.norm = GatedRMSNorm(H, P, config.rms_norm_eps, config.ops_backend)
         self.out_proj = nn.Linear(H * P, config.hidden_size, bias=config.attention_output_bias)
 
     def forward(
@@ -94,6 +95,7 @@ class Mamba2Mixer(RecurrentMixer):
                 self.conv1d.bias,
                 initial_state_BCL=None if state is None else state.conv,
                 seq_idx_BT=context.seq_idx_BT,
+                backend=self.ops_backend,
             )
             x_BTGP, B_BTGN, C_BTHN = self._split_heads(xBC_BTC)
             y_BTHP, ssm = ssd_scan(
@@ -105,6 +107,7 @@ class Mamba2Mixer(RecurrentMixer):
                 self.D.float(),
                 initial_state_BHPN=None if state is None else state.ssm,
                 seq_idx_BT=context.seq_idx_BT,
+                backend=self.ops_backend,
             )
         y_BTD = self.out_proj(self.norm(y_BTHP, z_BTHP).reshape(B, T, -1))
         return y_BTD, RecurrentState(conv, ssm)
