@@ -1,7 +1,12 @@
-"""Operations on tensors that the mixers are made of: one folder each, a pure-torch reference in every one.
+"""Operations on tensors: one folder each, with a pure-torch reference (the truth) and, where it pays, Triton kernels.
 
-ops.ssd             Mamba2's scan: one scalar decay a head
-ops.selective_scan  Mamba1's scan: one decay a channel and state entry
-ops.causal_conv     the short depthwise convolution before either scan
-ops.gated_norm      the per-head RMSNorm of a gated output after Mamba2's scan
+ops.ssd               Mamba2's scan: one scalar decay a head
+ops.selective_scan    Mamba1's scan: one decay a channel and state entry
+ops.causal_conv       the short depthwise convolution before either scan
+ops.gated_norm        the per-head RMSNorm of a gated output after Mamba2's scan
+ops.linear_kl         the loss of a student against a teacher through the output heads, logits never held whole
+ops.swiglu            the gated activation of an MLP
+ops.rope              rotary position embedding
+ops.decode_attention  attention of one query a row over fixed buffers
+ops.draw              drawing tokens from logits
 """
