@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from mambify.bench import machine, ops, run_benchmark
+from mambify.bench import machine, ops, run_benchmark, synthesize, train
+from mambify.bench.peers import peer
 from mambify.bench.registry import BENCHMARKS, names_of
 from mambify.cli.main import main
 from mambify.errors import InvalidOptionError
 
 # Odd sizes, several key/value heads, more than one chunk of the scan.
-SHAPE = ops.Shape("tiny", 2, 140, 6, 2, 16)
+SHAPE = ops.Shape("tiny", 2, 140, 6, 2, 16, V=100)
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +25,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_SECONDS", 1e-9)
     monkeypatch.setattr(machine, "_AT_MOST", 0.0)
     monkeypatch.setattr(machine, "_COPY_BYTES", {"cpu": 2**20})
+    monkeypatch.setattr(machine, "_MATMUL", {"cpu": (64, torch.float32)})
+    monkeypatch.setattr(synthesize, "CASES", {"cpu": [synthesize.Case(way, 2, 2, 4) for way in synthesize._WAYS]})
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
@@ -33,12 +36,19 @@ def test_ours_and_theirs_give_the_same_values_and_gradients(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     case = maker(SHAPE, lambda *sizes: torch.randn(*sizes, generator=generator).to(dtype))
-    pairs = [(case.ours(case.inputs), case.other(case.inputs))]
-    if not case.step:
-        pairs += zip(ops._backward(case.ours, case.inputs), ops._backward(case.other, case.inputs), strict=True)
-    for ours, theirs in pairs:
-        assert ours.shape == theirs.shape
-        assert (ours.float() - theirs.float()).abs().max() <= tolerance * theirs.float().abs().max()
+
+    def ours(inputs: ops.Inputs) -> torch.Tensor:
+        return case.ours(inputs, "auto")
+
+    for operation in case.peers.values():
+        pairs = [(ours(case.inputs), operation(case.inputs))]
+        if case.exact:
+            continue  # drawn by other random numbers
+        if not case.step:
+            pairs += zip(ops.gradients(ours, case), ops.gradients(operation, case), strict=True)
+        for mine, theirs in pairs:
+            assert mine.shape == theirs.shape
+            assert (mine.float() - theirs.float()).abs().max() <= tolerance * theirs.float().abs().max()
 
 
 def test_the_result_says_where_it_ran() -> None:
@@ -49,8 +59,37 @@ def test_the_result_says_where_it_ran() -> None:
     assert result["machine"]["copy_bytes_per_second"] > 1e6
     assert {row["operation"] for row in result["results"]} >= {"ssd_scan", "ssd_step", "selective_scan", "causal_conv"}
     for row in result["results"]:
-        assert row["ms"] > 0 < row["other_ms"]
+        assert row["ms"] > 0
         assert row["difference"] < 1e-4
+        for other in row["peers"].values():
+            assert other["ms"] > 0
+            assert other["difference"] < 1e-4 or row["operation"] == "draw_tokens"
+
+
+def test_no_time_is_given_for_a_kernel_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(gate: torch.Tensor, up: torch.Tensor, *, backend: str) -> torch.Tensor:
+        right = torch.nn.functional.silu(gate) * up
+        return right if backend == "reference" else right.detach() + 0 * right + 0.01 * gate.square()
+
+    monkeypatch.setattr(ops, "swiglu", wrong)
+    rows = [row for row in ops.run("cpu", lambda *_: None)["results"] if row["operation"] == "swiglu"]
+    assert [row["pass"] for row in rows] == ["fwd", "fwd+bwd"]
+    for row in rows:
+        assert "off by" in row["red"]
+        assert "ms" not in row
+    shown = ops.table({"results": rows, "machine": {"device": "here", "copy_bytes_per_second": 1.0}})
+    assert list(shown.columns[3].cells) == ["red", "red"]
+
+
+def test_a_peer_that_is_not_installed_is_named() -> None:
+    case = ops.Case("x", "y", {"v": torch.ones(3)}, lambda i, _: i["v"] * 2, {"none": _absent}, step=True)
+    (row,) = ops._rows(case, "cpu", torch.float32)
+    assert "no_such_package" in row["peers"]["none"]["missing"]
+    assert row["ms"] > 0
+
+
+def _absent(inputs: ops.Inputs) -> torch.Tensor:
+    return peer("no_such_package", "operation")(inputs)
 
 
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,6 +99,14 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     result = json.loads(file.read_text())
     assert result["benchmark"] == "ops"
     assert all(row["operation"] in shown for row in result["results"])
+    for name in BENCHMARKS:
+        drawn = tmp_path / f"{name}.svg"
+        assert main(["bench", name, "--device", "cpu", "--plot", str(drawn)]) == 0
+        assert "<svg" in drawn.read_text()
+    capsys.readouterr()
+    assert main(["bench", "all", "--device", "cpu", "--plot", "x.svg"]) == 2
+    assert main(["bench", "ops", "--device", "cpu", "--plot", "x.gif"]) == 2
+    assert "name it instead of 'all'" in (refused := capsys.readouterr().err) and ".svg, .png" in refused
     assert main(["bench", "all", "--device", "cpu", "--json", "-"]) == 0
     every = json.loads(capsys.readouterr().out)["benchmarks"]
     assert [one["benchmark"] for one in every] == list(BENCHMARKS)
@@ -69,3 +116,27 @@ def test_names() -> None:
     assert names_of("all") == list(BENCHMARKS)
     with pytest.raises(InvalidOptionError, match="did you mean 'ops'"):
         names_of("op")
+
+
+def test_training_steps_are_measured() -> None:
+    result = train.run("cpu", lambda *_: None)
+    assert {row["stage"] for row in result["results"]} == {"align", "kd"}
+    for row in result["results"]:
+        assert row["fits"]
+        assert row["tokens_per_second"] == pytest.approx(1e3 * row["sequences"] * row["context"] / row["ms"])
+        assert row["flops_per_token"] > 0
+
+
+def test_a_plain_step_computes_the_same_loss() -> None:
+    """What sharing and chunks save is measured against the same work."""
+    losses = []
+    for plain in (False, True):
+        case = train.Case("x", "kd", "tiny", 32, 2, plain=plain)
+        torch.manual_seed(0)
+        teacher = train._teacher(case, "cpu").float()
+        module = train._module(case, teacher)
+        ids = torch.arange(64).view(2, 32)
+        batch = {"input_ids": ids, "labels": ids, "num_items": torch.tensor(62.0), "scale": torch.tensor(1.0)}
+        losses.append(float(module.accumulate_gradients(module, batch, torch.Tensor.backward).loss))
+    # The plain one counts the last position of a row too, which has no next token.
+    assert losses[0] == pytest.approx(losses[1] * 62 / 64, rel=0.1)

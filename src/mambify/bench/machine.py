@@ -16,6 +16,7 @@ import transformers
 from mambify import __version__
 
 _MIN_REPEATS, _SECONDS, _AT_MOST = 5, 0.3, 3.0
+_MATMUL = {"cpu": (1024, torch.float32), "cuda": (8192, torch.bfloat16)}
 _COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
 
 
@@ -52,11 +53,38 @@ def seconds_of(function: Callable[[], object], device: str) -> float:
     return min(taken)
 
 
+def device_seconds_of(function: Callable[[], object], device: str) -> float:
+    """Time of one call on the device: on a GPU of a replayed CUDA graph, launches left out; else as :func:`seconds_of`.
+
+    The function must always do the same on the same tensors.
+    """
+    if torch.device(device).type != "cuda":
+        return seconds_of(function, device)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # kernels are compiled and tuned before anything is recorded
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return seconds_of(graph.replay, device)
+
+
 def copy_bandwidth(device: str) -> float:
     """Bytes a second, read and written, of copying a tensor too large for any cache: the bound of what moves memory."""
     source = torch.ones(_COPY_BYTES[torch.device(device).type] // 4, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device)
+
+
+def matmul_peak(device: str) -> float:
+    """FLOPs a second (a multiply and an add are two) of one large product, in bfloat16 on a GPU, float32 on a CPU."""
+    kind = torch.device(device).type
+    size, dtype = _MATMUL[kind]
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / seconds_of(lambda: left @ right, device)
 
 
 def _synchronize(device: str) -> None:

@@ -1,13 +1,17 @@
-"""``mambify bench ops``: every operation, forward and backward, beside what transformers or torch has for the same.
+"""``mambify bench ops``: every operation, forward and backward, beside other people's code for the same.
 
-Letters: B batch, T tokens, H query heads, G key/value heads, P head dimension (= N, the state size of Mamba2),
-C conv channels, K conv width, J sub-heads of M channels (Mamba1).
+A kernel is first held against the reference in float32, outputs and every gradient; one that is off is reported as
+such, without a time. On a GPU times are those of a recorded CUDA graph: what the device takes, without what launching
+costs.
+
+Letters: B batch, T tokens, H query heads, G key/value heads, P head dimension (= N, the state size of Mamba2), C conv
+channels, K conv width, J sub-heads of M channels (Mamba1), F intermediate size, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +19,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan, mamba_selective_state_update
 from transformers.models.mamba2.modeling_mamba2 import (
     causal_conv1d_fn,
@@ -23,16 +28,24 @@ from transformers.models.mamba2.modeling_mamba2 import (
     mamba2_selective_state_update,
 )
 
-from mambify.bench.machine import seconds_of
+from mambify.bench.machine import device_seconds_of
+from mambify.bench.peers import PeerMissingError, peer
 from mambify.evaluate.report.quantities import significant
 from mambify.ops.causal_conv import causal_conv, causal_conv_step
+from mambify.ops.draw import draw_tokens
 from mambify.ops.gated_norm import gated_rms_norm
+from mambify.ops.linear_kl import linear_kl
+from mambify.ops.rope import rotate
 from mambify.ops.selective_scan import selective_scan, selective_scan_step
 from mambify.ops.ssd import ssd_scan, ssd_step
+from mambify.ops.swiglu import swiglu
 
-_K, _SUBHEAD = 4, 16
-_SHORTER = 4  # of the selective scan: the time of transformers' backward pass grows with the square of T
-Inputs = dict[str, Tensor]
+_K, _SUBHEAD, _EPS = 4, 16, 1e-5
+#: largest difference from the reference, over the largest value, that passes
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 4e-2}
+Inputs = Mapping[str, Tensor]
+Operation = Callable[[Inputs], Tensor]
+Random = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,37 +58,54 @@ class Shape:
     H: int
     G: int
     P: int
+    D: int = 64
+    F: int = 128
+    V: int = 1000
 
 
 @dataclass(frozen=True)
 class Case:
-    """One operation on one set of inputs, ours and theirs, both giving one output tensor of the same values.
+    """One operation on one set of inputs.
 
     Attributes:
-        other_name: who wrote the other one.
+        ours: takes the backend; gives one output.
+        peers: name → a function that gives the same output, or one that raises PeerMissingError.
+        trained: inputs that get gradients; ``None`` for all.
         step: one token of decoding, which has no backward pass.
     """
 
     operation: str
     shape: str
     inputs: Inputs
-    ours: Callable[[Inputs], Tensor]
-    other: Callable[[Inputs], Tensor]
-    other_name: str = "transformers"
+    ours: Callable[[Inputs, str], Tensor]
+    peers: Mapping[str, Operation]
+    trained: tuple[str, ...] | None = None
     step: bool = False
+    exact: bool = field(default=False)
 
 
+_8B = {"D": 4096, "F": 14_336, "V": 128_256}
 SHAPES = {
-    "cpu": (Shape("135M", 1, 512, 9, 3, 64), Shape("1B", 1, 512, 32, 8, 64)),
-    "cuda": (Shape("135M", 16, 512, 9, 3, 64), Shape("8B", 1, 4096, 32, 8, 128)),
+    "cpu": (Shape("135M", 1, 512, 9, 3, 64, 576, 1536, 4096), Shape("1B", 1, 512, 32, 8, 64, 2048, 8192, 4096)),
+    "cuda": (
+        Shape("135M", 32, 512, 9, 3, 64, 576, 1536, 49_152),
+        Shape("8B", 8, 2048, 32, 8, 128, **_8B),
+        Shape("16k of 2k", 8, 2048, 32, 32, 128, **_8B),
+        Shape("16k", 1, 16_384, 32, 32, 128, **_8B),
+    ),
 }
 
 
 def run(device: str, progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """Times every case; ``difference`` is the largest between ours and theirs, over the largest value."""
+    """Checks and times every case."""
     kind = torch.device(device).type
     dtype = torch.bfloat16 if kind == "cuda" else torch.float32
-    makers = [(shape, maker) for shape in SHAPES[kind] for maker in _MAKERS]
+    makers = [
+        (shape, maker)
+        for shape in SHAPES[kind]
+        for maker in _MAKERS
+        if maker in _SCANS or not shape.name.startswith("16k")  # long rows matter to scans only
+    ]
     rows = []
     for done, (shape, maker) in enumerate(makers):
         progress(done, len(makers))
@@ -94,8 +124,7 @@ def table(result: dict[str, Any]) -> Table:
     copy = result["machine"]["copy_bytes_per_second"] / 1e9
     shown = Table(
         title=f"{result['machine']['device']}, which copies {copy:.1f} GB/s",
-        caption="theirs: transformers' torch code (gated_rms_norm: torch's own)\n"
-        "of copy: share of the copy bandwidth at which the bytes moved that must move at least",
+        caption="of copy: share of the copy bandwidth at which the bytes moved that must move at least",
         title_justify="left",
         caption_justify="left",
         box=SIMPLE,
@@ -103,52 +132,94 @@ def table(result: dict[str, Any]) -> Table:
     )
     for heading in ("operation", "shape", "pass"):
         shown.add_column(heading)
-    for heading in ("ms", "theirs", "speed-up", "of copy"):
+    for heading in ("ms", "of copy"):
         shown.add_column(heading, justify="right")
+    shown.add_column("others, ms")
     for row in result["results"]:
-        rate = row["bytes"] / row["ms"] / 1e6
+        if "red" in row:
+            shown.add_row(row["operation"], row["shape"], row["pass"], "red", "", row["red"])
+            continue
+        others = [
+            f"{name} {significant(other['ms'])} ({other['ms'] / row['ms']:.2f}×)"
+            for name, other in row["peers"].items()
+            if "ms" in other
+        ]
         shown.add_row(
-            row["operation"], row["shape"], row["pass"], significant(row["ms"]), significant(row["other_ms"]),
-            f"{row['other_ms'] / row['ms']:.2f}×", f"{rate / copy:.0%}",
+            row["operation"], row["shape"], row["pass"], significant(row["ms"]),
+            f"{row['bytes'] / row['ms'] / 1e6 / copy:.0%}", ", ".join(others),
         )  # fmt: skip
     return shown
 
 
 def _rows(case: Case, device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    facts = {"operation": case.operation, "shape": case.shape, "dtype": str(dtype).removeprefix("torch.")}
+    facts: dict[str, Any] = {"operation": case.operation, "shape": case.shape}
+    facts["dtype"] = str(dtype).removeprefix("torch.")
+    error = largest_difference(case, dtype)
     with torch.no_grad():
-        ours, theirs = case.ours(case.inputs), case.other(case.inputs)
-        difference = float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max())
-        # Every input read once and the output written once: what cannot be avoided.
-        moved = sum(value.nbytes for value in case.inputs.values()) + ours.nbytes
+        output = case.ours(case.inputs, "auto")
+    # Every input read once and the output written once: what cannot be avoided.
+    moved = sum(value.nbytes for value in case.inputs.values()) + output.nbytes
+    # Forward as above; backward reads inputs and the output's gradient and writes the inputs' gradients.
+    passes = [("step", moved)] if case.step else [("fwd", moved), ("fwd+bwd", 3 * moved - output.nbytes)]
+    for name, size in passes:
+        if not error <= TOLERANCE[dtype]:
+            yield facts | {"pass": name, "red": f"off by {error:.2e} of the largest value"}
+            continue
+
+        def timed(operation: Operation, name: str = name) -> float:
+            return 1e3 * device_seconds_of(lambda: _pass(operation, case, name), device)
+
+        others: dict[str, dict[str, Any]] = {}
+        for other, operation in case.peers.items():
+            try:
+                with torch.no_grad():
+                    theirs = operation(case.inputs)
+                others[other] = {"difference": _difference(theirs, output), "ms": timed(operation)}
+            except PeerMissingError as missing:
+                others[other] = {"missing": str(missing)}
         yield facts | {
-            "pass": "step" if case.step else "fwd",
-            "ms": 1e3 * seconds_of(lambda: case.ours(case.inputs), device),
-            "other_ms": 1e3 * seconds_of(lambda: case.other(case.inputs), device),
-            "other": case.other_name,
-            "bytes": moved,
-            "difference": difference,
+            "pass": name,
+            "ms": timed(lambda inputs: case.ours(inputs, "auto")),
+            "bytes": size,
+            "difference": error,
+            "peers": others,
         }
-    if case.step:
-        return
-    yield facts | {
-        "pass": "fwd+bwd",
-        "ms": 1e3 * seconds_of(lambda: _backward(case.ours, case.inputs), device),
-        "other_ms": 1e3 * seconds_of(lambda: _backward(case.other, case.inputs), device),
-        "other": case.other_name,
-        # Forward as above; backward reads inputs and the output's gradient and writes the inputs' gradients.
-        "bytes": 3 * moved - ours.nbytes,
-        "difference": difference,
-    }
 
 
-def _backward(function: Callable[[Inputs], Tensor], inputs: Inputs) -> tuple[Tensor, ...]:
-    leaves = {name: value.detach().requires_grad_() for name, value in inputs.items()}
-    output = function(leaves)
-    return torch.autograd.grad(output, list(leaves.values()), torch.ones_like(output))
+def _pass(operation: Operation, case: Case, name: str) -> object:
+    if name == "fwd+bwd":
+        return gradients(operation, case)
+    with torch.no_grad():
+        return operation(case.inputs)
 
 
-def _ssd(s: Shape, random: Callable[..., Tensor]) -> Case:
+def gradients(operation: Operation, case: Case) -> tuple[Tensor, ...]:
+    """Of the sum of the output, for every input that trains."""
+    trained = tuple(case.inputs) if case.trained is None else case.trained
+    leaves = {name: value.detach().requires_grad_(name in trained) for name, value in case.inputs.items()}
+    output = operation(leaves)
+    return torch.autograd.grad(output, [leaves[name] for name in trained], torch.ones_like(output))
+
+
+def largest_difference(case: Case, dtype: torch.dtype) -> float:
+    """Between ours and the reference in float32, over outputs and gradients, relative to the largest value of each."""
+    exact = {k: v.float() if v.dtype == dtype else v for k, v in case.inputs.items()}
+    single = Case(case.operation, case.shape, exact, case.ours, {}, case.trained, case.step)
+    with torch.no_grad():
+        pairs = [(case.ours(case.inputs, "auto"), case.ours(exact, "reference"))]
+    if case.exact:
+        return float((pairs[0][0] != pairs[0][1]).float().mean())
+    if not case.step:
+        ours = gradients(lambda inputs: case.ours(inputs, "auto"), case)
+        pairs += zip(ours, gradients(lambda inputs: case.ours(inputs, "reference"), single), strict=True)
+    return max(_difference(ours, truth) for ours, truth in pairs)
+
+
+def _difference(ours: Tensor, truth: Tensor) -> float:
+    return float((ours.float() - truth.float()).abs().max() / truth.float().abs().max().clamp(min=1e-12))
+
+
+def _ssd(s: Shape, random: Random) -> Case:
     inputs = {
         "x": random(s.B, s.T, s.G, s.P),
         "dt": F.softplus(random(s.B, s.T, s.H).float() - 2),
@@ -158,18 +229,37 @@ def _ssd(s: Shape, random: Callable[..., Tensor]) -> Case:
         "D": random(s.H).float(),
     }
 
-    def ours(i: Inputs) -> Tensor:
-        return ssd_scan(i["x"], i["dt"], i["A"], i["B"], i["C"], i["D"])[0]
+    def repeated(i: Inputs) -> tuple[Tensor, Tensor]:
+        if s.H == s.G:
+            return i["x"], i["B"]
+        return i["x"].repeat_interleave(s.H // s.G, dim=2), i["B"].repeat_interleave(s.H // s.G, dim=2)
 
-    def other(i: Inputs) -> Tensor:
-        x, B = (i[name].repeat_interleave(s.H // s.G, dim=2) for name in ("x", "B"))
+    def ours(i: Inputs, backend: str) -> Tensor:
+        return ssd_scan(i["x"], i["dt"], i["A"], i["B"], i["C"], i["D"], backend=backend)[0]
+
+    def stock(i: Inputs) -> Tensor:
+        x, B = repeated(i)
         y: Tensor = mamba2_chunk_scan(x, i["dt"], i["A"], B, i["C"], chunk_size=64, D=i["D"])
         return y
 
-    return Case("ssd_scan", f"B={s.B} T={s.T} H={s.H} G={s.G} P={s.P}", inputs, ours, other)
+    def fla(i: Inputs) -> Tensor:
+        scan = peer("fla.ops.simple_gla", "chunk_simple_gla")
+        x, B = repeated(i)
+        step = i["dt"][..., None].to(x.dtype) * x
+        y: Tensor = scan(i["C"], B, step, i["dt"] * i["A"], scale=1.0)[0]
+        return y + i["D"][:, None].to(x.dtype) * x
+
+    def mamba_ssm(i: Inputs) -> Tensor:
+        scan = peer("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
+        x, B = repeated(i)
+        y: Tensor = scan(x, i["dt"], i["A"], B, i["C"], chunk_size=256, D=i["D"])
+        return y
+
+    peers = {"fla": fla, "mamba-ssm": mamba_ssm} if inputs["x"].is_cuda else {"transformers": stock}
+    return Case("ssd_scan", f"B={s.B} T={s.T} H={s.H} G={s.G} P={s.P}", inputs, ours, peers)
 
 
-def _ssd_step(s: Shape, random: Callable[..., Tensor]) -> Case:
+def _ssd_step(s: Shape, random: Random) -> Case:
     inputs = {
         "x": random(s.B, s.G, s.P),
         "dt": F.softplus(random(s.B, s.H).float() - 2),
@@ -179,90 +269,114 @@ def _ssd_step(s: Shape, random: Callable[..., Tensor]) -> Case:
         "D": random(s.H).float(),
         "state": random(s.B, s.H, s.P, s.P).float(),
     }
-
-    def ours(i: Inputs) -> Tensor:
-        return ssd_step(i["x"], i["dt"], i["A"], i["B"], i["C"], i["D"], i["state"])[0]
-
     scratch = inputs["state"].clone()
 
-    def other(i: Inputs) -> Tensor:
+    def ours(i: Inputs, backend: str) -> Tensor:
+        return ssd_step(i["x"], i["dt"], i["A"], i["B"], i["C"], i["D"], i["state"], backend=backend)[0]
+
+    def stock(i: Inputs) -> Tensor:
         scratch.copy_(i["state"])  # theirs writes the new state over the old one; ours returns it
         x, B = (i[name].repeat_interleave(s.H // s.G, dim=1) for name in ("x", "B"))
         dt, A, D = i["dt"][..., None].expand(-1, -1, s.P), i["A"][:, None, None], i["D"][:, None]
         y: Tensor = mamba2_selective_state_update(scratch, x, dt, A.expand(-1, s.P, s.P), B, i["C"], D.expand(-1, s.P))
         return y
 
-    return Case("ssd_step", f"B={s.B} H={s.H} G={s.G} P={s.P}", inputs, ours, other, step=True)
+    return Case("ssd_step", f"B={s.B} H={s.H} G={s.G} P={s.P}", inputs, ours, {"transformers": stock}, step=True)
 
 
-def _conv(s: Shape, random: Callable[..., Tensor]) -> Case:
+def _conv(s: Shape, random: Random) -> Case:
     C = (2 * s.G + s.H) * s.P
-    inputs = {"x": random(s.B, s.T, C), "weight": random(C, _K), "bias": random(C)}
+    # As in a mixer: the channels are part of a wider projection.
+    inputs = {"x": random(s.B, s.T, C + s.H * s.P)[..., s.H * s.P :], "weight": random(C, _K), "bias": random(C)}
 
-    def ours(i: Inputs) -> Tensor:
-        return causal_conv(i["x"], i["weight"], i["bias"])[0]
+    def ours(i: Inputs, backend: str) -> Tensor:
+        return causal_conv(i["x"], i["weight"], i["bias"], backend=backend)[0]
 
-    def other(i: Inputs) -> Tensor:
+    def stock(i: Inputs) -> Tensor:
         y: Tensor = causal_conv1d_fn(i["x"].transpose(1, 2), i["weight"], i["bias"], "silu").transpose(1, 2)
         return y
 
-    return Case("causal_conv", f"B={s.B} T={s.T} C={C} K={_K}", inputs, ours, other)
+    def fla(i: Inputs) -> Tensor:
+        y: Tensor = peer("fla.modules.causal_conv1d", "causal_conv1d")(
+            i["x"], i["weight"], i["bias"], activation="silu"
+        )[0]
+        return y
+
+    peers = {"transformers": stock} | ({"fla": fla} if inputs["x"].is_cuda else {})
+    return Case("causal_conv", f"B={s.B} T={s.T} C={C} K={_K}", inputs, ours, peers)
 
 
-def _conv_step(s: Shape, random: Callable[..., Tensor]) -> Case:
+def _conv_step(s: Shape, random: Random) -> Case:
     C = (2 * s.G + s.H) * s.P
     inputs = {"x": random(s.B, C), "weight": random(C, _K), "bias": random(C), "state": random(s.B, C, _K - 1)}
-
-    def ours(i: Inputs) -> Tensor:
-        return causal_conv_step(i["x"], i["weight"], i["bias"], i["state"])[0]
-
     scratch = inputs["state"].clone()
 
-    def other(i: Inputs) -> Tensor:
+    def ours(i: Inputs, backend: str) -> Tensor:
+        return causal_conv_step(i["x"], i["weight"], i["bias"], i["state"], backend=backend)[0]
+
+    def stock(i: Inputs) -> Tensor:
         scratch.copy_(i["state"])
         y: Tensor = causal_conv1d_update(i["x"][..., None], scratch, i["weight"], i["bias"], "silu")[..., 0]
         return y
 
-    return Case("causal_conv_step", f"B={s.B} C={C} K={_K}", inputs, ours, other, step=True)
+    return Case("causal_conv_step", f"B={s.B} C={C} K={_K}", inputs, ours, {"transformers": stock}, step=True)
 
 
-def _norm(s: Shape, random: Callable[..., Tensor]) -> Case:
-    inputs = {"y": random(s.B, s.T, s.H, s.P), "z": random(s.B, s.T, s.H, s.P), "weight": random(s.H, s.P)}
+def _norm(s: Shape, random: Random) -> Case:
+    wide = random(s.B, s.T, 2 * s.H * s.P)[..., : s.H * s.P]
+    inputs = {"y": random(s.B, s.T, s.H, s.P), "z": wide.unflatten(-1, (s.H, s.P)), "weight": random(s.H, s.P)}
 
-    def ours(i: Inputs) -> Tensor:
-        return gated_rms_norm(i["y"], i["z"], i["weight"], 1e-5)
+    def ours(i: Inputs, backend: str) -> Tensor:
+        return gated_rms_norm(i["y"], i["z"], i["weight"], _EPS, backend)
 
-    def other(i: Inputs) -> Tensor:
+    def plain(i: Inputs) -> Tensor:
         gated = i["y"].float() * F.silu(i["z"].float())
-        return F.rms_norm(gated, (s.P,), eps=1e-5).to(i["z"].dtype) * i["weight"]
+        return F.rms_norm(gated, (s.P,), eps=_EPS).to(i["z"].dtype) * i["weight"]
 
-    return Case("gated_rms_norm", f"B={s.B} T={s.T} H={s.H} P={s.P}", inputs, ours, other, other_name="torch")
+    def mamba_ssm(i: Inputs) -> Tensor:
+        norm = peer("mamba_ssm.ops.triton.layernorm_gated", "rmsnorm_fn")
+        y, z = (i[name].flatten(2) for name in ("y", "z"))
+        out: Tensor = norm(y, i["weight"].flatten(), None, z, _EPS, group_size=s.P, norm_before_gate=False)
+        heads: Tensor = out.unflatten(-1, (s.H, s.P))
+        return heads
+
+    peers = {"torch": plain} | ({"mamba-ssm": mamba_ssm} if inputs["y"].is_cuda else {})
+    return Case("gated_rms_norm", f"B={s.B} T={s.T} H={s.H} P={s.P}", inputs, ours, peers)
 
 
-def _selective(s: Shape, random: Callable[..., Tensor]) -> Case:
-    J, M, T = s.H * s.P // _SUBHEAD, _SUBHEAD, s.T // _SHORTER
+def _selective(s: Shape, random: Random) -> Case:
+    J, M = s.H * s.P // _SUBHEAD, _SUBHEAD
+    T = s.T if random(1).is_cuda else s.T // 4  # the time of transformers' backward pass grows with the square of T
     inputs = {
         "x": random(s.B, T, J, M),
         "dt": F.softplus(random(s.B, T, J, M).float() - 2),
-        "A": -random(M, M).float().abs() - 0.5,  # the same in all sub-heads: theirs takes sub-heads as a batch
+        "A": -random(M, M).float().abs() - 0.5,  # the same in all sub-heads: others take sub-heads as a batch
         "B": random(s.B, T, J, M),
         "C": random(s.B, T, J, M),
         "D": random(M).float(),
     }
 
-    def ours(i: Inputs) -> Tensor:
+    def ours(i: Inputs, backend: str) -> Tensor:
         A, D = i["A"].expand(J, M, M), i["D"].expand(J, M)
-        return selective_scan(i["x"], i["dt"], A, i["B"], i["C"], D)[0]
+        return selective_scan(i["x"], i["dt"], A, i["B"], i["C"], D, backend=backend)[0]
 
-    def other(i: Inputs) -> Tensor:
+    def stock(i: Inputs) -> Tensor:
         x, dt, B, C = (i[name].permute(0, 2, 3, 1).flatten(0, 1) for name in ("x", "dt", "B", "C"))
         y: Tensor = mamba_selective_scan(x, dt, i["A"], B, C, i["D"]).unflatten(0, (s.B, J)).permute(0, 3, 1, 2)
         return y
 
-    return Case("selective_scan", f"B={s.B} T={T} J={J} M={M}", inputs, ours, other)
+    def mamba_ssm(i: Inputs) -> Tensor:
+        scan = peer("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")
+        x, dt = (i[name].permute(0, 2, 3, 1).flatten(1, 2) for name in ("x", "dt"))  # channels of all sub-heads
+        B, C = (i[name].permute(0, 2, 3, 1) for name in ("B", "C"))  # a group a sub-head
+        y: Tensor = scan(x, dt.to(x.dtype), i["A"].repeat(J, 1), B, C, i["D"].repeat(J)).unflatten(1, (J, M))
+        return y.permute(0, 3, 1, 2)
+
+    peers = {"mamba-ssm": mamba_ssm} if inputs["x"].is_cuda else {"transformers": stock}
+    return Case("selective_scan", f"B={s.B} T={T} J={J} M={M}", inputs, ours, peers)
 
 
-def _selective_step(s: Shape, random: Callable[..., Tensor]) -> Case:
+def _selective_step(s: Shape, random: Random) -> Case:
     J, M = s.H * s.P // _SUBHEAD, _SUBHEAD
     inputs = {
         "x": random(s.B, J, M),
@@ -273,20 +387,81 @@ def _selective_step(s: Shape, random: Callable[..., Tensor]) -> Case:
         "D": random(M).float(),
         "state": random(s.B, J, M, M).float(),
     }
-
-    def ours(i: Inputs) -> Tensor:
-        A, D = i["A"].expand(J, M, M), i["D"].expand(J, M)
-        return selective_scan_step(i["x"], i["dt"], A, i["B"], i["C"], D, i["state"])[0]
-
     scratch = inputs["state"].clone().flatten(0, 1)
 
-    def other(i: Inputs) -> Tensor:
+    def ours(i: Inputs, backend: str) -> Tensor:
+        A, D = i["A"].expand(J, M, M), i["D"].expand(J, M)
+        return selective_scan_step(i["x"], i["dt"], A, i["B"], i["C"], D, i["state"], backend=backend)[0]
+
+    def stock(i: Inputs) -> Tensor:
         scratch.copy_(i["state"].flatten(0, 1))
         x, dt, B, C = (i[name].flatten(0, 1) for name in ("x", "dt", "B", "C"))
         y: Tensor = mamba_selective_state_update(scratch, x, dt, i["A"], B, C, i["D"]).unflatten(0, (s.B, J))
         return y
 
-    return Case("selective_scan_step", f"B={s.B} J={J} M={M}", inputs, ours, other, step=True)
+    return Case("selective_scan_step", f"B={s.B} J={J} M={M}", inputs, ours, {"transformers": stock}, step=True)
 
 
-_MAKERS = (_ssd, _ssd_step, _selective, _selective_step, _conv, _conv_step, _norm)
+def _swiglu(s: Shape, random: Random) -> Case:
+    inputs = {"gate": random(s.B, s.T, s.F), "up": random(s.B, s.T, s.F)}
+
+    def ours(i: Inputs, backend: str) -> Tensor:
+        return swiglu(i["gate"], i["up"], backend=backend)
+
+    def plain(i: Inputs) -> Tensor:
+        return F.silu(i["gate"]) * i["up"]
+
+    return Case("swiglu", f"B={s.B} T={s.T} F={s.F}", inputs, ours, {"torch": plain})
+
+
+def _rope(s: Shape, random: Random) -> Case:
+    angle = random(1, s.T, s.P // 2).float().repeat(1, 1, 2)
+    cos, sin = angle.cos().to(random(1).dtype), angle.sin().to(random(1).dtype)
+    inputs = {"x": random(s.B, s.T, s.H, s.P)}
+
+    def ours(i: Inputs, backend: str) -> Tensor:
+        return rotate(i["x"], cos.to(i["x"]), sin.to(i["x"]), backend=backend)
+
+    def stock(i: Inputs) -> Tensor:
+        y: Tensor = apply_rotary_pos_emb(i["x"], i["x"][:, :, :0], cos, sin, unsqueeze_dim=2)[0]
+        return y
+
+    return Case("rotate", f"B={s.B} T={s.T} H={s.H} P={s.P}", inputs, ours, {"transformers": stock})
+
+
+def _loss(s: Shape, random: Random) -> Case:
+    M = min(s.B * s.T, 8192)
+    head = random(s.V, s.D) / s.D**0.5
+    teacher = random(M, s.D)
+    inputs = {"student": teacher + 0.3 * random(M, s.D), "teacher": teacher, "head": head}
+    labels = torch.zeros(M, dtype=torch.long, device=head.device)
+
+    def ours(i: Inputs, backend: str) -> Tensor:
+        return linear_kl(i["student"], i["head"], i["teacher"], i["head"], labels, backend=backend).total / M
+
+    def plain(i: Inputs) -> Tensor:
+        log_p, log_q = ((i[name] @ i["head"].T).float().log_softmax(-1) for name in ("student", "teacher"))
+        loss: Tensor = F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
+        return loss
+
+    return Case("linear_kl", f"M={M} D={s.D} V={s.V}", inputs, ours, {"torch": plain}, trained=("student",))
+
+
+def _draw(s: Shape, random: Random) -> Case:
+    rows = s.B * 64
+    inputs = {"logits": 3 * random(rows, s.V), "uniform": torch.rand(rows, device=random(1).device)}
+
+    def ours(i: Inputs, backend: str) -> Tensor:
+        return draw_tokens(i["logits"], i["uniform"], top_k=50, backend=backend)
+
+    def plain(i: Inputs) -> Tensor:
+        values, indices = i["logits"].float().topk(50)
+        return indices.gather(1, torch.multinomial(values.softmax(-1), 1))[:, 0]
+
+    return Case("draw_tokens", f"S={rows} V={s.V} top_k=50", inputs, ours, {"torch": plain}, step=True, exact=True)
+
+
+_SCANS = (_ssd, _selective)
+_MAKERS = (
+    _ssd, _ssd_step, _selective, _selective_step, _conv, _conv_step, _norm, _swiglu, _rope, _loss, _draw,
+)  # fmt: skip

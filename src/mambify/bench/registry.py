@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from mambify.bench import ops
+from mambify.bench import ops, synthesize, train
 from mambify.bench.machine import describe_machine
+from mambify.bench.plot import plot_ops, plot_synthesize, plot_train
 from mambify.errors import InvalidOptionError, did_you_mean
 
 Progress = Callable[[int, int], None]
-#: (device, progress) → result as plain JSON values
-Run = Callable[[str, Progress], dict[str, Any]]
-Show = Callable[[dict[str, Any]], Table]
 
-#: name → (what runs it, what makes a table of its result). A new benchmark is a file and a row here.
-BENCHMARKS: dict[str, tuple[Run, Show]] = {
-    "ops": (ops.run, ops.table),
+
+class Benchmark(NamedTuple):
+    """What can be asked of a benchmark.
+
+    Attributes:
+        run: (device, progress) → result as plain JSON values.
+        table: the result for people.
+        plot: draws the result into a file.
+    """
+
+    run: Callable[[str, Progress], dict[str, Any]]
+    table: Callable[[dict[str, Any]], Table]
+    plot: Callable[[dict[str, Any], Path], None]
+
+
+#: a new benchmark is a file and a row here
+BENCHMARKS: dict[str, Benchmark] = {
+    "ops": Benchmark(ops.run, ops.table, plot_ops),
+    "train": Benchmark(train.run, train.table, plot_train),
+    "synthesize": Benchmark(synthesize.run, synthesize.table, plot_synthesize),
 }
 ALL = "all"
 
@@ -43,5 +59,5 @@ def run_benchmark(name: str, *, device: str, progress: Progress | None = None) -
         InvalidOptionError: there is no such benchmark.
     """
     (name,) = names_of(name)
-    run, _ = BENCHMARKS[name]
-    return {"benchmark": name, "machine": describe_machine(device)} | run(device, progress or (lambda _, __: None))
+    result = BENCHMARKS[name].run(device, progress or (lambda _, __: None))
+    return {"benchmark": name, "machine": describe_machine(device)} | result

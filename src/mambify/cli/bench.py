@@ -9,6 +9,7 @@ import typer
 
 from mambify.cli import options
 from mambify.cli.console import print_json, print_table, progress_bar, quiet_libraries, require_writable_file, stdout
+from mambify.errors import InvalidOptionError
 from mambify.io import write_json
 
 EXAMPLE = "mambify bench ops --json benchmarks/ops.json"
@@ -16,9 +17,10 @@ _STDOUT = Path("-")
 
 
 def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="ops: every operation; all: all of them.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="ops, train, synthesize, or all of them.")],
     device: options.Device = None,
     json: Annotated[Path | None, typer.Option(help="Write the result to this file as JSON; - is stdout.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the result into this file (.svg, .png, .pdf).")] = None,
 ) -> None:
     """Measure speed on this machine.
 
@@ -28,9 +30,17 @@ def bench(
         require_writable_file(json)
     quiet = json == _STDOUT
     quiet_libraries()
+    from mambify.bench.plot import require_matplotlib
     from mambify.bench.registry import BENCHMARKS, names_of, run_benchmark
 
     names = names_of(name)
+    if plot is not None:
+        if len(names) > 1:
+            raise InvalidOptionError("--plot draws one benchmark: name it instead of 'all'")
+        if plot.suffix not in (".svg", ".png", ".pdf"):
+            raise InvalidOptionError(f"cannot draw into '{plot}': end its name in .svg, .png or .pdf")
+        require_writable_file(plot)
+        require_matplotlib()
     place = options.pick_device(device)
     results = []
     with progress_bar(quiet=quiet) as bars:
@@ -43,12 +53,14 @@ def bench(
                     progress=lambda done, total, task=task: bars.update(task, completed=done, total=total),  # type: ignore[misc]
                 )
             )
+    if plot is not None:
+        BENCHMARKS[name].plot(results[0], plot)
     report = results[0] if name != "all" else {"benchmarks": results}
     if quiet:
         print_json(report)
         return
     for each, result in zip(names, results, strict=True):
-        print_table(BENCHMARKS[each][1](result))
+        print_table(BENCHMARKS[each].table(result))
     if json is not None:
         write_json(json, report)
         stdout().print(f"figures written to {json}", markup=False)

@@ -1,0 +1,264 @@
+"""``mambify bench train``: steps of the align and kd stages, in tokens a second and peak memory.
+
+Teachers have random weights, which cost the same as trained ones. A step is what a run does: forward and backward
+pass through the stage's own code (recorded as a CUDA graph on a GPU), clipping, AdamW. Rows named ``plain`` do the
+same with what a straightforward script would hold: a teacher that shares nothing with the student, and a loss on whole
+``[B, T, V]`` logits.
+
+FLOPs are those of PyTorch's matrix products and attention in one step, counted by ``torch.utils.flop_counter``: a
+multiply and an add are two. The scan's own products run in kernels it does not see and are left out, so the share of
+the peak is a little low.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from rich.box import SIMPLE
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from mambify.bench.machine import matmul_peak, seconds_of
+from mambify.config import HybridConfig
+from mambify.conversion import apply_plan, plan
+from mambify.distill.graphs import GraphedStep, StepResult
+from mambify.distill.recipe import Align, Kd
+from mambify.distill.stages import stage_module, use_bfloat16
+from mambify.distill.trainer import DistillationStage, trained_parameters
+from mambify.model import HybridForCausalLM
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Transformer."""
+
+    vocabulary: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    groups: int
+    head_dim: int
+    tied: bool = True
+
+
+SHAPES = {
+    "tiny": Shape(512, 64, 128, 4, 4, 2, 16),
+    "135M": Shape(49_152, 576, 1536, 30, 9, 3, 64),  # SmolLM2-135M
+    "1B": Shape(128_256, 2048, 8192, 16, 32, 8, 64),  # Llama 3.2 1B
+    "8B": Shape(128_256, 4096, 14_336, 32, 32, 8, 128, tied=False),  # Llama 3 8B
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step to measure.
+
+    Attributes:
+        curve: the growth curve this is a point of.
+        attention: share of layers that keep attention.
+        ops: implementation of the mixers' operations, as in HybridConfig.
+        plain: a teacher of its own and whole logits.
+        checkpointing: recompute each block's activations in the backward pass.
+    """
+
+    curve: str
+    stage: str
+    shape: str
+    context: int
+    sequences: int
+    attention: float = 0.5
+    mixer: str = "mamba2"
+    ops: str = "auto"
+    plain: bool = False
+    checkpointing: bool = False
+
+
+_BASE = Case("headline", "kd", "135M", 512, 32)
+CASES: dict[str, list[Case]] = {
+    "cpu": [Case("headline", stage, "tiny", 64, 2) for stage in ("align", "kd")],
+    "cuda": [
+        *(replace(_BASE, stage=stage, ops=ops) for stage in ("align", "kd") for ops in ("auto", "reference")),
+        replace(_BASE, mixer="mamba1"),
+        *(replace(_BASE, curve="batch", sequences=n) for n in (8, 32, 128)),
+        *(replace(_BASE, curve="context", context=32 * 2**n, sequences=1024 // 2**n) for n in (4, 6, 8, 10)),
+        *(replace(_BASE, curve="converted", attention=share) for share in (0.75, 0.5, 0.25, 0.0)),
+        *(Case("size", stage, "1B", 2048, 8) for stage in ("align", "kd")),
+        *(Case("size", stage, "8B", 2048, 2) for stage in ("align", "kd")),
+        Case("size", "kd", "8B", 2048, 2, plain=True),
+        Case("size", "kd", "8B", 2048, 8, checkpointing=True),
+    ],
+}
+
+
+def run(device: str, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """Measures every case; one that does not fit the device's memory says so instead of figures."""
+    cases = CASES[torch.device(device).type]
+    peak = matmul_peak(device)
+    rows = []
+    for done, case in enumerate(cases):
+        progress(done, len(cases))
+        rows.append(asdict(case) | _measure(case, device, peak))
+        gc.collect()
+        if torch.device(device).type == "cuda":
+            torch.cuda.empty_cache()
+    progress(len(cases), len(cases))
+    return {"matmul_flops_per_second": peak, "results": rows}
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The rows of :func:`run` for people."""
+    peak = result["matmul_flops_per_second"] / 1e12
+    shown = Table(
+        title=f"{result['machine']['device']}, whose matrix products reach {peak:.1f} TFLOP/s",
+        caption="of peak: FLOPs of PyTorch's matrix products and attention, the scans' own left out",
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE,
+        pad_edge=False,
+    )
+    for heading in ("curve", "stage", "shape", "batch", "attention", "ops"):
+        shown.add_column(heading)
+    for heading in ("ms", "tokens/s", "of peak", "peak memory"):
+        shown.add_column(heading, justify="right")
+    for row in result["results"]:
+        kind = [row["mixer"] if row["mixer"] != "mamba2" else "", "plain" if row["plain"] else ""]
+        kind.append("checkpointing" if row["checkpointing"] else "")
+        figures = ["out of memory", "", "", ""]
+        if row["fits"]:
+            memory = f"{row['peak_bytes'] / 1e9:.1f} GB" if row["peak_bytes"] else ""
+            figures = [f"{row['ms']:.1f}", f"{row['tokens_per_second']:,.0f}", f"{row['of_matmul_peak']:.0%}", memory]
+        shown.add_row(
+            row["curve"], row["stage"], row["shape"], f"{row['sequences']} × {row['context']}",
+            f"{row['attention']:.0%}", " ".join(filter(None, [row["ops"], *kind])), *figures,
+        )  # fmt: skip
+    return shown
+
+
+def _measure(case: Case, device: str, peak: float) -> dict[str, Any]:
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        step, flops = build_step(case, device)
+        seconds = seconds_of(step, device)
+    except torch.OutOfMemoryError:
+        return {"fits": False}
+    tokens = case.sequences * case.context
+    return {
+        "fits": True,
+        "ms": 1e3 * seconds,
+        "tokens_per_second": tokens / seconds,
+        "flops_per_token": flops / tokens,
+        "of_matmul_peak": flops / seconds / peak,
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None,
+    }
+
+
+def build_step(case: Case, device: str, *, graph: bool = True) -> tuple[Callable[[], None], int]:
+    """One optimizer step of the case, and the FLOPs of its matrix products.
+
+    Args:
+        graph: record forward and backward as a CUDA graph, on a GPU.
+    """
+    torch.manual_seed(0)
+    teacher = _teacher(case, device)
+    module = _module(case, teacher)
+    module.train()
+    parameters = list(trained_parameters(module).values())
+    on_gpu = torch.device(device).type == "cuda"
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=on_gpu)
+    vocabulary = SHAPES[case.shape].vocabulary
+    ids = torch.randint(vocabulary, (case.sequences, case.context), device=device)
+    batch = {
+        "input_ids": ids,
+        "labels": ids,
+        "num_items": torch.tensor(float(ids.numel()), device=device),
+        "scale": torch.tensor(1.0, device=device),
+    }
+
+    def gradients(batch: dict[str, Tensor]) -> StepResult:
+        with torch.autocast(
+            ids.device.type, torch.bfloat16, enabled=teacher.dtype == torch.bfloat16, cache_enabled=False
+        ):
+            return module.accumulate_gradients(module, batch, torch.Tensor.backward)
+
+    with FlopCounterMode(display=False) as counter:
+        gradients(batch)
+    optimizer.zero_grad()
+    go = GraphedStep(gradients, parameters, batch, accumulates=False) if on_gpu and graph else gradients
+
+    def step() -> None:
+        go(batch)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=on_gpu)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, counter.get_total_flops()
+
+
+def _teacher(case: Case, device: str) -> HybridForCausalLM:
+    s = SHAPES[case.shape]
+    config = HybridConfig(
+        vocab_size=s.vocabulary,
+        hidden_size=s.hidden,
+        intermediate_size=s.intermediate,
+        num_hidden_layers=s.layers,
+        num_attention_heads=s.heads,
+        num_key_value_heads=s.groups,
+        head_dim=s.head_dim,
+        tie_word_embeddings=s.tied,
+        max_position_embeddings=max(case.context, 2048),
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+        ops_backend=case.ops,
+    )
+    dtype = torch.bfloat16 if use_bfloat16("auto", torch.device(device).type) else torch.float32
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # weights are drawn where and as they are used: 8B in float32 would not fit
+    try:
+        with torch.device(device):
+            model: HybridForCausalLM = HybridForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+    return model
+
+
+def _module(case: Case, teacher: HybridForCausalLM) -> DistillationStage:
+    student = apply_plan(teacher, plan(teacher.config, mixer=case.mixer, attention=case.attention))
+    for index in student.config.converted_layers:
+        student.model.layers[index].mixer.float()
+    stage: Align | Kd
+    if case.stage == "align":
+        stage = Align(kind="align", tokens=1, learning_rate=1.0)
+    else:
+        stage = Kd(kind="kd", tokens=1, learning_rate=1.0, gradient_checkpointing=case.checkpointing)
+    module = stage_module(stage, student, teacher)
+    assert isinstance(module, DistillationStage)
+    return PlainDistiller(student, copy.deepcopy(teacher)) if case.plain else module
+
+
+class PlainDistiller(DistillationStage):
+    """The same loss as a script of a few lines has it: logits of all positions at once, left to autograd."""
+
+    def __init__(self, student: HybridForCausalLM, teacher: HybridForCausalLM) -> None:
+        super().__init__()
+        self.student = student
+        self._teacher = [teacher]
+
+    def accumulate_gradients(
+        self, forward: Callable[..., Any], batch: dict[str, Tensor], backward: Callable[[Tensor], None]
+    ) -> StepResult:
+        with torch.no_grad():
+            teacher_BTV = self._teacher[0](input_ids=batch["input_ids"], use_cache=False).logits
+        student_BTV = self.student(input_ids=batch["input_ids"], use_cache=False).logits
+        log_p, log_q = (logits.float().log_softmax(-1) for logits in (student_BTV, teacher_BTV))
+        loss = F.kl_div(log_p, log_q, log_target=True, reduction="sum") / batch["num_items"]
+        backward(loss)
+        return StepResult(loss.detach(), {})
