@@ -12,9 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from mambify.errors import InvalidOptionError
+from mambify.ops.backends import HAS_TRITON
 from mambify.ops.causal_conv import causal_conv, causal_conv_step
 
+if HAS_TRITON:
+    from mambify.ops.causal_conv import triton as kernels
+
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TRITON = [
+    pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"),
+    pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning"),  # the mode that gives NaN in allocations
+]
+
+
+def run_of(backend: str, dtype: torch.dtype) -> Any:
+    return pytest.param(backend, dtype, marks=TRITON if backend == "triton" else [], id=f"{backend}-{dtype}")
+
+
+EXACT = [run_of("reference", torch.float64), run_of("triton", torch.float32)]
+EVERY = [*EXACT, run_of("reference", torch.float32), run_of("reference", torch.bfloat16)]
 
 
 def oracle(seq_idx_BT: Tensor | None = None, silu: bool = True) -> Any:
@@ -44,9 +61,21 @@ def oracle(seq_idx_BT: Tensor | None = None, silu: bool = True) -> Any:
     return run
 
 
-def conv(seq_idx_BT: Tensor | None = None, activation: Any = "silu") -> Any:
+def conv(seq_idx_BT: Tensor | None = None, activation: Any = "silu", backend: str = "reference") -> Any:
+    """The operation on the device of its backend; inputs and results are on the CPU."""
+    device = DEVICE if backend == "triton" else "cpu"
+
     def run(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> Any:
-        return causal_conv(x, weight, bias, activation=activation, initial_state_BCL=state, seq_idx_BT=seq_idx_BT)
+        y, final = causal_conv(
+            x.to(device),
+            weight.to(device),
+            bias.to(device),
+            activation=activation,
+            initial_state_BCL=state.to(device),
+            seq_idx_BT=None if seq_idx_BT is None else seq_idx_BT.to(device),
+            backend=backend,
+        )
+        return y.cpu(), final.cpu()
 
     return run
 
@@ -61,16 +90,22 @@ def inputs(tokens: int, width: int = 4, dtype: torch.dtype = torch.float64) -> d
     }
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 65])
-@pytest.mark.parametrize("activation", ["silu", None])
-def test_values_and_gradients(tokens: int, dtype: torch.dtype, activation: Any, match: Any) -> None:
-    match(conv(activation=activation), oracle(silu=bool(activation)), inputs(tokens, 4, dtype), TOLERANCE[dtype])
+@pytest.mark.parametrize(("backend", "dtype"), EVERY)
+@pytest.mark.parametrize("tokens", [1, 2, 4, 17, 63])
+def test_values_and_gradients(tokens: int, backend: str, dtype: torch.dtype, match: Any) -> None:
+    match(conv(backend=backend), oracle(), inputs(tokens, 4, dtype), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("width", [2, 3, 7])
-def test_widths(width: int, match: Any) -> None:
-    match(conv(), oracle(), inputs(9, width), 1e-11)
+@pytest.mark.parametrize(("backend", "dtype"), EXACT)
+@pytest.mark.parametrize("tokens", [5, 130])
+def test_without_activation(tokens: int, backend: str, dtype: torch.dtype, match: Any) -> None:
+    match(conv(activation=None, backend=backend), oracle(silu=False), inputs(tokens, 4, dtype), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("backend", "dtype"), EXACT)
+@pytest.mark.parametrize("width", [2, 3, 8])
+def test_widths(width: int, backend: str, dtype: torch.dtype, match: Any) -> None:
+    match(conv(backend=backend), oracle(), inputs(12, width, dtype), TOLERANCE[dtype])
 
 
 def test_width_one_carries_nothing() -> None:
@@ -80,6 +115,7 @@ def test_width_one_carries_nothing() -> None:
     assert state.shape == (2, 5, 0)
 
 
+@pytest.mark.parametrize(("backend", "dtype"), EXACT)
 @pytest.mark.parametrize(
     "seq_idx",
     [
@@ -89,19 +125,93 @@ def test_width_one_carries_nothing() -> None:
     ],
     ids=["packed", "every", "returning"],
 )
-def test_documents(seq_idx: list[list[int]], match: Any) -> None:
+def test_documents(seq_idx: list[list[int]], backend: str, dtype: torch.dtype, match: Any) -> None:
     ids = torch.tensor(seq_idx)
-    match(conv(ids), oracle(ids), inputs(9), 1e-11)
+    match(conv(ids, backend=backend), oracle(ids), inputs(9, dtype=dtype), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("split", [1, 2, 3, 6, 11])
-def test_split_with_state_carried_is_the_whole(split: int, match: Any) -> None:
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")
+@pytest.mark.parametrize("stretch", [16, 64])
+def test_documents_across_stretches(stretch: int, match: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the kernels, that go over 16, 32 or 64 tokens at a time: documents begin at, before and after such places."""
+    monkeypatch.setattr(kernels, "_stretch", lambda *_: stretch)
+    ids = torch.zeros(2, 70, dtype=torch.int32)
+    for row, places in enumerate(((15, 16, 31, 33, 64), (2, 30, 32, 47, 49, 67, 68))):
+        for place in places:
+            ids[row, place:] += 1
+    match(conv(ids, backend="triton"), oracle(ids), inputs(70, dtype=torch.float32), 1e-5)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), EXACT)
+@pytest.mark.parametrize("split", [1, 11])
+def test_split_with_state_carried_is_the_whole(split: int, backend: str, dtype: torch.dtype, match: Any) -> None:
     def halves(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> Any:
-        first, state = conv()(x[:, :split], weight, bias, state)
-        second, state = conv()(x[:, split:], weight, bias, state)
+        first, state = conv(backend=backend)(x[:, :split], weight, bias, state)
+        second, state = conv(backend=backend)(x[:, split:], weight, bias, state)
         return torch.cat([first, second], 1), state
 
-    match(halves, oracle(), inputs(12), 1e-11)
+    match(halves, oracle(), inputs(12, dtype=dtype), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("backend", "dtype"), EXACT)
+@pytest.mark.parametrize(("order", "channels"), [("view of a projection", 67), ("channels before tokens", 5)])
+def test_any_strides(order: str, channels: int, backend: str, dtype: torch.dtype, match: Any) -> None:
+    batch, tokens = 2, 9
+    values = {
+        "x": torch.randn(batch, tokens, channels + 6, dtype=dtype),
+        "weight": torch.randn(channels, 8, dtype=dtype),
+        "bias": torch.randn(channels, dtype=dtype),
+        "state": torch.randn(batch, 3, channels, dtype=dtype),
+    }
+    seq_idx_BT = torch.arange(tokens).div(4, rounding_mode="floor").expand(batch, -1)
+
+    def strided(function: Any) -> Any:
+        def run(x: Tensor, weight: Tensor, state: Tensor, bias: Tensor) -> Any:
+            x = x[..., 2 : 2 + channels] if order == "view of a projection" else x[..., :channels].mT.contiguous().mT
+            return function(x=x, weight=weight[:, ::2], bias=bias, state=state.mT)
+
+        return run
+
+    match(strided(conv(seq_idx_BT, backend=backend)), strided(oracle(seq_idx_BT)), values, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("backend", "dtype"), EXACT)
+def test_gradient_of_y_alone(backend: str, dtype: torch.dtype, match: Any) -> None:
+    def y_alone(function: Any) -> Any:
+        return lambda **values: function(**values)[:1]
+
+    match(y_alone(conv(backend=backend)), y_alone(oracle()), inputs(7, dtype=dtype), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("backend", "dtype"), EXACT)
+def test_gradient_of_the_state_alone(backend: str, dtype: torch.dtype, match: Any) -> None:
+    """Two tokens: the last L = 3 inputs are they and one of the state before, unless a document begins between."""
+    seq_idx_BT = torch.tensor([[0, 0], [0, 1]])
+    values = inputs(2, dtype=dtype)
+    weights = {name: values.pop(name) for name in ("weight", "bias")}
+
+    def state_alone(function: Any) -> Any:
+        def run(x: Tensor, state: Tensor) -> Any:
+            return (function(x=x, state=state, **{k: v.to(x.dtype) for k, v in weights.items()})[1],)
+
+        return run
+
+    match(state_alone(conv(seq_idx_BT, backend=backend)), state_alone(oracle(seq_idx_BT)), values, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("backend", "dtype"), EXACT)
+def test_frozen_weights(backend: str, dtype: torch.dtype, match: Any) -> None:
+    values = inputs(7, dtype=dtype)
+    frozen = {name: values.pop(name) for name in ("weight", "bias")}
+
+    def without(function: Any) -> Any:
+        def run(x: Tensor, state: Tensor) -> Any:
+            return function(x=x, state=state, **{k: v.to(x.dtype) for k, v in frozen.items()})
+
+        return run
+
+    match(without(conv(backend=backend)), without(oracle()), values, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("activation", ["silu", None])
@@ -124,13 +234,32 @@ def test_taps_are_ordered_as_in_conv1d() -> None:
     torch.testing.assert_close(y, wanted)
 
 
-def test_without_bias_and_without_state() -> None:
-    values = inputs(8)
-    zero = {"bias": torch.zeros(5, dtype=torch.float64), "state": torch.zeros(2, 5, 3, dtype=torch.float64)}
+@pytest.mark.parametrize(("backend", "dtype"), EXACT)
+def test_without_bias_and_without_state(backend: str, dtype: torch.dtype) -> None:
+    values = inputs(8, dtype=dtype)
+    zero = {"bias": torch.zeros(5, dtype=dtype), "state": torch.zeros(2, 5, 3, dtype=dtype)}
     wanted = oracle()(values["x"], values["weight"], **zero)
-    y, state = causal_conv(values["x"], values["weight"])
-    torch.testing.assert_close(y, wanted[0])
-    torch.testing.assert_close(state, wanted[1])
+    device = DEVICE if backend == "triton" else "cpu"
+    y, state = causal_conv(values["x"].to(device), values["weight"].to(device), backend=backend)
+    torch.testing.assert_close(y.cpu(), wanted[0])
+    torch.testing.assert_close(state.cpu(), wanted[1])
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=TRITON)])
+def test_each_dtype_is_kept(backend: str, match: Any) -> None:
+    """Wider weights and a wider state beside bfloat16 inputs: as in training with float32 parameters."""
+    values = inputs(7, dtype=torch.bfloat16)
+    for name in ("weight", "bias", "state"):
+        values[name] = values[name].float()
+    match(conv(backend=backend), oracle(), values, 1e-2)  # gradients come in the dtype of their input
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_kernels_refuse_what_they_do_not_take() -> None:
+    values = {name: v.to(DEVICE) for name, v in inputs(4, width=9).items()}
+    for x, weight in (values["x"], values["weight"][:, :4]), (values["x"].float(), values["weight"].float()):
+        with pytest.raises(InvalidOptionError, match="no backend 'triton' here"):
+            causal_conv(x, weight, backend="triton")
 
 
 def test_step_leaves_its_state_alone_and_keeps_its_dtype() -> None:

@@ -11,9 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from mambify.errors import InvalidOptionError
+from mambify.ops.backends import HAS_TRITON
 from mambify.ops.selective_scan import selective_scan, selective_scan_step
 
+if HAS_TRITON:
+    from mambify.ops.selective_scan import triton as kernels
+
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TRITON = [
+    pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"),
+    pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning"),  # the mode that gives NaN in allocations
+]
 
 
 def oracle(seq_idx_BT: Tensor | None = None) -> Any:
@@ -30,14 +40,24 @@ def oracle(seq_idx_BT: Tensor | None = None) -> Any:
 
 
 def scan(seq_idx_BT: Tensor | None = None, **options: Any) -> Any:
-    def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, S: Tensor) -> Any:
-        return selective_scan(x, dt, A, B, C, D, initial_state_BJMN=S, seq_idx_BT=seq_idx_BT, **options)
+    """The operation on the device of its backend; inputs and results are on the CPU."""
+    device = DEVICE if options.get("backend") == "triton" else "cpu"
+
+    def run(
+        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, S: Tensor | None = None
+    ) -> Any:
+        D, S, ids = (None if v is None else v.to(device) for v in (D, S, seq_idx_BT))
+        x, dt, A, B, C = (v.to(device) for v in (x, dt, A, B, C))
+        y, final = selective_scan(x, dt, A, B, C, D, initial_state_BJMN=S, seq_idx_BT=ids, **options)
+        return y.cpu(), final.cpu()
 
     return run
 
 
-def inputs(tokens: int, dtype: torch.dtype = torch.float64, batch: int = 2) -> dict[str, Tensor]:
-    J, M, N = 3, 4, 5
+def inputs(
+    tokens: int, dtype: torch.dtype = torch.float64, batch: int = 2, sizes: tuple[int, int, int] = (3, 4, 5)
+) -> dict[str, Tensor]:
+    J, M, N = sizes
     exact = torch.promote_types(dtype, torch.float32)
     return {
         "x": torch.randn(batch, tokens, J, M).to(dtype),
@@ -50,10 +70,124 @@ def inputs(tokens: int, dtype: torch.dtype = torch.float64, batch: int = 2) -> d
     }
 
 
+def zeros_for_absent(function: Any, values: dict[str, Tensor]) -> Any:
+    """An oracle that is given neither D nor S."""
+    return lambda **given: function(**given, **{k: torch.zeros_like(values[k].double()) for k in ("D", "S")})
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("tokens", [1, 3, 15, 16, 17, 65, 130])
 def test_values_and_gradients(tokens: int, dtype: torch.dtype, match: Any) -> None:
     match(scan(), oracle(), inputs(tokens, dtype=dtype), TOLERANCE[dtype])
+
+
+class TestKernels:
+    """The Triton kernels: few and small shapes, because the interpreter is slow."""
+
+    pytestmark = TRITON
+    scan = staticmethod(lambda seq_idx_BT=None: scan(seq_idx_BT, backend="triton"))
+
+    @pytest.mark.parametrize(
+        ("tokens", "dtype"),
+        [(1, torch.float32), (17, torch.float32), (17, torch.bfloat16), (63, torch.float32), (130, torch.float32)],
+        ids=str,
+    )
+    def test_values_and_gradients(self, tokens: int, dtype: torch.dtype, match: Any) -> None:
+        match(self.scan(), oracle(), inputs(tokens, dtype=dtype, batch=1, sizes=(2, 4, 5)), TOLERANCE[dtype])
+
+    @pytest.mark.parametrize("sizes", [(2, 16, 16), (1, 20, 16), (1, 3, 200), (1, 1, 1)], ids=str)
+    def test_sizes(self, sizes: tuple[int, int, int], match: Any) -> None:
+        """Of sub-heads: that of the mixer, more channels than one warp has, long and least states."""
+        match(self.scan(), oracle(), inputs(10, torch.float32, sizes=sizes), 1e-5)
+
+    def test_segments(self, match: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A sequence cut in three, as where batch and sub-heads are too few for a GPU."""
+        monkeypatch.setattr(kernels, "_segment", lambda *_, **__: 2 * kernels.SAVED_EVERY)
+        seq_idx_BT = torch.tensor([0] * 30 + [1] * 34 + [2] * 66)[None]
+        match(self.scan(seq_idx_BT), oracle(seq_idx_BT), inputs(130, torch.float32, 1, (1, 4, 5)), 1e-5)
+
+    def test_segments_cover_every_token_once(self) -> None:
+        for tokens in (1, 31, 32, 33, 2000, 131072):
+            for programs in (1, 36, 527, 528, 5000):
+                segment = kernels._segment(tokens, programs, enough=528, wanted=1056, shortest=256)
+                assert segment % kernels.SAVED_EVERY == 0
+                assert programs < 528 or segment >= tokens
+                assert -(-tokens // segment) * programs <= max(1056 + programs, programs)
+
+    def test_documents(self, match: Any) -> None:
+        seq_idx_BT = torch.zeros(2, 41, dtype=torch.int32)
+        for row, places in enumerate(((4, 8, 31, 32, 40), (1, 2, 33))):
+            for place in places:
+                seq_idx_BT[row, place:] += 1
+        match(self.scan(seq_idx_BT), oracle(seq_idx_BT), inputs(41, torch.float32, sizes=(1, 4, 5)), 1e-5)
+
+    def test_views_of_a_projection(self, match: Any) -> None:
+        """C is a slice of in_proj's output, B an expanded view, x has its channels apart."""
+        J, M, N = 2, 4, 5
+        values = inputs(9, torch.float32, sizes=(J, M, N))
+        values["B"] = values["B"][:, :, :1]
+        values["C"] = torch.randn(2, 9, J * N + 3)
+
+        def viewed(function: Any) -> Any:
+            def run(x: Tensor, B: Tensor, C: Tensor, **rest: Tensor) -> Any:
+                apart, several = x.mT.contiguous().mT, B.expand(-1, -1, J, -1)
+                return function(x=apart, B=several, C=C[..., 2 : 2 + J * N].unflatten(-1, (J, N)), **rest)
+
+            return run
+
+        match(viewed(self.scan()), viewed(oracle()), values, 1e-5)
+
+    def test_without_skip_and_without_initial_state(self, match: Any) -> None:
+        values = inputs(9, torch.float32, batch=1)
+        given = {name: values[name] for name in ("x", "dt", "A", "B", "C")}
+        match(self.scan(), zeros_for_absent(oracle(), values), given, 1e-5)
+
+    @pytest.mark.parametrize("used", [0, 1], ids=["y", "state"])
+    def test_gradient_of_one_output_alone(self, used: int, match: Any) -> None:
+        values = inputs(9, torch.float32, batch=1)
+        constant = {} if used == 0 else {name: values.pop(name) for name in ("C", "D")}  # no part in the state
+
+        def one(function: Any) -> Any:
+            def run(**given: Tensor) -> Any:
+                return function(**given, **{k: v.to(given["x"].dtype) for k, v in constant.items()})[used : used + 1]
+
+            return run
+
+        match(one(self.scan()), one(oracle()), values, 1e-5)
+
+    @pytest.mark.parametrize("rate", [0.0, -1e30])
+    def test_extreme_decays(self, rate: float, match: Any) -> None:
+        seq_idx_BT = torch.arange(14).div(9, rounding_mode="floor")[None]
+        values = inputs(14, torch.float32, batch=1, sizes=(2, 4, 5))
+        values["A"][:, 0] = rate
+        given = {name: v.clone().requires_grad_() for name, v in values.items()}
+        y, state = self.scan(seq_idx_BT)(**given)
+        (y.sum() + state.sum()).backward()
+        assert y.isfinite().all() and state.isfinite().all()
+        assert all(v.grad is not None and v.grad.isfinite().all() for v in given.values())
+        if rate > -1e30:
+            match(self.scan(seq_idx_BT), oracle(seq_idx_BT), values, 1e-5)
+
+    def test_states_are_saved_only_for_a_backward_pass(self) -> None:
+        values = {name: v.requires_grad_() for name, v in inputs(65, torch.float32, 1, (1, 4, 5)).items()}
+        saved: list[int] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            saved.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            with torch.no_grad():
+                self.scan()(**values)
+            assert not saved
+            self.scan()(**values)
+        states = -(-65 // kernels.SAVED_EVERY) * 4 * 5
+        assert sum(saved) == sum(v.numel() for name, v in values.items() if name != "S") + states
+
+    def test_refuses_what_it_does_not_take(self) -> None:
+        for values in inputs(2), inputs(2, torch.float32, sizes=(1, 1, 257)):
+            with pytest.raises(InvalidOptionError, match="no backend 'triton' here"):
+                self.scan()(**values)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 5, 9, 64])
@@ -77,14 +211,8 @@ def test_expanded_sub_heads_get_summed_gradients(match: Any) -> None:
 
 def test_without_skip_and_without_initial_state(match: Any) -> None:
     values = inputs(20)
-    match(
-        lambda x, dt, A, B, C: selective_scan(x, dt, A, B, C, chunk_size=8),
-        lambda x, dt, A, B, C: oracle()(
-            x, dt, A, B, C, D=torch.zeros_like(values["D"]), S=torch.zeros_like(values["S"])
-        ),
-        {name: values[name] for name in ("x", "dt", "A", "B", "C")},
-        1e-11,
-    )
+    given = {name: values[name] for name in ("x", "dt", "A", "B", "C")}
+    match(scan(chunk_size=8), zeros_for_absent(oracle(), values), given, 1e-11)
 
 
 @pytest.mark.parametrize("chunk_size", [4, 8, 64])

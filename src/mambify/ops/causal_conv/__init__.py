@@ -10,12 +10,13 @@ from typing import Literal
 from torch import Tensor
 
 from mambify.errors import InvalidOptionError
-from mambify.ops.backends import check_shape, pick_backend
+from mambify.ops.backends import HAS_TRITON, backends_on, check_shape, pick_backend
 from mambify.ops.causal_conv import reference
 
-__all__ = ["causal_conv", "causal_conv_step"]
+if HAS_TRITON:
+    from mambify.ops.causal_conv import triton as kernels
 
-_BACKENDS = ("reference",)
+__all__ = ["causal_conv", "causal_conv_step"]
 
 Activation = Literal["silu"] | None
 
@@ -44,7 +45,7 @@ def causal_conv(
         initial_state_BCL: the L inputs before the first token, oldest first; zeros where None. They belong to
             the document of the row's first token.
         seq_idx_BT: integer document ids; a document ends wherever the id changes.
-        backend: "auto" or "reference".
+        backend: "auto", "reference" or "triton" (widths 2 to 8, no float64).
 
     Returns:
         y_BTC, and the last L inputs [B, C, L] for the next call, zero where they belong to an earlier
@@ -54,7 +55,9 @@ def causal_conv(
         InvalidOptionError: unknown backend or activation.
         ValueError: shapes that do not belong together.
     """
-    pick_backend("causal_conv", backend, _BACKENDS)
+    inputs = (x_BTC, weight_CK, bias_C, initial_state_BCL)
+    supported = HAS_TRITON and kernels.supports(*inputs)
+    chosen = pick_backend("causal_conv", backend, backends_on(x_BTC.device, supported=supported))
     _check_activation("causal_conv", activation)
     batch, tokens, channels = x_BTC.shape
     width = weight_CK.shape[1]
@@ -64,7 +67,8 @@ def causal_conv(
     check_shape("causal_conv", "bias_C", bias_C, (channels,))
     check_shape("causal_conv", "initial_state_BCL", initial_state_BCL, (batch, channels, width - 1))
     check_shape("causal_conv", "seq_idx_BT", seq_idx_BT, (batch, tokens))
-    return reference.causal_conv(x_BTC, weight_CK, bias_C, activation == "silu", initial_state_BCL, seq_idx_BT)
+    run = kernels.causal_conv if chosen == "triton" else reference.causal_conv
+    return run(x_BTC, weight_CK, bias_C, activation == "silu", initial_state_BCL, seq_idx_BT)
 
 
 def causal_conv_step(
@@ -80,7 +84,7 @@ def causal_conv_step(
 
     Raises InvalidOptionError (unknown backend or activation) or ValueError (shapes).
     """
-    pick_backend("causal_conv_step", backend, _BACKENDS)
+    pick_backend("causal_conv_step", backend, ("reference",))
     _check_activation("causal_conv_step", activation)
     batch, channels = x_BC.shape
     width = weight_CK.shape[1]

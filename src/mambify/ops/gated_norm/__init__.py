@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mambify.ops.backends import check_shape, pick_backend
+from mambify.ops.backends import HAS_TRITON, backends_on, check_shape, pick_backend
 from mambify.ops.gated_norm import reference
 
-__all__ = ["gated_rms_norm"]
+if HAS_TRITON:
+    from mambify.ops.gated_norm import triton as kernels
 
-_BACKENDS = ("reference",)
+__all__ = ["gated_rms_norm"]
 
 
 def gated_rms_norm(y_BTHP: Tensor, z_BTHP: Tensor, weight_HP: Tensor, eps: float, backend: str = "auto") -> Tensor:
@@ -21,9 +22,14 @@ def gated_rms_norm(y_BTHP: Tensor, z_BTHP: Tensor, weight_HP: Tensor, eps: float
     Computed in float32 and rounded to z's dtype before the weight multiplies it, as transformers does in
     BambaRMSNormGated (group size P); the result, [B, T, H, P], is in z's dtype.
 
+    Args:
+        backend: "auto", "reference" or "triton" (no float64).
+
     Raises InvalidOptionError (unknown backend) or ValueError (shapes).
     """
-    pick_backend("gated_rms_norm", backend, _BACKENDS)
+    supported = HAS_TRITON and kernels.supports(y_BTHP, z_BTHP, weight_HP)
+    chosen = pick_backend("gated_rms_norm", backend, backends_on(y_BTHP.device, supported=supported))
     check_shape("gated_rms_norm", "z_BTHP", z_BTHP, tuple(y_BTHP.shape))
     check_shape("gated_rms_norm", "weight_HP", weight_HP, tuple(y_BTHP.shape[-2:]))
-    return reference.gated_rms_norm(y_BTHP, z_BTHP, weight_HP, eps)
+    run = kernels.gated_rms_norm if chosen == "triton" else reference.gated_rms_norm
+    return run(y_BTHP, z_BTHP, weight_HP, eps)

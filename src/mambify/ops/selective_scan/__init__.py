@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mambify.ops.backends import check_chunk_size, check_shape, pick_backend
+from mambify.ops.backends import HAS_TRITON, backends_on, check_chunk_size, check_shape, pick_backend
 from mambify.ops.selective_scan import reference
 
-__all__ = ["selective_scan", "selective_scan_step"]
+if HAS_TRITON:
+    from mambify.ops.selective_scan import triton as kernels
 
-_BACKENDS = ("reference",)
+__all__ = ["selective_scan", "selective_scan_step"]
 
 
 def selective_scan(
@@ -43,8 +44,9 @@ def selective_scan(
         D_JM: skip weights, or None for no skip.
         initial_state_BJMN: S_0, zero where None. Belongs to the document of the row's first token.
         seq_idx_BT: integer document ids; the state is zeroed wherever the id changes.
-        chunk_size: tokens whose states are in memory together; changes speed and memory, not the result.
-        backend: "auto" or "reference".
+        chunk_size: tokens whose states the reference has in memory together; changes its speed and memory, not the
+            result. The kernels choose their own.
+        backend: "auto", "reference" or "triton" (state sizes up to 256, no float64).
 
     Returns:
         y_BTJM in x's dtype and the state after the last token, [B, J, M, N] in float32 (or float64).
@@ -53,7 +55,9 @@ def selective_scan(
         InvalidOptionError: unknown backend, or chunk_size below 1.
         ValueError: shapes that do not belong together.
     """
-    pick_backend("selective_scan", backend, _BACKENDS)
+    inputs = (x_BTJM, A_JMN, dt_BTJM, B_BTJN, C_BTJN, D_JM, initial_state_BJMN)
+    supported = HAS_TRITON and kernels.supports(*inputs)
+    chosen = pick_backend("selective_scan", backend, backends_on(x_BTJM.device, supported=supported))
     check_chunk_size("selective_scan", chunk_size)
     batch, tokens, heads, channels = x_BTJM.shape
     state_size = A_JMN.shape[-1]
@@ -66,9 +70,8 @@ def selective_scan(
     check_shape("selective_scan", "D_JM", D_JM, (heads, channels))
     check_shape("selective_scan", "initial_state_BJMN", initial_state_BJMN, (batch, heads, channels, state_size))
     check_shape("selective_scan", "seq_idx_BT", seq_idx_BT, (batch, tokens))
-    return reference.selective_scan(
-        x_BTJM, dt_BTJM, A_JMN, B_BTJN, C_BTJN, D_JM, initial_state_BJMN, seq_idx_BT, min(chunk_size, tokens)
-    )
+    run = kernels.selective_scan if chosen == "triton" else reference.selective_scan
+    return run(x_BTJM, dt_BTJM, A_JMN, B_BTJN, C_BTJN, D_JM, initial_state_BJMN, seq_idx_BT, min(chunk_size, tokens))
 
 
 def selective_scan_step(
@@ -86,7 +89,7 @@ def selective_scan_step(
 
     Raises InvalidOptionError (unknown backend) or ValueError (shapes).
     """
-    pick_backend("selective_scan_step", backend, _BACKENDS)
+    pick_backend("selective_scan_step", backend, ("reference",))
     batch, heads, channels = x_BJM.shape
     state_size = A_JMN.shape[-1]
     check_shape("selective_scan_step", "dt_BJM", dt_BJM, (batch, heads, channels))
