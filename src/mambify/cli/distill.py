@@ -30,17 +30,20 @@ def distill(
 ) -> None:
     """Run a recipe, from the teacher to the finished student.
 
-    Killed and started again, the same command continues from the last checkpoint.
+    Killed and started again, the same command continues from the last checkpoint. Several GPUs share the work when it
+    is started with torchrun or accelerate launch: torchrun --nproc_per_node 8 -m mambify distill RECIPE.yaml
     """
     quiet_libraries()
     from mambify.distill.logs import read_metrics
+    from mambify.distill.parallel import leave, process_rank
     from mambify.distill.recipe import load_recipe
     from mambify.distill.run import summaries
     from mambify.workflows.distill import distill as run_recipe
 
     checked = load_recipe(recipe, overrides or ())
     place = options.pick_device(device)
-    with progress_bar(quiet=json, transient=False) as bars:
+    first = process_rank() == 0
+    with progress_bar(quiet=json or not first, transient=False) as bars:
         _, run = run_recipe(
             checked,
             overwrite=overwrite,
@@ -48,6 +51,9 @@ def distill(
             listener=StageBars(bars),
             announce=announcer(quiet=json, console=bars.console),
         )
+    leave()
+    if not first:
+        return
     last = {row["stage"]: row for row in read_metrics(run / "metrics.jsonl")}
     stages = [summary | _final_figures(last.get(summary["stage"], {})) for summary in summaries(run)]
     result = {"run": str(run), "student": str(run / "student"), "stages": stages}

@@ -12,28 +12,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mambify.distill.graphs import StepResult
+from mambify.distill.graphs import StepResult, Sums
+from mambify.distill.layers import TeacherLayer, layer_contexts
 from mambify.distill.losses import normalized_mse
-from mambify.distill.trainer import DistillationStage
+from mambify.distill.trainer import DistillationStage, Unit, scale_gradients
 from mambify.mixers import Mixer, MixerContext
-from mambify.model import HybridForCausalLM, MixerTrace
+from mambify.model import HybridBlock, HybridForCausalLM, MixerTrace
 
 
 class MixerAligner(DistillationStage):
-    """The new mixers of a student beside the teacher they learn from.
+    """The new mixers of a student beside the teacher they learn from, up to the last layer that has one.
 
-    The teacher is held outside the module tree: it is neither trained, saved nor wrapped.
+    A layer's loss is the squared error of its mixer over the squared output of the attention there, both summed over
+    the tokens of the whole step.
     """
 
     def __init__(self, student: HybridForCausalLM, teacher: HybridForCausalLM, layers: list[int]) -> None:
         super().__init__()
         self.layers = layers
         self.mixers = nn.ModuleDict({str(i): student.model.layers[i].mixer for i in layers})  # type: ignore[misc]
-        self._teacher = [teacher]
+        self.embed_tokens = teacher.model.embed_tokens
+        blocks = [block for block in teacher.model.layers[: max(layers) + 1] if isinstance(block, HybridBlock)]
+        self.teacher_layers = nn.ModuleList(TeacherLayer(block) for block in blocks)
+        self._teacher = [teacher.model]
+
+    @property
+    def outside(self) -> tuple[nn.Module, ...]:
+        return tuple(self._teacher)
 
     def traces(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Iterator[MixerTrace]:
         """What the teacher's mixers at these layers read and gave, layer by layer."""
-        return self._teacher[0].model.mixer_traces(input_ids, self.layers, position_ids)
+        x_BTD = self.embed_tokens(input_ids)
+        contexts, seq_idx_BT = layer_contexts(self._teacher[0], x_BTD, position_ids)
+        for index, layer in enumerate(self.teacher_layers):
+            normed_BTD, y_BTD, x_BTD = layer(x_BTD, contexts[index])
+            if index in self.layers:
+                yield MixerTrace(index, normed_BTD, y_BTD, seq_idx_BT)
 
     def forward(self, trace: MixerTrace) -> Tensor:
         """Normalised squared error of one layer's mixer: 0 is exact, 1 is what saying nothing costs."""
@@ -50,10 +64,36 @@ class MixerAligner(DistillationStage):
 
         Each layer's loss counts fully, for they share no parameter; the mean is reported.
         """
-        losses = {}
+        sums = {}
         for trace in self.traces(batch["input_ids"], batch.get("position_ids")):
-            loss: Tensor = forward(trace)
-            backward(loss * batch["scale"])
-            losses[trace.layer_idx] = loss.detach()
-        mean = torch.stack(list(losses.values())).mean()
-        return StepResult(mean * batch["scale"], {f"layer_{i:02d}": loss for i, loss in losses.items()})
+            energy = trace.output_BTD.float().square().sum()
+            error: Tensor = forward(trace) * energy
+            backward(error)
+            sums[f"layer_{trace.layer_idx:02d}"] = torch.stack([error.detach(), energy])
+        return StepResult(self.loss(sums), sums)
+
+    def finish_gradients(self, sums: Sums) -> None:
+        energies = torch.stack([sums[f"layer_{index:02d}"][1] for index in self.layers])
+        for index, factor in zip(self.layers, energies.clamp(min=1e-12).reciprocal().unbind(), strict=True):
+            scale_gradients(self.mixers[str(index)].parameters(), factor)
+
+    def loss(self, sums: Sums) -> Tensor:
+        pairs = torch.stack(list(sums.values()))
+        return (pairs[:, 0] / pairs[:, 1].clamp(min=1e-12)).mean()
+
+    def units(self) -> Iterator[Unit]:
+        for layer in self.teacher_layers:
+            yield Unit(layer)
+        for mixer in self.mixers.values():
+            yield from (Unit(child, True) for child in mixer.children() if isinstance(child, nn.Linear))
+            yield Unit(mixer, True)
+        yield Unit(self.embed_tokens)
+
+    def ahead(self) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+        """Layers are called one by one, each with a backward pass of its own: FSDP does not see what comes next."""
+        for index, layer in enumerate(self.teacher_layers):
+            following: list[nn.Module] = list(self.teacher_layers[index + 1 : index + 2])
+            if index in self.layers:
+                mixer = self.mixers[str(index)]
+                following += [mixer, *(child for child in mixer.children() if isinstance(child, nn.Linear))]
+            yield layer, following

@@ -2,6 +2,9 @@
 
 A training step of a small model is thousands of short kernels, and launching them takes the host longer than running
 them takes the GPU. Shapes never change within a stage, so the step is recorded once and replayed.
+
+Each of several processes with whole copies of the weights records and replays its own; their gradients are added up
+after the replay. Where weights are sharded, gathering them is part of the step, and nothing is recorded.
 """
 
 from __future__ import annotations
@@ -14,17 +17,30 @@ from torch import Tensor, nn
 
 _WARM_UP = 3
 
+#: name → ``[2]``: a sum over what a step trains on, and what it is to be divided by
+Sums = dict[str, Tensor]
+
+
+def ratios(sums: Sums) -> dict[str, Tensor]:
+    """What sums and counts come to: name → sum over count."""
+    return {name: pair[0] / pair[1].clamp(min=1e-12) for name, pair in sums.items()}
+
 
 class StepResult(NamedTuple):
-    """What a step reports; its gradients are in the parameters.
+    """What one micro-batch gave, beside the gradients in the parameters.
 
     Attributes:
-        loss: scaled as it went into the backward pass.
-        metrics: figures for the log.
+        loss: what went into the backward pass.
+        sums: what the figures of the log are made of.
     """
 
     loss: Tensor
-    metrics: dict[str, Tensor]
+    sums: Sums
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """The figures of this micro-batch alone."""
+        return ratios(self.sums)
 
 
 class GraphedStep:
@@ -82,4 +98,5 @@ class GraphedStep:
                 parameter.grad.add_(gradient)
             else:
                 parameter.grad = gradient.clone() if self._accumulates else gradient
-        return StepResult(self._result.loss.clone(), {k: v.clone() for k, v in self._result.metrics.items()})
+        sums = {name: pair.clone() for name, pair in self._result.sums.items()}
+        return StepResult(self._result.loss.clone(), sums)

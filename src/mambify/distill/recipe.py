@@ -70,6 +70,10 @@ class Data(_Section):
 
 
 class _Stage(_Section):
+    """What all stages have: ``batch_tokens`` of a step are shared by all processes; ``micro_batch`` sequences are in
+    memory at once in each of them, and divide its share.
+    """
+
     tokens: Count
     batch_tokens: Count = 16384
     learning_rate: Annotated[float, Field(gt=0)]
@@ -113,8 +117,8 @@ class Recipe(_Section):
     """Everything ``mambify distill`` needs; unknown keys are errors.
 
     ``output`` becomes the run directory. ``precision`` is that of the arithmetic: trained weights are float32.
-    ``cuda_graphs`` records each stage's step once and replays it (one process on a GPU; not with packed
-    documents or gradient checkpointing).
+    ``cuda_graphs`` records each stage's step once and replays it, where that is possible: on GPUs that each have
+    whole weights, without packed documents, gradient checkpointing or compilation.
     """
 
     teacher: str

@@ -5,6 +5,8 @@ RUN/environment.json     versions, device, command
 RUN/metrics.jsonl        one line a log event, all stages
 RUN/stages/01-align/     checkpoints, TensorBoard events; trained.safetensors and summary.json once done
 RUN/student/             the final model
+
+Of several processes only the first writes here; the others read, so that all of them can continue a run.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import platform
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +30,9 @@ from transformers import set_seed
 from mambify import __version__
 from mambify.conversion import apply_plan, calibrate, plan
 from mambify.distill.logs import Listener, MetricsLog, forget_after
+from mambify.distill.parallel import Processes
 from mambify.distill.recipe import Align, Recipe, Stage, dump_recipe
+from mambify.distill.sharding import lent, shard
 from mambify.distill.stages import (
     build_trainer,
     stage_module,
@@ -34,8 +40,15 @@ from mambify.distill.stages import (
     training_arguments,
     unshare_mlps,
     use_bfloat16,
+    why_no_graphs,
 )
-from mambify.distill.trainer import last_complete_checkpoint, load_trained, save_trained
+from mambify.distill.trainer import (
+    copy_trained,
+    last_complete_checkpoint,
+    load_trained,
+    save_trained,
+    trained_parameters,
+)
 from mambify.errors import OutputExistsError
 from mambify.families.load import LoadedModel, save
 from mambify.io import append_jsonl, atomic_write_text, read_json, write_json
@@ -65,12 +78,17 @@ def steps_of(recipe: Recipe) -> list[Step]:
     return [Step(f"{i:02d}-{stage.kind}", stage, share) for i, (share, stage) in enumerate(pairs, start=1)]
 
 
-def open_run(recipe: Recipe, *, overwrite: bool = False) -> Path:
+def open_run(recipe: Recipe, processes: Processes, *, overwrite: bool = False) -> Path:
     """The run directory: new, or that of an earlier run of the same recipe.
 
     Raises:
         OutputExistsError: something else is there.
     """
+    processes.first_does(lambda: _open_run(recipe, processes, overwrite=overwrite))
+    return Path(recipe.output)
+
+
+def _open_run(recipe: Recipe, processes: Processes, *, overwrite: bool) -> None:
     run, text = Path(recipe.output), dump_recipe(recipe)
     if overwrite and run.exists():
         shutil.rmtree(run)
@@ -78,12 +96,11 @@ def open_run(recipe: Recipe, *, overwrite: bool = False) -> Path:
     if existing.is_file():
         if existing.read_text(encoding="utf-8") != text:
             raise OutputExistsError(f"{run} holds a run of another recipe: choose another output or pass --overwrite")
-        return run
+        return
     if run.exists() and any(run.iterdir()):
         raise OutputExistsError(f"{run} is not empty and no run: choose another output or pass --overwrite")
     atomic_write_text(existing, text)
-    write_json(run / "environment.json", _environment())
-    return run
+    write_json(run / "environment.json", _environment() | {"processes": processes.count})
 
 
 def run_stages(
@@ -92,8 +109,9 @@ def run_stages(
     *,
     teacher: LoadedModel,
     dataset: Dataset[Any],
-    device: str,
+    processes: Processes,
     listener: Listener | None = None,
+    announce: Callable[[str], None] | None = None,
 ) -> HybridForCausalLM:
     """Converts and trains through every stage, skipping those that are done; saves and returns the student.
 
@@ -104,23 +122,44 @@ def run_stages(
         run: what :func:`open_run` gave.
         teacher: anywhere; it is only read.
         dataset: blocks of ``recipe.data.context_length`` tokens.
-        device: where to train.
+        processes: those that share the work, and where this one trains.
+        listener: told of every step, in the first process.
+        announce: told in words how each stage runs, in the first process.
 
     Raises:
         TrainingDivergedError: the loss became NaN or infinite.
         OutputWriteError: the disk refused a write; what was written before is whole.
     """
-    bfloat16 = use_bfloat16(recipe.precision, device)
-    working = in_dtype(teacher.model, torch.bfloat16 if bfloat16 else torch.float32, device)
+    bfloat16 = use_bfloat16(recipe.precision, processes.device)
+    working = in_dtype(teacher.model, torch.bfloat16 if bfloat16 else torch.float32, processes.home)
+    work = _Work(recipe, run, working, dataset, processes, bfloat16, listener, announce or (lambda _: None))
     student = working
     for step in steps_of(recipe):
         student = _converted(student, recipe, step.attention)
-        directory = run / "stages" / step.name
-        _run_step(recipe, step, run, directory, student, working, dataset, listener)
+        _run_step(work, step, student)
     final = _final_student(recipe, teacher.model, student)
-    if not (run / "student").is_dir():
-        save(final, run / "student", tokenizer=teacher.tokenizer)
+    teacher.model.requires_grad_(True)
+    processes.first_does(lambda: _save_student(final, run / "student", teacher))
     return final
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What all steps of a run have in common."""
+
+    recipe: Recipe
+    run: Path
+    teacher: HybridForCausalLM
+    dataset: Dataset[Any]
+    processes: Processes
+    bfloat16: bool
+    listener: Listener | None
+    announce: Callable[[str], None]
+
+
+def _save_student(student: HybridForCausalLM, path: Path, teacher: LoadedModel) -> None:
+    if not path.is_dir():
+        save(student, path, tokenizer=teacher.tokenizer)
 
 
 def in_dtype(model: HybridForCausalLM, dtype: torch.dtype, device: str) -> HybridForCausalLM:
@@ -161,64 +200,102 @@ def _converted(model: HybridForCausalLM, recipe: Recipe, attention: float) -> Hy
     return student
 
 
-def _run_step(
-    recipe: Recipe,
-    step: Step,
-    run: Path,
-    directory: Path,
-    student: HybridForCausalLM,
-    teacher: HybridForCausalLM,
-    dataset: Dataset[Any],
-    listener: Listener | None,
-) -> None:
+def _run_step(work: _Work, step: Step, student: HybridForCausalLM) -> None:
     """One stage, or the weights that it left when it was done before."""
+    recipe, processes = work.recipe, work.processes
     set_seed(recipe.seed)
-    module = stage_module(step.stage, student, teacher)
-    if (directory / _SUMMARY).is_file():
-        load_trained(module, directory / _TRAINED)
+    directory = work.run / "stages" / step.name
+    module = stage_module(step.stage, student, work.teacher)
+    if processes.first_does(lambda: (directory / _SUMMARY).is_file()):
+        processes.all_do(lambda: load_trained(module, directory / _TRAINED))
         return
-    context_length = recipe.data.context_length
     arguments = training_arguments(
-        step.stage, recipe, directory, context_length=context_length, device=teacher.device.type
+        step.stage,
+        recipe,
+        directory,
+        context_length=recipe.data.context_length,
+        device=processes.device,
+        count=processes.count,
     )
-    sequences = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    tokens_per_step = sequences * context_length
-    log = MetricsLog(run / "metrics.jsonl", step.name, tokens_per_step, listener)
-    trainer = build_trainer(step.stage, module, arguments, dataset, [log], cuda_graphs=recipe.cuda_graphs)
     start = time.perf_counter()
-    if isinstance(step.stage, Align) and last_complete_checkpoint(directory) is None:
-        _calibrate(student, teacher, dataset, step.stage.calibration_tokens, run, step.name)
+    begun = processes.first_does(lambda: last_complete_checkpoint(directory) is not None)
+    if isinstance(step.stage, Align) and not begun:
+        _calibrate(work, student, step.stage.calibration_tokens, step.name)
+    processes.share(trained_parameters(module).values())
+    training = module if processes.sharding is None else shard(module, processes, bfloat16=work.bfloat16)
+
+    sequences = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * processes.count
+    tokens_per_step = sequences * recipe.data.context_length
+    no_graphs = why_no_graphs(recipe, step.stage, processes)
+    how = {"processes": processes.count, "sharded": processes.sharding is not None, "cuda_graphs": no_graphs is None}
+    log = MetricsLog(work.run / "metrics.jsonl", step.name, tokens_per_step, work.listener)
+    if processes.first:
+        graphs = "recorded as a CUDA graph" if no_graphs is None else f"not recorded as a CUDA graph ({no_graphs})"
+        work.announce(f"{step.name}: {processes.describe()}; each step {graphs}")
+    trainer = build_trainer(
+        step.stage,
+        training,
+        arguments,
+        work.dataset,
+        [log] if processes.first else [],
+        processes=processes,
+        cuda_graphs=no_graphs is None,
+    )
     train_stage(trainer)
     seconds = time.perf_counter() - start
-    save_trained(module, directory / _TRAINED)
+    if training is not module:
+        copy_trained(training, module, processes.device)
+    save_trained(module, directory / _TRAINED, processes)
     steps = trainer.state.global_step
     summary = {"stage": step.name, "steps": steps, "tokens": steps * tokens_per_step, "seconds": round(seconds, 2)}
-    write_json(directory / _SUMMARY, summary | {"attention": step.attention})
-    for checkpoint in directory.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+
+    def conclude() -> None:
+        write_json(directory / _SUMMARY, summary | {"attention": step.attention} | how)
+        for checkpoint in directory.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+
+    processes.first_does(conclude)
 
 
-def _calibrate(
-    student: HybridForCausalLM,
-    teacher: HybridForCausalLM,
-    dataset: Dataset[Any],
-    num_tokens: int,
-    run: Path,
-    stage: str,
-) -> None:
+def _calibrate(work: _Work, student: HybridForCausalLM, num_tokens: int, stage: str) -> None:
     """The align stage's closed-form start; its errors go to the metrics as step 0."""
     if not num_tokens:
         return
-    length = len(dataset[0]["input_ids"])
-    count = min(-(-num_tokens // length), len(dataset))  # type: ignore[arg-type]
-    blocks = torch.stack([dataset[i]["input_ids"] for i in range(count)]).to(teacher.device)
-    errors = calibrate(student, teacher, blocks.split(8))
-    path = run / "metrics.jsonl"
-    forget_after(path, stage, -1)
+    length = len(work.dataset[0]["input_ids"])
+    count = min(-(-num_tokens // length), len(work.dataset))  # type: ignore[arg-type]
+    blocks = torch.stack([work.dataset[i]["input_ids"] for i in range(count)]).to(work.processes.device)
+    with _within_reach(student, work.teacher, work.processes):
+        errors = calibrate(student, work.teacher, blocks.split(8))
+    rows = []
     for step, column in ((-1, 0), (0, 1)):
         row = {f"layer_{i:02d}": error[column] for i, error in errors.items()}
-        loss = sum(row.values()) / len(row)
-        append_jsonl(path, {"stage": stage, "step": step, "tokens": 0, "loss": loss} | row)
+        rows.append({"stage": stage, "step": step, "tokens": 0, "loss": sum(row.values()) / len(row)} | row)
+
+    def write() -> None:
+        path = work.run / "metrics.jsonl"
+        forget_after(path, stage, -1)
+        for row in rows:
+            append_jsonl(path, row)
+
+    work.processes.first_does(write)
+
+
+@contextmanager
+def _within_reach(student: HybridForCausalLM, teacher: HybridForCausalLM, processes: Processes) -> Iterator[None]:
+    """While open, models in host memory compute on the device: the teacher part by part, the new mixers at once."""
+    if processes.home == processes.device:
+        yield
+        return
+    parts = [child for block in teacher.model.layers for child in block.children()]
+    mixers = [student.model.layers[i].mixer for i in student.config.converted_layers]
+    for mixer in mixers:
+        mixer.to(processes.device)
+    try:
+        with lent([teacher.model.embed_tokens, *parts], processes.device):
+            yield
+    finally:
+        for mixer in mixers:
+            mixer.to(processes.home)
 
 
 def summaries(run: Path) -> list[dict[str, Any]]:

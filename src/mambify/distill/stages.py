@@ -11,23 +11,46 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mambify.distill.align import MixerAligner
 from mambify.distill.kd import KnowledgeDistiller, collate
+from mambify.distill.parallel import Processes, process_count, sharding_asked_for, uses_deepspeed
 from mambify.distill.recipe import Align, Kd, Recipe, Stage
-from mambify.distill.trainer import StageTrainer, last_complete_checkpoint
-from mambify.errors import InvalidOptionError, RecipeError, UnsupportedError, did_you_mean
+from mambify.distill.trainer import DistillationStage, StageTrainer, last_complete_checkpoint
+from mambify.errors import (
+    CheckpointError,
+    InvalidOptionError,
+    MissingDependencyError,
+    RecipeError,
+    UnsupportedError,
+    did_you_mean,
+)
 from mambify.model import HybridForCausalLM
 
 _MLP = "mlp"
 
+#: what a stage's ``trainer`` may not hold, and where it is said instead
+_ELSEWHERE = {
+    "gradient_checkpointing": "is a key of the stage itself",
+    "activation_checkpointing": "is the stage's own gradient_checkpointing",
+    "average_tokens_across_devices": "is always so: a step's tokens count alike on all processes",
+} | dict.fromkeys(
+    ("fsdp", "fsdp_config", "deepspeed", "parallelism_config"),
+    "is said when a run is started: accelerate launch --config_file FILE",
+)
+#: optimizers that step inside the backward pass, choose layers by themselves, or train other weights than they keep
+_OWN_WAYS = ("adalomo", "apollo", "galore", "lomo", "schedule_free")
+#: those whose state PyTorch can spread over processes
+_SPREADABLE = ("adamw_torch", "adamw_torch_fused", "sgd")
 
-def stage_module(stage: Stage, student: HybridForCausalLM, teacher: HybridForCausalLM) -> nn.Module:
+
+def stage_module(stage: Stage, student: HybridForCausalLM, teacher: HybridForCausalLM) -> DistillationStage:
     """The module that this stage trains, with ``requires_grad`` set on what it trains and on nothing else."""
     layers = student.config.converted_layers
     if not layers:
         raise InvalidOptionError(f"stage {stage.kind} has nothing to train: no layer of the student is converted")
+    teacher.requires_grad_(False)
     student.requires_grad_(False)
     for index in layers:
         student.model.layers[index].mixer.requires_grad_(True)
@@ -37,7 +60,7 @@ def stage_module(stage: Stage, student: HybridForCausalLM, teacher: HybridForCau
     if stage.mlp_learning_rate:
         unshare_mlps(student, teacher)
         for block in student.model.layers:
-            block.mlp.requires_grad_(True)
+            block.mlp.float().requires_grad_(True)
     return KnowledgeDistiller(
         student,
         teacher,
@@ -76,22 +99,52 @@ def parameter_groups(stage: Stage, module: nn.Module) -> list[dict[str, Any]]:
     return [{"params": ps, "lr": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()]
 
 
-def training_arguments(
-    stage: Stage, recipe: Recipe, directory: Path, *, context_length: int, device: str
-) -> TrainingArguments:
-    """The Trainer's arguments; ``stage.trainer`` may set any of them by name.
+def micro_batches(stage: Stage, context_length: int, count: int) -> tuple[int, int]:
+    """How a step is cut: sequences of a micro-batch, and micro-batches of each of ``count`` processes.
 
     Raises:
-        RecipeError: ``trainer`` holds a key that TrainingArguments has not; or a batch smaller than one sequence.
+        RecipeError: it cannot be cut evenly.
     """
     sequences = max(stage.batch_tokens // context_length, 1)
-    micro = min(stage.micro_batch or sequences, sequences)
-    accumulation = -(-sequences // micro)
-    steps = max(stage.tokens // (micro * accumulation * context_length), 1)
+    share, rest = divmod(sequences, count)
+    if rest or not share:
+        nearest = max(round(sequences / count), 1) * count * context_length
+        raise RecipeError(
+            f"stage {stage.kind}: batch_tokens {stage.batch_tokens} is {sequences} sequences of {context_length}, "
+            f"which {count} processes cannot share evenly: the nearest that they can is {nearest}"
+        )
+    micro = min(stage.micro_batch or share, share)
+    if share % micro:
+        nearest = min((n for n in range(1, share + 1) if share % n == 0), key=lambda n: abs(n - micro))
+        each = "" if count == 1 else " of each process"
+        raise RecipeError(
+            f"stage {stage.kind}: micro_batch {micro} does not divide the {share} sequences{each} in a step: "
+            f"the nearest that does is {nearest}"
+        )
+    return micro, share // micro
+
+
+def training_arguments(
+    stage: Stage, recipe: Recipe, directory: Path, *, context_length: int, device: str, count: int = 1
+) -> TrainingArguments:
+    """The Trainer's arguments; ``stage.trainer`` may set most of them by name.
+
+    Args:
+        device: ``cpu`` or a GPU.
+        count: processes that share each step.
+
+    Raises:
+        RecipeError: a step that cannot be cut evenly; ``trainer`` holds a key that TrainingArguments has not, or one
+            that is said elsewhere.
+    """
+    micro, accumulation = micro_batches(stage, context_length, count)
+    steps = max(stage.tokens // (micro * accumulation * count * context_length), 1)
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     for key in stage.trainer:
         if key not in known:
             raise RecipeError(f"unknown key 'trainer.{key}': {did_you_mean(key, known)}")
+        if key in _ELSEWHERE:
+            raise RecipeError(f"key 'trainer.{key}' has no place there: it {_ELSEWHERE[key]}")
     on_cpu = device == "cpu"
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(directory / "tensorboard")
     settings: dict[str, Any] = {
@@ -125,25 +178,89 @@ def training_arguments(
     arguments = TrainingArguments(**settings | stage.trainer)
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # else the Trainer would spread each step over all GPUs by nn.DataParallel
+    arguments.mixed_precision = "bf16" if arguments.bf16 else "no"  # the recipe's word, not the launcher's
     return arguments
 
 
-def check_training_arguments(recipe: Recipe, *, device: str) -> None:
+def check_launch(recipe: Recipe) -> None:
+    """Refuses, before any process waits for another, what this number of processes cannot do with the recipe.
+
+    Raises:
+        RecipeError: a step that cannot be cut evenly.
+        UnsupportedError: a kind of sharding, a stage under it, or a way of compiling that is not offered.
+    """
+    count = process_count()
+    for stage in recipe.stages:
+        micro_batches(stage, recipe.data.context_length, count)
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
+        raise UnsupportedError("torch.compile is for the recipe to ask for: trainer.torch_compile of stage kd")
+    sharding = sharding_asked_for() if count > 1 else None
+    for stage in recipe.stages:
+        if uses_deepspeed() and isinstance(stage, Align):
+            raise UnsupportedError(
+                "stage align takes a backward pass for each layer, which DeepSpeed's engine does not: use FSDP"
+            )
+        if sharding is not None and stage.trainer.get("torch_compile"):
+            raise UnsupportedError(f"stage {stage.kind}: torch_compile does not go with sharded weights")
+        if sharding is not None and stage.trainer.get("optim", "adamw_torch") not in _SPREADABLE:
+            raise UnsupportedError(
+                f"stage {stage.kind}: optimizer {stage.trainer['optim']} does not go with sharded weights: "
+                f"choose one of {', '.join(_SPREADABLE)}"
+            )
+
+
+def check_training_arguments(recipe: Recipe, processes: Processes) -> None:
     """Refuses settings that the Trainer would refuse later, before anything is written.
 
     Raises:
         RecipeError: see :func:`training_arguments`; or a value that TrainingArguments does not take.
-        UnsupportedError: started as one of several processes.
+        MissingDependencyError: an optimizer of a package that is not installed.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UnsupportedError("distilling in several processes is not supported yet: start it as one")
     for stage in recipe.stages:
         try:
-            training_arguments(
-                stage, recipe, Path(recipe.output), context_length=recipe.data.context_length, device=device
+            arguments = training_arguments(
+                stage,
+                recipe,
+                Path(recipe.output),
+                context_length=recipe.data.context_length,
+                device=processes.device,
+                count=processes.count,
             )
+            optimizer_class(arguments)
         except (TypeError, ValueError) as error:
             raise RecipeError(f"stage {stage.kind}: {str(error).splitlines()[0]}") from error
+        except ImportError as error:
+            raise MissingDependencyError(f"stage {stage.kind}: {str(error).splitlines()[0]}") from error
+        if arguments.torch_compile and isinstance(stage, Align):
+            raise RecipeError("stage align: torch_compile is for stage kd; a layer at a time leaves it little to do")
+
+
+def optimizer_class(arguments: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """The optimizer that ``optim`` names, and its arguments.
+
+    Raises:
+        ValueError: one that goes its own ways with layers or steps.
+        ImportError: its package is not installed.
+    """
+    name = str(arguments.optim.value)
+    if name.startswith(_OWN_WAYS):
+        raise ValueError(f"optimizer {name} is not supported: choose one that steps once all gradients are in")
+    found: tuple[type[torch.optim.Optimizer], dict[str, Any]] = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    return found
+
+
+def why_no_graphs(recipe: Recipe, stage: Stage, processes: Processes) -> str | None:
+    """Why this stage's step is not recorded as a CUDA graph; ``None`` where it is."""
+    reasons = {
+        "the recipe says so": not recipe.cuda_graphs,
+        "they need a GPU": not processes.device.startswith("cuda"),
+        "weights are sharded": processes.sharding is not None,
+        "documents are packed": recipe.data.packing == "documents",
+        "gradient checkpointing is on": bool(getattr(stage, "gradient_checkpointing", False)),
+        "torch_compile is on": bool(stage.trainer.get("torch_compile")),
+        "DeepSpeed is used": uses_deepspeed(),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def use_bfloat16(precision: str, device: str) -> bool:
@@ -165,31 +282,25 @@ def available_reporters(wanted: list[str]) -> list[str]:
 
 def build_trainer(
     stage: Stage,
-    module: nn.Module,
+    module: DistillationStage,
     arguments: TrainingArguments,
     dataset: Any,
     callbacks: list[TrainerCallback],
     *,
+    processes: Processes,
     cuda_graphs: bool,
 ) -> StageTrainer:
-    """The trainer of a stage, with an AdamW over :func:`parameter_groups`."""
-    optimizer = torch.optim.AdamW(
-        parameter_groups(stage, module),
-        lr=stage.learning_rate,
-        betas=stage.betas,
-        fused=arguments.optim == "adamw_torch_fused",
-    )
+    """The trainer of a stage, with an optimizer over :func:`parameter_groups`."""
+    optimizer, options = optimizer_class(arguments)
     trainer = StageTrainer(
         model=module,
         args=arguments,
         train_dataset=dataset,
         data_collator=collate,
         callbacks=callbacks,
-        optimizers=(optimizer, None),
-        cuda_graphs=cuda_graphs
-        and arguments.device.type == "cuda"
-        and arguments.world_size == 1
-        and not getattr(stage, "gradient_checkpointing", False),
+        optimizers=(optimizer(parameter_groups(stage, module), **options), None),
+        processes=processes,
+        cuda_graphs=cuda_graphs,
     )
     for callback in (c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"):
         trainer.remove_callback(callback)
@@ -198,6 +309,13 @@ def build_trainer(
 
 def train_stage(trainer: StageTrainer) -> None:
     """Trains to the end, from the newest whole checkpoint where there is one."""
-    checkpoint = last_complete_checkpoint(Path(trainer.args.output_dir))
+    directory = Path(trainer.args.output_dir)
+    checkpoint = trainer.processes.first_does(lambda: last_complete_checkpoint(directory))
+    trainer.processes.all_do(lambda: _require_readable(checkpoint))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.require_finite()
+
+
+def _require_readable(checkpoint: Path | None) -> None:
+    if checkpoint is not None and not checkpoint.is_dir():
+        raise CheckpointError(f"{checkpoint} cannot be seen from every machine: put the run on a disk that all share")

@@ -12,9 +12,10 @@ from mambify.data.documents import Document, read_documents
 from mambify.data.overlap import check_disjoint
 from mambify.data.packing import PackedDataset, pack
 from mambify.distill.logs import Listener
+from mambify.distill.parallel import joined
 from mambify.distill.recipe import Recipe
 from mambify.distill.run import open_run, run_stages
-from mambify.distill.stages import check_training_arguments
+from mambify.distill.stages import check_launch, check_training_arguments
 from mambify.errors import InvalidOptionError
 from mambify.families.load import LoadedModel, load, load_config, require_tokenizer
 from mambify.model import HybridForCausalLM
@@ -36,10 +37,14 @@ def distill(
 ) -> tuple[HybridForCausalLM, Path]:
     """Runs a recipe, or what is left of it in its run directory.
 
+    Called in each of several processes (``torchrun``, ``accelerate launch``), it divides the work among them; each of
+    them reads teacher and text, the first one writes.
+
     Args:
+        device: ``cpu``, or a GPU; the GPU where there is one by default.
         teacher: already loaded, where the caller has it.
-        listener: told of every step.
-        announce: told in words what begins.
+        listener: told of every step, in the first process.
+        announce: told in words what begins, in the first process.
 
     Returns:
         The student, and the run directory; its ``student`` folder is the saved model.
@@ -48,17 +53,24 @@ def distill(
         UsageError: see :mod:`mambify.errors`; nothing has been written then.
         TrainingDivergedError, OutputWriteError: the run stopped; the same call continues it.
     """
-    say = announce or (lambda _: None)
     check_plan(recipe, teacher)
-    device = device or default_device()
-    check_training_arguments(recipe, device=device)
-    if teacher is None:
-        say(f"loading {recipe.teacher}")
-        teacher = load(recipe.teacher)
-    say("reading the text")
-    dataset = training_blocks(recipe, teacher)
-    run = open_run(recipe, overwrite=overwrite)
-    student = run_stages(recipe, run, teacher=teacher, dataset=dataset, device=device, listener=listener)
+    check_launch(recipe)
+    with joined(device or default_device()) as processes:
+        say = announce if announce is not None and processes.first else lambda _: None
+        check_training_arguments(recipe, processes)
+
+        def read() -> tuple[LoadedModel, PackedDataset]:
+            if teacher is None:
+                say(f"loading {recipe.teacher}")
+            loaded = teacher or load(recipe.teacher)
+            say("reading the text")
+            return loaded, training_blocks(recipe, loaded)
+
+        loaded, dataset = processes.all_do(read)
+        run = open_run(recipe, processes, overwrite=overwrite)
+        student = run_stages(
+            recipe, run, teacher=loaded, dataset=dataset, processes=processes, listener=listener, announce=say
+        )
     return student, run
 
 
