@@ -222,11 +222,11 @@ def test_a_diverging_loss_stops_and_keeps_the_last_good_checkpoint(
     forward = MixerAligner.forward
     calls = 0
 
-    def spoiled(self: MixerAligner, trace: object) -> torch.Tensor:
+    def spoiled(self: MixerAligner, trace: object) -> tuple[torch.Tensor, torch.Tensor]:
         nonlocal calls
         calls += 1
-        loss = forward(self, trace)  # type: ignore[arg-type]
-        return loss * float("nan") if calls > 2 * 5 else loss
+        error, energy = forward(self, trace)  # type: ignore[arg-type]
+        return error * float("nan") if calls > 2 * 5 else error, energy
 
     monkeypatch.setattr(MixerAligner, "forward", spoiled)
     recipe = make_recipe(log_every=4)

@@ -177,8 +177,8 @@ def _rows(case: Case, device: str, dtype: torch.dtype) -> Iterator[dict[str, Any
                 others[other] = {"difference": _difference(theirs, output), "ms": timed(operation)}
             except PeerMissingError as missing:
                 others[other] = {"missing": str(missing)}
-            except Exception as error:  # theirs, whatever it is: it stands in the result in place of a time
-                others[other] = {"failed": f"{type(error).__name__}: {error}"}
+            except Exception as failure:  # theirs, whatever it is: it stands in the result in place of a time
+                others[other] = {"failed": f"{type(failure).__name__}: {failure}"}
         yield facts | {
             "pass": name,
             "ms": timed(lambda inputs: case.ours(inputs, "auto")),

@@ -28,10 +28,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from mambify.bench.machine import matmul_peak, seconds_of
 from mambify.config import HybridConfig
 from mambify.conversion import apply_plan, plan
-from mambify.distill.graphs import GraphedStep, StepResult
+from mambify.distill.graphs import GraphedStep, StepResult, Sums
 from mambify.distill.recipe import Align, Kd
 from mambify.distill.stages import stage_module, use_bfloat16
-from mambify.distill.trainer import DistillationStage, trained_parameters
+from mambify.distill.trainer import DistillationStage, scale_gradients, trained_parameters
 from mambify.model import HybridForCausalLM
 
 
@@ -177,12 +177,7 @@ def build_step(case: Case, device: str, *, graph: bool = True) -> tuple[Callable
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=on_gpu)
     vocabulary = SHAPES[case.shape].vocabulary
     ids = torch.randint(vocabulary, (case.sequences, case.context), device=device)
-    batch = {
-        "input_ids": ids,
-        "labels": ids,
-        "num_items": torch.tensor(float(ids.numel()), device=device),
-        "scale": torch.tensor(1.0, device=device),
-    }
+    batch = {"input_ids": ids, "labels": ids}
 
     def gradients(batch: dict[str, Tensor]) -> StepResult:
         with torch.autocast(
@@ -196,7 +191,7 @@ def build_step(case: Case, device: str, *, graph: bool = True) -> tuple[Callable
     go = GraphedStep(gradients, parameters, batch, accumulates=False) if on_gpu and graph else gradients
 
     def step() -> None:
-        go(batch)
+        module.finish_gradients(go(batch).sums)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=on_gpu)
         optimizer.step()
         optimizer.zero_grad()
@@ -277,6 +272,10 @@ class PlainDistiller(DistillationStage):
             teacher_BTV = self._teacher[0](input_ids=batch["input_ids"], use_cache=False).logits
         student_BTV = self.student(input_ids=batch["input_ids"], use_cache=False).logits
         log_p, log_q = (logits.float().log_softmax(-1) for logits in (student_BTV, teacher_BTV))
-        loss = F.kl_div(log_p, log_q, log_target=True, reduction="sum") / batch["num_items"]
+        loss = F.kl_div(log_p, log_q, log_target=True, reduction="sum")
         backward(loss)
-        return StepResult(loss.detach(), {})
+        count = torch.full_like(loss, batch["input_ids"].numel())
+        return StepResult(loss.detach(), {"kl": torch.stack([loss.detach(), count])})
+
+    def finish_gradients(self, sums: Sums) -> None:
+        scale_gradients(self.parameters(), sums["kl"][1].reciprocal())

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from mambify.distill.graphs import StepResult, Sums
 from mambify.distill.layers import TeacherLayer, layer_contexts
-from mambify.distill.losses import normalized_mse
 from mambify.distill.trainer import DistillationStage, Unit, scale_gradients
 from mambify.mixers import Mixer, MixerContext
 from mambify.model import HybridBlock, HybridForCausalLM, MixerTrace
+from mambify.ops.squared_error import squared_error
 
 
 class MixerAligner(DistillationStage):
@@ -49,13 +49,13 @@ class MixerAligner(DistillationStage):
             if index in self.layers:
                 yield MixerTrace(index, normed_BTD, y_BTD, seq_idx_BT)
 
-    def forward(self, trace: MixerTrace) -> Tensor:
-        """Normalised squared error of one layer's mixer: 0 is exact, 1 is what saying nothing costs."""
+    def forward(self, trace: MixerTrace) -> tuple[Tensor, Tensor]:
+        """Squared error of one layer's mixer, and what saying nothing would cost: their ratio is the loss."""
         mixer = self.mixers[str(trace.layer_idx)]
         assert isinstance(mixer, Mixer)
         with torch.enable_grad():
             output_BTD, _ = mixer(trace.input_BTD, MixerContext(seq_idx_BT=trace.seq_idx_BT), None)
-            return normalized_mse(output_BTD, trace.output_BTD)
+            return squared_error(output_BTD, trace.output_BTD)
 
     def accumulate_gradients(
         self, forward: Callable[..., Any], batch: dict[str, Tensor], backward: Callable[[Tensor], None]
@@ -66,8 +66,7 @@ class MixerAligner(DistillationStage):
         """
         sums = {}
         for trace in self.traces(batch["input_ids"], batch.get("position_ids")):
-            energy = trace.output_BTD.float().square().sum()
-            error: Tensor = forward(trace) * energy
+            error, energy = forward(trace)
             backward(error)
             sums[f"layer_{trace.layer_idx:02d}"] = torch.stack([error.detach(), energy])
         return StepResult(self.loss(sums), sums)

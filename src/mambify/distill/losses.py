@@ -13,15 +13,6 @@ from mambify.ops.linear_kl import LinearKL, linear_kl
 IGNORE = -100
 
 
-def normalized_mse(student: Tensor, teacher: Tensor, mask_BT: Tensor | None = None) -> Tensor:
-    """‖student − teacher‖² / ‖teacher‖² over all entries (of unmasked positions), in float32."""
-    student, teacher = student.float(), teacher.float()
-    if mask_BT is not None:
-        weight = mask_BT[..., None].to(torch.float32)
-        student, teacher = student * weight, teacher * weight
-    return (student - teacher).square().sum() / teacher.square().sum().clamp(min=1e-12)
-
-
 def head_loss(
     student_MD: Tensor,
     student_head_VD: Tensor,

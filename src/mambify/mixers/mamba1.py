@@ -22,6 +22,7 @@ from mambify.mixers.base import (
     RecurrentState,
     mask_padding,
 )
+from mambify.mixers.linear import PaddedLinear
 from mambify.ops.causal_conv import causal_conv, causal_conv_step
 from mambify.ops.selective_scan import selective_scan, selective_scan_step
 
@@ -55,7 +56,7 @@ class Mamba1Mixer(RecurrentMixer):
         self.dt_rank = config.mamba1_dt_rank
         inner = H * P
         self.split = [inner, G * P, G * P, H * P, self.dt_rank]
-        self.in_proj = nn.Linear(config.hidden_size, sum(self.split), bias=False)
+        self.in_proj = PaddedLinear(config.hidden_size, sum(self.split), bias=False)
         self.BC_bias = nn.Parameter(torch.zeros(G * P + H * P)) if config.attention_bias else None
         self.conv1d = nn.Conv1d(inner, inner, config.conv_kernel, groups=inner)
         self.dt_proj = nn.Linear(self.dt_rank, inner)

@@ -21,6 +21,7 @@ from mambify.mixers.base import (
     RecurrentState,
     mask_padding,
 )
+from mambify.mixers.linear import PaddedLinear
 from mambify.ops.causal_conv import causal_conv, causal_conv_step
 from mambify.ops.gated_norm import gated_rms_norm
 from mambify.ops.ssd import ssd_scan, ssd_step
@@ -60,7 +61,7 @@ class Mamba2Mixer(RecurrentMixer):
         self.conv_split = [G * P, G * P, H * P]
         self.ops_backend = config.ops_backend
         channels = sum(self.conv_split)
-        self.in_proj = nn.Linear(config.hidden_size, H * P + channels + H, bias=False)
+        self.in_proj = PaddedLinear(config.hidden_size, H * P + channels + H, bias=False)
         self.conv1d = nn.Conv1d(channels, channels, config.conv_kernel, groups=channels)
         self.dt_bias = nn.Parameter(torch.empty(H, dtype=torch.float32))
         self.A_log = nn.Parameter(torch.empty(H, dtype=torch.float32))
