@@ -11,9 +11,31 @@ import pytest
 import torch
 from torch import Tensor
 
+from mambify.errors import InvalidOptionError
+from mambify.ops.backends import HAS_TRITON
 from mambify.ops.ssd import ssd_scan, ssd_step
 
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TRITON = [
+    pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"),
+    pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning"),  # the mode that gives NaN in allocations
+]
+
+
+def run_of(backend: str, dtype: torch.dtype) -> Any:
+    return pytest.param(backend, dtype, marks=TRITON if backend == "triton" else [], id=f"{backend}-{dtype}")
+
+
+EXACT = [run_of("reference", torch.float64), run_of("triton", torch.float32)]
+EVERY = [
+    *EXACT,
+    run_of("reference", torch.float32),
+    run_of("reference", torch.bfloat16),
+    # Not bfloat16, which Triton's interpreter multiplies wrongly; the kernels treat both alike.
+    run_of("triton", torch.float16),
+]
+FLOAT32 = [run_of("reference", torch.float32), run_of("triton", torch.float32)]
 
 
 def oracle(seq_idx_BT: Tensor | None = None) -> Any:
@@ -31,33 +53,51 @@ def oracle(seq_idx_BT: Tensor | None = None) -> Any:
     return run
 
 
-def scan(seq_idx_BT: Tensor | None = None, **options: Any) -> Any:
-    def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, S: Tensor) -> Any:
-        return ssd_scan(x, dt, A, B, C, D, initial_state_BHPN=S, seq_idx_BT=seq_idx_BT, **options)
+def scan(seq_idx_BT: Tensor | None = None, backend: str = "reference", **options: Any) -> Any:
+    """The operation on CPU tensors; the kernels run on a GPU where there is one."""
+    device = DEVICE if backend == "triton" else "cpu"
+    seq_idx_BT = None if seq_idx_BT is None else seq_idx_BT.to(device)
+
+    def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, S: Tensor | None) -> Any:
+        given = [None if v is None else v.to(device) for v in (x, dt, A, B, C, D, S)]
+        y, state = ssd_scan(
+            *given[:6],  # type: ignore[arg-type]
+            initial_state_BHPN=given[6],
+            seq_idx_BT=seq_idx_BT,
+            backend=backend,
+            **options,
+        )
+        return y.cpu(), state.cpu()
 
     return run
 
 
 def inputs(
-    tokens: int, groups: int = 2, heads: int = 4, dtype: torch.dtype = torch.float64, batch: int = 2
+    tokens: int,
+    groups: int = 2,
+    heads: int = 4,
+    dtype: torch.dtype = torch.float64,
+    batch: int = 2,
+    head_dim: int = 5,
+    state_size: int = 6,
 ) -> dict[str, Tensor]:
-    P, N = 5, 6
     exact = torch.promote_types(dtype, torch.float32)
     return {
-        "x": torch.randn(batch, tokens, groups, P).to(dtype),
+        "x": torch.randn(batch, tokens, groups, head_dim).to(dtype),
         "dt": torch.rand(batch, tokens, heads, dtype=exact),
         "A": -torch.rand(heads, dtype=exact),
-        "B": torch.randn(batch, tokens, groups, N).to(dtype),
-        "C": torch.randn(batch, tokens, heads, N).to(dtype),
+        "B": torch.randn(batch, tokens, groups, state_size).to(dtype),
+        "C": torch.randn(batch, tokens, heads, state_size).to(dtype),
         "D": torch.randn(heads, dtype=exact),
-        "S": torch.randn(batch, heads, P, N, dtype=exact),
+        "S": torch.randn(batch, heads, head_dim, state_size, dtype=exact),
     }
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("tokens", [1, 3, 63, 64, 65, 130])
-def test_values_and_gradients(tokens: int, dtype: torch.dtype, match: Any) -> None:
-    match(scan(), oracle(), inputs(tokens, dtype=dtype), TOLERANCE[dtype])
+@pytest.mark.parametrize(("backend", "dtype"), EVERY)
+@pytest.mark.parametrize("tokens", [1, 3, 17, 63, 64, 65, 130])
+def test_values_and_gradients(tokens: int, backend: str, dtype: torch.dtype, match: Any) -> None:
+    sizes = (1, 2, dtype, 1) if backend == "triton" else (2, 4, dtype, 2)  # the interpreter is slow
+    match(scan(backend=backend), oracle(), inputs(tokens, *sizes), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize(("groups", "heads"), [(1, 1), (3, 3), (1, 4), (3, 6)])
@@ -66,15 +106,22 @@ def test_grouped_heads_and_chunk_sizes(groups: int, heads: int, chunk_size: int,
     match(scan(chunk_size=chunk_size), oracle(), inputs(33, groups, heads), 1e-11)
 
 
-def test_without_skip_and_without_initial_state(match: Any) -> None:
-    values = inputs(20)
+@pytest.mark.parametrize(("groups", "heads"), [(3, 3), (1, 4), (2, 6)])
+@pytest.mark.parametrize(("backend", "dtype"), EXACT[1:])
+def test_grouped_heads_in_the_kernels(groups: int, heads: int, backend: str, dtype: torch.dtype, match: Any) -> None:
+    match(scan(backend=backend), oracle(), inputs(33, groups, heads, dtype, batch=1), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("backend", "dtype"), EXACT)
+def test_without_skip_and_without_initial_state(backend: str, dtype: torch.dtype, match: Any) -> None:
+    values = inputs(20, dtype=dtype)
     match(
-        lambda x, dt, A, B, C: ssd_scan(x, dt, A, B, C, chunk_size=8),
+        lambda x, dt, A, B, C: scan(backend=backend, chunk_size=8)(x, dt, A, B, C, None, None),
         lambda x, dt, A, B, C: oracle()(
             x, dt, A, B, C, D=torch.zeros_like(values["D"]), S=torch.zeros_like(values["S"])
         ),
         {name: values[name] for name in ("x", "dt", "A", "B", "C")},
-        1e-11,
+        TOLERANCE[dtype],
     )
 
 
@@ -92,14 +139,34 @@ def test_documents(starts: Any, chunk_size: int, match: Any) -> None:
     match(scan(seq_idx_BT, chunk_size=chunk_size), oracle(seq_idx_BT), inputs(25), 1e-11)
 
 
-def test_an_id_that_comes_back_is_a_new_document(match: Any) -> None:
+@pytest.mark.parametrize(
+    "starts",
+    [((32, 64), (1, 63)), ((31, 33), (7, 96)), ((40, 41, 42, 98), (98,)), (range(99), (64,))],
+    ids=["edge", "beside", "short", "every"],
+)
+@pytest.mark.parametrize(("backend", "dtype"), EXACT)
+def test_documents_and_the_chunks_of_the_kernels(starts: Any, backend: str, dtype: torch.dtype, match: Any) -> None:
+    seq_idx_BT = torch.zeros(2, 99, dtype=torch.int64)
+    for row, places in enumerate(starts):
+        for place in places:
+            seq_idx_BT[row, place:] += 1
+    run = scan(seq_idx_BT, backend=backend)
+    match(run, oracle(seq_idx_BT), inputs(99, 1, 2, dtype), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("backend", "dtype"), EXACT)
+def test_an_id_that_comes_back_is_a_new_document(backend: str, dtype: torch.dtype, match: Any) -> None:
     seq_idx_BT = torch.tensor([[0] * 5 + [1] * 6 + [0] * 9, [4] * 10 + [2] * 1 + [4] * 9])
-    match(scan(seq_idx_BT, chunk_size=8), oracle(seq_idx_BT), inputs(20), 1e-11)
+    run = scan(seq_idx_BT, backend=backend, chunk_size=8)
+    match(run, oracle(seq_idx_BT), inputs(20, dtype=dtype), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("split", [1, 7, 8, 9, 19])
 @pytest.mark.parametrize("packed", [False, True])
-def test_split_with_state_carried_is_the_whole(split: int, packed: bool, match: Any) -> None:
+@pytest.mark.parametrize(("backend", "dtype"), EXACT)
+def test_split_with_state_carried_is_the_whole(
+    split: int, packed: bool, backend: str, dtype: torch.dtype, match: Any
+) -> None:
     seq_idx_BT = torch.tensor([[0] * 9 + [1] * 11, [0] * 3 + [1] * 17]) if packed else None
 
     def halves(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, S: Tensor) -> Any:
@@ -110,12 +177,13 @@ def test_split_with_state_carried_is_the_whole(split: int, packed: bool, match: 
             seq = None if seq_idx_BT is None else seq_idx_BT[:, part]
             if start and seq_idx_BT is not None:
                 S = S * (seq_idx_BT[:, start] == seq_idx_BT[:, start - 1])[:, None, None, None]
-            y, S = scan(seq, chunk_size=8)(x[:, part], dt[:, part], A, B[:, part], C[:, part], D, S)
+            run = scan(seq, backend=backend, chunk_size=8)
+            y, S = run(x[:, part], dt[:, part], A, B[:, part], C[:, part], D, S)
             ys.append(y)
             start = stop
         return torch.cat(ys, 1), S
 
-    match(halves, oracle(seq_idx_BT), inputs(20), 1e-11)
+    match(halves, oracle(seq_idx_BT), inputs(20, 1, 2, dtype), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -140,50 +208,91 @@ def test_step_leaves_its_state_alone_and_keeps_its_dtype() -> None:
 
 @pytest.mark.parametrize("rate", [0.0, -1e-12, -50.0, -1e4, -1e30])
 @pytest.mark.parametrize("packed", [False, True])
-def test_extreme_decays(rate: float, packed: bool, match: Any) -> None:
-    seq_idx_BT = torch.arange(70).div(13, rounding_mode="floor").expand(2, -1) if packed else None
-    values = inputs(70, dtype=torch.float32)
+@pytest.mark.parametrize(("backend", "dtype"), FLOAT32)
+def test_extreme_decays(rate: float, packed: bool, backend: str, dtype: torch.dtype, match: Any) -> None:
+    seq_idx_BT = torch.arange(70).div(13, rounding_mode="floor")[None] if packed else None
+    values = inputs(70, 1, 2, dtype, batch=1)
     values["A"][:] = rate
+    run = scan(seq_idx_BT, backend=backend, chunk_size=32)
     given = {name: v.clone().requires_grad_() for name, v in values.items()}
-    y, state = scan(seq_idx_BT, chunk_size=32)(**given)
+    y, state = run(**given)
     (y.sum() + state.sum()).backward()
     assert y.isfinite().all() and state.isfinite().all()
     assert all(v.grad is not None and v.grad.isfinite().all() for v in given.values())
     if rate > -1e30:  # beyond, the oracle's own gradient of A is 0 · 1e30
-        match(scan(seq_idx_BT, chunk_size=32), oracle(seq_idx_BT), values, 1e-5)
+        match(run, oracle(seq_idx_BT), values, 1e-5)
 
 
-def test_small_decays_stay_exact_after_a_token_that_forgets_everything(match: Any) -> None:
-    values = inputs(64, dtype=torch.float32)
+@pytest.mark.parametrize(("backend", "dtype"), FLOAT32)
+def test_small_decays_stay_exact_after_a_token_that_forgets_everything(backend: str, dtype: torch.dtype) -> None:
+    values = inputs(64, dtype=dtype)
     values["A"][:] = -1.0
     values["dt"][:, ::7] = 3e4
     values["x"][:, ::7] *= 1e-4
     values["S"] *= 0.0
-    y, _ = scan()(**values)
+    y, _ = scan(backend=backend)(**values)
     wanted, _ = oracle()(**{name: v.double() for name, v in values.items()})
     assert (y - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
-def test_steps_of_zero_size_change_nothing() -> None:
-    values = inputs(9)
+@pytest.mark.parametrize(("backend", "dtype"), EXACT)
+def test_steps_of_zero_size_change_nothing(backend: str, dtype: torch.dtype) -> None:
+    values = inputs(9, dtype=dtype)
     values["dt"][:] = 0.0
-    y, state = scan(chunk_size=4)(**values)
-    _, x, C, D, S = None, values["x"], values["C"], values["D"], values["S"]
+    y, state = scan(backend=backend, chunk_size=4)(**values)
+    x, C, D, S = values["x"], values["C"], values["D"], values["S"]
     assert torch.equal(state, S)
     wanted = torch.einsum("bhpn,bthn->bthp", S, C) + D[:, None] * x.repeat_interleave(2, 2)
     torch.testing.assert_close(y, wanted)
 
 
-def test_autocast_changes_nothing() -> None:
-    values = inputs(40, dtype=torch.float32)
-    y, state = scan(chunk_size=16)(**values)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y_cast, state_cast = scan(chunk_size=16)(**values)
+@pytest.mark.parametrize(("backend", "dtype"), FLOAT32)
+def test_autocast_changes_nothing(backend: str, dtype: torch.dtype) -> None:
+    values = inputs(40, dtype=dtype)
+    y, state = scan(backend=backend, chunk_size=16)(**values)
+    with torch.autocast(DEVICE if backend == "triton" else "cpu", dtype=torch.bfloat16):
+        y_cast, state_cast = scan(backend=backend, chunk_size=16)(**values)
     assert torch.equal(y, y_cast) and torch.equal(state, state_cast)
 
 
-def test_dtypes() -> None:
-    values = inputs(5, dtype=torch.bfloat16)
-    y, state = scan()(**values)
-    assert y.dtype == torch.bfloat16 and state.dtype == torch.float32
+@pytest.mark.parametrize(("backend", "dtype"), [run_of("reference", torch.bfloat16), run_of("triton", torch.float16)])
+def test_dtypes(backend: str, dtype: torch.dtype) -> None:
+    values = inputs(5, dtype=dtype)
+    y, state = scan(backend=backend)(**values)
+    assert y.dtype == dtype and state.dtype == torch.float32
     assert y.is_contiguous()
+
+
+@pytest.mark.parametrize(("backend", "dtype"), FLOAT32)
+def test_the_value_dtype_of_mixed_inputs_is_that_of_x(backend: str, dtype: torch.dtype) -> None:
+    values = inputs(20, dtype=dtype)
+    wanted, _ = scan(backend=backend)(**values)
+    half = {name: v.half() if name in {"x", "dt", "D"} else v for name, v in values.items()}
+    y, state = scan(backend=backend)(**half)
+    assert y.dtype == torch.float16 and state.dtype == torch.float32
+    assert (y - wanted).norm() < 2e-3 * wanted.norm()
+
+
+@pytest.mark.parametrize(("backend", "dtype"), FLOAT32)
+@pytest.mark.parametrize("name", ["dt", "A", "B", "C", "D", "S"])
+def test_shapes_that_do_not_belong_together(name: str, backend: str, dtype: torch.dtype) -> None:
+    values = inputs(4, dtype=dtype)
+    with pytest.raises(ValueError, match="must have shape"):
+        scan(backend=backend)(**values | {name: values[name][..., :-1]})
+
+
+@pytest.mark.parametrize(("backend", "dtype"), FLOAT32)
+def test_lengths_and_groups_that_cannot_be(backend: str, dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match="T=0"):
+        scan(backend=backend)(**inputs(0, dtype=dtype))
+    values = inputs(4, 2, 4, dtype)
+    three = {name: values[name][..., :3] for name in ("dt", "A", "D")} | {
+        "C": values["C"][:, :, :3],
+        "S": values["S"][:, :3],
+    }
+    with pytest.raises(ValueError, match="G=2, H=3"):
+        scan(backend=backend)(**values | three)
+    with pytest.raises(ValueError, match="seq_idx_BT must have shape"):
+        scan(torch.zeros(2, 5, dtype=torch.int32), backend=backend)(**values)
+    with pytest.raises(InvalidOptionError, match="chunk_size"):
+        scan(backend=backend, chunk_size=0)(**values)

@@ -42,8 +42,8 @@ class Case:
 CASES = {
     "cpu": [Case("batches", 8, 8, 16), Case("slots", 8, 8, 16), Case("generate", 8, 8, 16)],
     "cuda": [
-        *(Case("slots", size, 12 * size) for size in (256, 1024, 2048, 4096)),
-        Case("batches", 1024, 1024),
+        *(Case("slots", size, 6 * size) for size in (256, 1024, 2048)),
+        Case("batches", 512, 512),
         Case("generate", 1024, 1024),
     ],
 }

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mambify.ops.backends import check_chunk_size, check_shape, pick_backend
+from mambify.ops.backends import HAS_TRITON, backends_on, check_chunk_size, check_shape, pick_backend
 from mambify.ops.ssd import reference
 
-__all__ = ["ssd_scan", "ssd_step"]
+if HAS_TRITON:
+    from mambify.ops.ssd import triton as kernels
 
-_BACKENDS = ("reference",)
+__all__ = ["ssd_scan", "ssd_step"]
 
 
 def ssd_scan(
@@ -42,8 +43,9 @@ def ssd_scan(
         D_H: skip weights, or None for no skip.
         initial_state_BHPN: S_0, zero where None. Belongs to the document of the row's first token.
         seq_idx_BT: integer document ids; the state is zeroed wherever the id changes.
-        chunk_size: tokens worked on as one matrix; changes speed and memory, not the result.
-        backend: "auto" or "reference".
+        chunk_size: tokens worked on as one matrix; changes speed and memory, not the result. The Triton kernels
+            choose their own.
+        backend: "auto", "reference" or "triton" (P and N up to 128, no float64).
 
     Returns:
         y_BTHP in x's dtype and the state after the last token, [B, H, P, N] in float32 (float64 where an
@@ -53,7 +55,8 @@ def ssd_scan(
         InvalidOptionError: unknown backend, or chunk_size below 1.
         ValueError: shapes that do not belong together.
     """
-    pick_backend("ssd_scan", backend, _BACKENDS)
+    supported = HAS_TRITON and kernels.supports(x_BTGP, dt_BTH, B_BTGN, C_BTHN, initial_state_BHPN)
+    chosen = pick_backend("ssd_scan", backend, backends_on(x_BTGP.device, supported=supported))
     check_chunk_size("ssd_scan", chunk_size)
     batch, tokens, groups, head_dim = x_BTGP.shape
     heads, state_size = C_BTHN.shape[2:]
@@ -66,6 +69,8 @@ def ssd_scan(
     check_shape("ssd_scan", "D_H", D_H, (heads,))
     check_shape("ssd_scan", "initial_state_BHPN", initial_state_BHPN, (batch, heads, head_dim, state_size))
     check_shape("ssd_scan", "seq_idx_BT", seq_idx_BT, (batch, tokens))
+    if chosen == "triton":
+        return kernels.ssd_scan(x_BTGP, dt_BTH, A_H, B_BTGN, C_BTHN, D_H, initial_state_BHPN, seq_idx_BT)
     return reference.ssd_scan(
         x_BTGP, dt_BTH, A_H, B_BTGN, C_BTHN, D_H, initial_state_BHPN, seq_idx_BT, min(chunk_size, tokens)
     )
@@ -86,7 +91,7 @@ def ssd_step(
 
     Raises InvalidOptionError (unknown backend) or ValueError (shapes).
     """
-    pick_backend("ssd_step", backend, _BACKENDS)
+    pick_backend("ssd_step", backend, ("reference",))
     batch, groups, head_dim = x_BGP.shape
     heads, state_size = C_BHN.shape[1:]
     if heads % groups:
