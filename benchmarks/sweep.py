@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import shutil
 import tempfile
 from pathlib import Path
@@ -28,8 +27,9 @@ from mambify.distill.losses import head_loss, next_token_labels
 from mambify.distill.recipe import load_recipe
 from mambify.distill.run import summaries
 from mambify.families.load import LoadedModel, load, require_tokenizer
+from mambify.machine import default_device, device_name
 from mambify.model import HybridForCausalLM
-from mambify.workflows.distill import default_device, distill
+from mambify.workflows.distill import distill
 
 BLOCKS, LENGTH = 64, 512
 
@@ -96,7 +96,7 @@ def main() -> None:
         print(json.dumps(row), flush=True)
         shutil.rmtree(run)
         machine = {
-            "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
+            "device": device_name(device),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }

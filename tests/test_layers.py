@@ -1,6 +1,6 @@
 """Imports only go down: no module of mambify imports one above it, no circle, no import hidden in a function.
 
-    errors ← {io, norm, tokenization} ← config ← ops ← cache ← mixers ← model ← engine ← families ← conversion
+    errors ← {io, machine, norm, tokenization} ← config ← ops ← cache ← mixers ← model ← engine ← families ← conversion
            ← {data, distill, decode, evaluate, export} ← {bench, serve, workflows} ← cli
 
 Parts in braces do not import each other: stages share directories of checkpoints. Commands import inside
@@ -21,7 +21,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 # From the bottom up; a line is a level, and the parts on one line do not import each other.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("io", "norm", "tokenization"),
+    ("io", "machine", "norm", "tokenization"),
     ("config",),
     ("ops",),
     ("cache",),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mambify.bench import machine, ops, run_benchmark, synthesize, train
+from mambify.bench import clock, ops, run_benchmark, synthesize, train
 from mambify.bench.peers import peer
 from mambify.bench.registry import BENCHMARKS, names_of
 from mambify.cli.main import main
@@ -22,15 +22,15 @@ SHAPE = ops.Shape("tiny", 2, 140, 6, 2, 16, V=100)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "SHAPES", {"cpu": (SHAPE,)})
-    monkeypatch.setattr(machine, "_SECONDS", 1e-9)
-    monkeypatch.setattr(machine, "_AT_MOST", 0.0)
-    monkeypatch.setattr(machine, "_COPY_BYTES", {"cpu": 2**20})
-    monkeypatch.setattr(machine, "_MATMUL", {"cpu": (64, torch.float32)})
+    monkeypatch.setattr(clock, "_SECONDS", 1e-9)
+    monkeypatch.setattr(clock, "_AT_MOST", 0.0)
+    monkeypatch.setattr(clock, "_COPY_BYTES", {"cpu": 2**20})
+    monkeypatch.setattr(clock, "_MATMUL", {"cpu": (64, torch.float32)})
     monkeypatch.setattr(synthesize, "CASES", {"cpu": [synthesize.Case(way, 2, 2, 4) for way in synthesize._WAYS]})
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
-@pytest.mark.parametrize("maker", ops._MAKERS)
+@pytest.mark.parametrize("maker", ops._MAKERS.values(), ids=ops._MAKERS)
 def test_ours_and_theirs_give_the_same_values_and_gradients(
     maker: Callable[..., ops.Case], dtype: torch.dtype, tolerance: float
 ) -> None:
@@ -72,7 +72,7 @@ def test_no_time_is_given_for_a_kernel_that_is_wrong(monkeypatch: pytest.MonkeyP
         return right if backend == "reference" else right.detach() + 0 * right + 0.01 * gate.square()
 
     monkeypatch.setattr(ops, "swiglu", wrong)
-    rows = [row for row in ops.run("cpu", lambda *_: None)["results"] if row["operation"] == "swiglu"]
+    rows = ops.run("cpu", lambda *_: None, "swiglu")["results"]
     assert [row["pass"] for row in rows] == ["fwd", "fwd+bwd"]
     for row in rows:
         assert "off by" in row["red"]
@@ -103,7 +103,11 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         drawn = tmp_path / f"{name}.svg"
         assert main(["bench", name, "--device", "cpu", "--plot", str(drawn)]) == 0
         assert "<svg" in drawn.read_text()
+    assert main(["bench", "train", "--device", "cpu", "--only", "headline"]) == 0
     capsys.readouterr()
+    assert main(["bench", "train", "--device", "cpu", "--only", "nothing"]) == 2
+    assert "nothing in 'train' is called 'nothing'" in capsys.readouterr().err
+    assert main(["bench", "all", "--device", "cpu", "--only", "ops"]) == 2
     assert main(["bench", "all", "--device", "cpu", "--plot", "x.svg"]) == 2
     assert main(["bench", "ops", "--device", "cpu", "--plot", "x.gif"]) == 2
     assert "name it instead of 'all'" in (refused := capsys.readouterr().err) and ".svg, .png" in refused

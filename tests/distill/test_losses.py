@@ -23,5 +23,3 @@ def test_head_loss_passes_its_weights_on_and_leaves_out_ignored_positions() -> N
 def test_next_token_labels_shift_and_drop_the_last() -> None:
     labels = torch.tensor([[5, 6, 7], [8, IGNORE, 9]])
     assert next_token_labels(labels).tolist() == [6, 7, IGNORE, IGNORE, 9, IGNORE]
-
-

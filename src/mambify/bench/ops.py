@@ -28,7 +28,7 @@ from transformers.models.mamba2.modeling_mamba2 import (
     mamba2_selective_state_update,
 )
 
-from mambify.bench.machine import device_seconds_of
+from mambify.bench.clock import device_seconds_of
 from mambify.bench.peers import PeerMissingError, peer
 from mambify.evaluate.report.quantities import significant
 from mambify.ops.causal_conv import causal_conv, causal_conv_step
@@ -96,15 +96,16 @@ SHAPES = {
 }
 
 
-def run(device: str, progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """Checks and times every case."""
+def run(device: str, progress: Callable[[int, int], None], only: str | None = None) -> dict[str, Any]:
+    """Checks and times every case, or those of one operation."""
     kind = torch.device(device).type
     dtype = torch.bfloat16 if kind == "cuda" else torch.float32
     makers = [
         (shape, maker)
         for shape in SHAPES[kind]
-        for maker in _MAKERS
-        if maker in _SCANS or not shape.name.startswith("16k")  # long rows matter to scans only
+        for name, maker in _MAKERS.items()
+        # Long rows matter to scans only.
+        if (name in _SCANS or not shape.name.startswith("16k")) and only in (None, name)
     ]
     rows = []
     for done, (shape, maker) in enumerate(makers):
@@ -463,7 +464,17 @@ def _draw(s: Shape, random: Random) -> Case:
     return Case("draw_tokens", f"S={rows} V={s.V} top_k=50", inputs, ours, {"torch": plain}, step=True, exact=True)
 
 
-_SCANS = (_ssd, _selective)
-_MAKERS = (
-    _ssd, _ssd_step, _selective, _selective_step, _conv, _conv_step, _norm, _swiglu, _rope, _loss, _draw,
-)  # fmt: skip
+_SCANS = ("ssd_scan", "selective_scan")
+_MAKERS: dict[str, Callable[[Shape, Random], Case]] = {
+    "ssd_scan": _ssd,
+    "ssd_step": _ssd_step,
+    "selective_scan": _selective,
+    "selective_scan_step": _selective_step,
+    "causal_conv": _conv,
+    "causal_conv_step": _conv_step,
+    "gated_rms_norm": _norm,
+    "swiglu": _swiglu,
+    "rotate": _rope,
+    "linear_kl": _loss,
+    "draw_tokens": _draw,
+}

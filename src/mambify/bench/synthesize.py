@@ -49,9 +49,9 @@ CASES = {
 }
 
 
-def run(device: str, progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """Samples with every case."""
-    cases = CASES[torch.device(device).type]
+def run(device: str, progress: Callable[[int, int], None], only: str | None = None) -> dict[str, Any]:
+    """Samples with every case, or with one way."""
+    cases = [case for case in CASES[torch.device(device).type] if only in (None, case.way)]
     on_gpu = torch.device(device).type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     loaded = load("smollm2", dtype=dtype, device=device)

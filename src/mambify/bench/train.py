@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from mambify.bench.machine import matmul_peak, seconds_of
+from mambify.bench.clock import matmul_peak, seconds_of
 from mambify.config import HybridConfig
 from mambify.conversion import apply_plan, plan
 from mambify.distill.graphs import GraphedStep, StepResult, Sums
@@ -92,15 +92,15 @@ CASES: dict[str, list[Case]] = {
         *(replace(_BASE, curve="converted", attention=share) for share in (0.75, 0.5, 0.25, 0.0)),
         *(Case("size", stage, "1B", 2048, 8) for stage in ("align", "kd")),
         *(Case("size", stage, "8B", 2048, 2) for stage in ("align", "kd")),
-        Case("size", "kd", "8B", 2048, 2, plain=True),
+        *(Case("size", "kd", "8B", 2048, 1, plain=plain) for plain in (False, True)),
         Case("size", "kd", "8B", 2048, 8, checkpointing=True),
     ],
 }
 
 
-def run(device: str, progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """Measures every case; one that does not fit the device's memory says so instead of figures."""
-    cases = CASES[torch.device(device).type]
+def run(device: str, progress: Callable[[int, int], None], only: str | None = None) -> dict[str, Any]:
+    """Measures every case, or those of one curve; one that does not fit the memory says so instead of figures."""
+    cases = [case for case in CASES[torch.device(device).type] if only in (None, case.curve)]
     peak = matmul_peak(device)
     rows = []
     for done, case in enumerate(cases):
@@ -188,7 +188,8 @@ def build_step(case: Case, device: str, *, graph: bool = True) -> tuple[Callable
     with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
         gradients(batch)
     optimizer.zero_grad()
-    go = GraphedStep(gradients, parameters, batch, accumulates=False) if on_gpu and graph else gradients
+    recorded = on_gpu and graph and not case.checkpointing  # as in a run
+    go = GraphedStep(gradients, parameters, batch, accumulates=False) if recorded else gradients
 
     def step() -> None:
         module.finish_gradients(go(batch).sums)

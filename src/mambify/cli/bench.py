@@ -18,6 +18,9 @@ _STDOUT = Path("-")
 
 def bench(
     name: Annotated[str, typer.Argument(metavar="NAME", help="ops, train, synthesize, or all of them.")],
+    only: Annotated[
+        str | None, typer.Option(help="A part: one operation (ops), one curve (train), one way (synthesize).")
+    ] = None,
     device: options.Device = None,
     json: Annotated[Path | None, typer.Option(help="Write the result to this file as JSON; - is stdout.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the result into this file (.svg, .png, .pdf).")] = None,
@@ -34,6 +37,8 @@ def bench(
     from mambify.bench.registry import BENCHMARKS, names_of, run_benchmark
 
     names = names_of(name)
+    if only is not None and len(names) > 1:
+        raise InvalidOptionError("--only names a part of one benchmark: name the benchmark instead of 'all'")
     if plot is not None:
         if len(names) > 1:
             raise InvalidOptionError("--plot draws one benchmark: name it instead of 'all'")
@@ -50,6 +55,7 @@ def bench(
                 run_benchmark(
                     each,
                     device=place,
+                    only=only,
                     progress=lambda done, total, task=task: bars.update(task, completed=done, total=total),  # type: ignore[misc]
                 )
             )

@@ -32,8 +32,10 @@ def pick_device(name: str | None) -> str:
     """
     import torch
 
+    from mambify.machine import default_device
+
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return default_device()
     try:
         device = torch.device(name)
     except RuntimeError as error:

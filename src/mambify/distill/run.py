@@ -12,7 +12,6 @@ Of several processes only the first writes here; the others read, so that all of
 from __future__ import annotations
 
 import copy
-import platform
 import shutil
 import sys
 import time
@@ -23,11 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch.utils.data import Dataset
 from transformers import set_seed
 
-from mambify import __version__
 from mambify.conversion import apply_plan, calibrate, plan
 from mambify.distill.logs import Listener, MetricsLog, forget_after
 from mambify.distill.parallel import Processes
@@ -52,6 +49,7 @@ from mambify.distill.trainer import (
 from mambify.errors import OutputExistsError
 from mambify.families.load import LoadedModel, save
 from mambify.io import append_jsonl, atomic_write_text, read_json, write_json
+from mambify.machine import environment
 from mambify.model import HybridForCausalLM
 
 _TRAINED, _SUMMARY = "trained.safetensors", "summary.json"
@@ -100,7 +98,9 @@ def _open_run(recipe: Recipe, processes: Processes, *, overwrite: bool) -> None:
     if run.exists() and any(run.iterdir()):
         raise OutputExistsError(f"{run} is not empty and no run: choose another output or pass --overwrite")
     atomic_write_text(existing, text)
-    write_json(run / "environment.json", _environment() | {"processes": processes.count})
+    write_json(
+        run / "environment.json", {"command": sys.argv} | environment(processes.device) | {"processes": processes.count}
+    )
 
 
 def run_stages(
@@ -301,16 +301,3 @@ def _within_reach(student: HybridForCausalLM, teacher: HybridForCausalLM, proces
 def summaries(run: Path) -> list[dict[str, Any]]:
     """What each finished stage took: steps, tokens, seconds."""
     return [read_json(path) for path in sorted(run.glob(f"stages/*/{_SUMMARY}"))]
-
-
-def _environment() -> dict[str, Any]:
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {
-        "command": sys.argv,
-        "mambify": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": device,
-        "num_threads": torch.get_num_threads(),
-    }

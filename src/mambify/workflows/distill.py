@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from mambify.conversion import plan
 from mambify.data.documents import Document, read_documents
 from mambify.data.overlap import check_disjoint
@@ -18,12 +16,8 @@ from mambify.distill.run import open_run, run_stages
 from mambify.distill.stages import check_launch, check_training_arguments
 from mambify.errors import InvalidOptionError
 from mambify.families.load import LoadedModel, load, load_config, require_tokenizer
+from mambify.machine import default_device
 from mambify.model import HybridForCausalLM
-
-
-def default_device() -> str:
-    """The GPU where there is one, else the CPU."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def distill(

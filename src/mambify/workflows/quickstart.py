@@ -9,7 +9,6 @@ OUT/report.json     every figure       OUT/report.html   the same to look at
 
 from __future__ import annotations
 
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -20,9 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from mambify import __version__
 from mambify.conversion.plan import CONTEXTS, state_bytes
 from mambify.data.synthesize import synthesize
 from mambify.decode.stream import generate_text
@@ -35,8 +32,9 @@ from mambify.evaluate.compare import compare
 from mambify.evaluate.report import render_report
 from mambify.families.load import LoadedModel, load, require_tokenizer, save
 from mambify.io import atomic_write_text, read_json, require_new, write_json
+from mambify.machine import default_device, environment
 from mambify.model import HybridForCausalLM
-from mambify.workflows.distill import default_device, distill
+from mambify.workflows.distill import distill
 
 PROMPTS = (
     "What is the capital of France?",
@@ -294,16 +292,12 @@ def _report(
     mixers = [student.get_submodule(f"model.layers.{i}.mixer") for i in student.config.converted_layers]
     new = sum(p.numel() for mixer in mixers for p in mixer.parameters())
     total = sum(p.numel() for p in student.parameters())
+    here = environment(device)
     return {
         "title": f"{settings.teacher}: {student.num_converted} of {len(student.model.layers)} layers as Mamba2",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": device_name(device),
-        "versions": {
-            "mambify": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "device": here["device"] if device != "cpu" else f"{here['device']}, {here['num_threads']} threads",
+        "versions": {name: here[name] for name in ("mambify", "torch", "transformers", "python")},
         "teacher": {
             "name": settings.teacher,
             "parameters": sum(p.numel() for p in teacher.parameters()),
@@ -346,10 +340,3 @@ def _alignment(metrics: list[dict[str, Any]]) -> dict[int, list[list[float]]]:
             if name.startswith("layer_"):
                 curves.setdefault(int(name.removeprefix("layer_")), []).append([row["step"], value])
     return curves
-
-
-def device_name(device: str) -> str:
-    """What a report calls the machine."""
-    if device == "cpu":
-        return f"CPU, {torch.get_num_threads()} threads"
-    return torch.cuda.get_device_name(device)

@@ -1,40 +1,15 @@
-"""The machine a benchmark runs on: its name and versions, how time is taken, and what its memory can do."""
+"""How benchmarks take time, and what the machine can do at best: copy, and multiply matrices."""
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
-
-from mambify import __version__
 
 _MIN_REPEATS, _SECONDS, _AT_MOST = 5, 0.3, 3.0
 _MATMUL = {"cpu": (1024, torch.float32), "cuda": (8192, torch.bfloat16)}
 _COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
-
-
-def describe_machine(device: str) -> dict[str, Any]:
-    """Device, versions and commit, as they stand beside every result."""
-    on_gpu = torch.device(device).type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
-        "num_threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],  # of the minute before: what else was running
-        "mambify": __version__,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "cuda": torch.version.cuda if on_gpu else None,
-        "copy_bytes_per_second": copy_bandwidth(device),
-    }
 
 
 def seconds_of(function: Callable[[], object], device: str) -> float:
@@ -90,25 +65,3 @@ def matmul_peak(device: str) -> float:
 def _synchronize(device: str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _cpu_name() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """The commit of the checkout this package runs from, with ``+`` where it was edited; None elsewhere."""
-    folder = Path(__file__).parent
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=12"],
-            cwd=folder, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return described.stdout.strip() or None
