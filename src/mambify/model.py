@@ -231,7 +231,7 @@ class HybridModel(HybridPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None] + self._num_seen(past_key_values)
 
-        contexts = self._contexts(x_BTD, attention_mask, position_ids, past_key_values, seq_idx, kwargs)
+        contexts = self.contexts(x_BTD, attention_mask, position_ids, past_key_values, seq_idx, kwargs)
         for layer, kind in zip(self.layers, self.config.layer_types or (), strict=True):
             x_BTD = layer(x_BTD, contexts[kind], past_key_values)
         if isinstance(past_key_values, RecurrentCache):
@@ -250,7 +250,7 @@ class HybridModel(HybridPreTrainedModel):
             position_ids = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None]
         else:
             seq_idx = find_packed_sequence_indices(position_ids)
-        contexts = self._contexts(x_BTD, None, position_ids, None, seq_idx, {})
+        contexts = self.contexts(x_BTD, None, position_ids, None, seq_idx, {})
         for index, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types or (), strict=True)):
             assert isinstance(layer, HybridBlock)
             if not wanted:
@@ -268,7 +268,7 @@ class HybridModel(HybridPreTrainedModel):
             return 0
         return int(past_key_values.get_seq_length())
 
-    def _contexts(
+    def contexts(
         self,
         x_BTD: Tensor,
         attention_mask: Tensor | dict[str, Tensor | None] | None,
@@ -295,7 +295,9 @@ class HybridModel(HybridPreTrainedModel):
                 "past_key_values": past_key_values,
                 "position_ids": packed,
             }
-            masks = {kind: _MASKS[kind](**arguments) for kind in kinds}
+            masks = {
+                kind: None if self._is_plainly_causal(kind, arguments) else _MASKS[kind](**arguments) for kind in kinds
+            }
         position_embeddings = None
         if kinds - {LINEAR}:
             position_embeddings = self.rotary_emb(x_BTD, position_ids)
@@ -309,6 +311,19 @@ class HybridModel(HybridPreTrainedModel):
             )
             for kind in kinds
         }
+
+    def _is_plainly_causal(self, kind: str, arguments: dict[str, Any]) -> bool:
+        """Whether whole rows of one document each meet a backend that needs no mask to be causal.
+
+        transformers finds this out by itself, except while a CUDA graph is recorded: there it makes a ``[B, 1, T, T]``
+        mask, which keeps attention from its fastest kernels and is saved for the backward pass by every layer.
+        """
+        if self.config._attn_implementation != "sdpa" or kind == LINEAR:
+            return False
+        if any(arguments[name] is not None for name in ("attention_mask", "past_key_values", "position_ids")):
+            return False
+        window, tokens = self.config.sliding_window, arguments["inputs_embeds"].shape[1]
+        return kind == "full_attention" or (window is not None and tokens <= window)
 
 
 class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):  # type: ignore[misc]

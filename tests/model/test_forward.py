@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import mambify.model
 from mambify import HybridForCausalLM
 from mambify.errors import InvalidOptionError, UnsupportedError
 from mambify.mixers import AttentionMixer
@@ -314,3 +315,30 @@ def test_configurations_that_cannot_be(changes: dict[str, Any], message: str, ti
 def test_unknown_mixer(tiny_hybrid: Hybrid) -> None:
     with pytest.raises(InvalidOptionError, match=r"unknown mixer 'mamba3'.*'mamba"):
         tiny_hybrid(["mamba3"])
+
+
+@pytest.mark.parametrize(("window", "tokens", "masked"), [(None, 9, False), (6, 6, False), (6, 7, True)])
+def test_attention_gets_no_mask_where_causality_is_all_there_is(
+    tiny_hybrid: Hybrid, window: int | None, tokens: int, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a CUDA graph is recorded transformers 5.17 would make one, T² numbers that every layer keeps."""
+    model = tiny_hybrid(["attention", "mamba2"], sliding_window=window)
+    made = []
+
+    def make(**arguments: object) -> torch.Tensor:
+        made.append(arguments)
+        return torch.ones(1, 1, tokens, tokens, dtype=torch.bool).tril()
+
+    for kind in ("full_attention", "sliding_attention"):
+        monkeypatch.setitem(mambify.model._MASKS, kind, make)
+    x = torch.zeros(2, tokens, model.config.hidden_size)
+    positions = torch.arange(tokens)[None]
+    contexts = model.model.contexts(x, None, positions, None, None, {})
+    kind = "full_attention" if window is None else "sliding_attention"
+    assert (contexts[kind].attention_mask is not None) == masked == bool(made)
+    documents = torch.arange(tokens).div(4, rounding_mode="floor").expand(2, -1)
+    assert model.model.contexts(x, None, positions, None, documents, {})[kind].attention_mask is not None
+    padding = torch.ones(2, tokens, dtype=torch.long)
+    assert model.model.contexts(x, padding, positions, None, None, {})[kind].attention_mask is not None
+    model.set_attn_implementation("eager")
+    assert model.model.contexts(x, None, positions, None, None, {})[kind].attention_mask is not None

@@ -35,6 +35,8 @@ def plot_ops(result: dict[str, Any], path: Path) -> None:
         axes.text(ratio, place, f" {ratio:.2f}× {name}", va="center", fontsize=7)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_xscale("log")
+    axes.set_xlim(right=2.2 * max(ratios))  # room for the names
+    axes.margins(y=0.01)
     axes.tick_params(axis="y", labelsize=6)
     axes.set_xlabel("times faster than the fastest of the others")
     axes.set_title(result["machine"]["device"], loc="left", fontsize=9)
@@ -64,7 +66,7 @@ def plot_train(result: dict[str, Any], path: Path) -> None:
         ):
             axes = grid[line][column]
             axes.plot(places, values, marker="o", color=_OURS)
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1 * max(values) or 1)
             if key != "attention":
                 axes.set_xscale("log", base=2)
             if line:

@@ -30,7 +30,7 @@ def layer_contexts(
         position_ids = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None]
     else:
         seq_idx_BT = find_packed_sequence_indices(position_ids.expand(x_BTD.shape[0], -1))
-    by_kind = model._contexts(x_BTD, None, position_ids, None, seq_idx_BT, {})
+    by_kind = model.contexts(x_BTD, None, position_ids, None, seq_idx_BT, {})
     return [by_kind[kind] for kind in model.config.layer_types or ()], seq_idx_BT
 
 
