@@ -15,6 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mambify.bench import train
+from mambify.distill.parallel import Processes
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def main() -> None:
     case = train.Case(
         "profile", given.stage, given.shape, given.context, given.sequences, mixer=given.mixer, ops=given.ops
     )
-    step, flops = train.build_step(case, "cuda", graph=False)
+    step, flops = train.build_step(case, Processes(device="cuda"), graph=False)
     for _ in range(3):
         step()
     torch.cuda.synchronize()
@@ -44,6 +45,7 @@ def main() -> None:
         times[event.name] += event.self_device_time_total
         counts[event.name] += 1
     whole = times.total()
+    assert flops is not None  # one process shards nothing
     print(f"{whole / 1e3:.1f} ms on the device in {counts.total()} kernels; {flops / whole / 1e6:.0f} TFLOP/s")
     for name, microseconds in times.most_common(given.top):
         print(f"{microseconds / 1e3:8.2f} ms {microseconds / whole:6.1%} {counts[name]:6d} x  {name[:150]}")

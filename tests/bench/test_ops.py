@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -144,3 +147,26 @@ def test_a_plain_step_computes_the_same_loss() -> None:
         losses.append(float(module.accumulate_gradients(module, batch, torch.Tensor.backward).metrics["kl"]))
     # The plain one counts the last position of a row too, which has no next token.
     assert losses[0] == pytest.approx(losses[1], rel=0.1)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_training_steps_of_several_processes(sharded: bool, tmp_path: Path) -> None:
+    file = tmp_path / "train.json"
+    environment = os.environ | ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if sharded else {})
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command += ["-m", "mambify", "bench", "train", "--only", "processes", "--device", "cpu", "--json", str(file)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    assert (result["processes"], result["sharded"]) == (2, sharded)
+    for row in result["results"]:
+        assert row["tokens_per_second"] == pytest.approx(2 * 1e3 * row["sequences"] * row["context"] / row["ms"])
+
+
+def test_other_benchmarks_run_in_one_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["bench", "ops", "--device", "cpu"]) == 2
+    assert "only 'bench train' runs in several processes" in capsys.readouterr().err

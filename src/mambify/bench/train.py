@@ -5,6 +5,10 @@ pass through the stage's own code (recorded as a CUDA graph on a GPU), clipping,
 same with what a straightforward script would hold: a teacher that shares nothing with the student, and a loss on whole
 ``[B, T, V]`` logits.
 
+Started in several processes (``torchrun --nproc_per_node 2 -m mambify bench train --only processes``), each has the
+case's sequences, and tokens a second are those of all; with ``ACCELERATE_USE_FSDP=true FSDP_VERSION=2`` weights are
+sharded.
+
 FLOPs are those of PyTorch's matrix products in one step, counted by ``torch.utils.flop_counter``: a multiply and an add
 are two. Attention counts the pairs that a causal mask leaves, and 2.5 times that in the backward pass. The scan's own
 products run in kernels the counter does not see and are left out, so the share of the peak is a little low.
@@ -14,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -29,10 +34,14 @@ from mambify.bench.clock import matmul_peak, seconds_of
 from mambify.config import HybridConfig
 from mambify.conversion import apply_plan, plan
 from mambify.distill.graphs import GraphedStep, StepResult, Sums
+from mambify.distill.parallel import Processes, joined
 from mambify.distill.recipe import Align, Kd
+from mambify.distill.sharding import shard
 from mambify.distill.stages import stage_module, use_bfloat16
 from mambify.distill.trainer import DistillationStage, scale_gradients, trained_parameters
 from mambify.model import HybridForCausalLM
+
+_WARM_UP, _STEPS = 3, 10  # of processes together
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,7 @@ class Case:
 
 _BASE = Case("headline", "kd", "135M", 512, 32)
 CASES: dict[str, list[Case]] = {
-    "cpu": [Case("headline", stage, "tiny", 64, 2) for stage in ("align", "kd")],
+    "cpu": [Case(curve, stage, "tiny", 64, 2) for curve in ("headline", "processes") for stage in ("align", "kd")],
     "cuda": [
         *(replace(_BASE, stage=stage) for stage in ("align", "kd")),
         replace(_BASE, mixer="mamba1"),
@@ -95,6 +104,7 @@ CASES: dict[str, list[Case]] = {
         *(Case("size", stage, "8B", 2048, 2) for stage in ("align", "kd")),
         *(Case("size", "kd", "8B", 2048, 1, plain=plain) for plain in (False, True)),
         Case("size", "kd", "8B", 2048, 8, checkpointing=True),
+        *(Case("processes", stage, "1B", 2048, 8) for stage in ("align", "kd")),
     ],
 }
 
@@ -102,16 +112,18 @@ CASES: dict[str, list[Case]] = {
 def run(device: str, progress: Callable[[int, int], None], only: str | None = None) -> dict[str, Any]:
     """Measures every case, or those of one curve; one that does not fit the memory says so instead of figures."""
     cases = [case for case in CASES[torch.device(device).type] if only in (None, case.curve)]
-    peak = matmul_peak(device)
     rows = []
-    for done, case in enumerate(cases):
-        progress(done, len(cases))
-        rows.append(asdict(case) | _measure(case, device, peak))
-        gc.collect()
-        if torch.device(device).type == "cuda":
-            torch.cuda.empty_cache()
-    progress(len(cases), len(cases))
-    return {"matmul_flops_per_second": peak, "results": rows}
+    with joined(device) as processes:
+        peak = matmul_peak(processes.device)
+        for done, case in enumerate(cases):
+            progress(done, len(cases))
+            rows.append(asdict(case) | _measure(case, processes, peak))
+            gc.collect()
+            if torch.device(device).type == "cuda":
+                torch.cuda.empty_cache()
+        progress(len(cases), len(cases))
+        facts = {"processes": processes.count, "sharded": processes.sharding is not None}
+    return {"matmul_flops_per_second": peak, **facts, "results": rows}
 
 
 def table(result: dict[str, Any]) -> Table:
@@ -134,8 +146,9 @@ def table(result: dict[str, Any]) -> Table:
         kind.append("checkpointing" if row["checkpointing"] else "")
         figures = ["out of memory", "", "", ""]
         if row["fits"]:
+            share = "" if row["of_matmul_peak"] is None else f"{row['of_matmul_peak']:.0%}"
             memory = f"{row['peak_bytes'] / 1e9:.1f} GB" if row["peak_bytes"] else ""
-            figures = [f"{row['ms']:.1f}", f"{row['tokens_per_second']:,.0f}", f"{row['of_matmul_peak']:.0%}", memory]
+            figures = [f"{row['ms']:.1f}", f"{row['tokens_per_second']:,.0f}", share, memory]
         shown.add_row(
             row["curve"], row["stage"], row["shape"], f"{row['sequences']} × {row['context']}",
             f"{row['attention']:.0%}", " ".join(filter(None, [row["ops"], *kind])), *figures,
@@ -143,62 +156,85 @@ def table(result: dict[str, Any]) -> Table:
     return shown
 
 
-def _measure(case: Case, device: str, peak: float) -> dict[str, Any]:
+def _measure(case: Case, processes: Processes, peak: float) -> dict[str, Any]:
+    device = processes.device
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        step, flops = build_step(case, device)
-        seconds = seconds_of(step, device)
+        step, flops = build_step(case, processes)
+        seconds = seconds_of(step, device) if processes.count == 1 else _seconds_together(step, processes)
     except torch.OutOfMemoryError:
+        if processes.count > 1:
+            raise  # the others would wait for this one
         return {"fits": False}
-    tokens = case.sequences * case.context
+    tokens = case.sequences * case.context * processes.count
     return {
         "fits": True,
         "ms": 1e3 * seconds,
         "tokens_per_second": tokens / seconds,
-        "flops_per_token": flops / tokens,
-        "of_matmul_peak": flops / seconds / peak,
+        "flops_per_token": None if flops is None else flops * processes.count / tokens,
+        "of_matmul_peak": None if flops is None else flops / seconds / peak,
         "peak_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None,
     }
 
 
-def build_step(case: Case, device: str, *, graph: bool = True) -> tuple[Callable[[], None], int]:
-    """One optimizer step of the case, and the FLOPs of its matrix products.
+def _seconds_together(step: Callable[[], None], processes: Processes) -> float:
+    """Mean time of a step that processes take together: each must take as many, so their number is fixed."""
+    for _ in range(_WARM_UP):
+        step()
+    processes.gather(0.0)  # all begin at once
+    start = time.perf_counter()
+    for _ in range(_STEPS):
+        step()
+    if torch.device(processes.device).type == "cuda":
+        torch.cuda.synchronize()
+    return max(processes.gather((time.perf_counter() - start) / _STEPS))
+
+
+def build_step(case: Case, processes: Processes, *, graph: bool = True) -> tuple[Callable[[], None], int | None]:
+    """One optimizer step of the case, and the FLOPs of its matrix products (not counted where weights are sharded).
 
     Args:
-        graph: record forward and backward as a CUDA graph, on a GPU.
+        graph: record forward and backward as a CUDA graph, where a run does.
     """
     torch.manual_seed(0)
-    teacher = _teacher(case, device)
+    device, sharded = processes.device, processes.sharding is not None
+    teacher = _teacher(case, processes.home)
     module = _module(case, teacher)
+    bfloat16 = teacher.dtype == torch.bfloat16
+    if sharded:
+        module = shard(module, processes, bfloat16=bfloat16)
     module.train()
     parameters = list(trained_parameters(module).values())
     on_gpu = torch.device(device).type == "cuda"
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=on_gpu)
-    vocabulary = SHAPES[case.shape].vocabulary
-    ids = torch.randint(vocabulary, (case.sequences, case.context), device=device)
+    torch.manual_seed(processes.rank)
+    ids = torch.randint(SHAPES[case.shape].vocabulary, (case.sequences, case.context), device=device)
     batch = {"input_ids": ids, "labels": ids}
 
     def gradients(batch: dict[str, Tensor]) -> StepResult:
-        with torch.autocast(
-            ids.device.type, torch.bfloat16, enabled=teacher.dtype == torch.bfloat16, cache_enabled=False
-        ):
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=bfloat16, cache_enabled=False):
             return module.accumulate_gradients(module, batch, torch.Tensor.backward)
 
-    with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
-        gradients(batch)
-    optimizer.zero_grad()
-    recorded = on_gpu and graph and not case.checkpointing  # as in a run
+    flops = None
+    if not sharded:
+        with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
+            gradients(batch)
+        flops = counter.get_total_flops()
+        optimizer.zero_grad()
+    recorded = on_gpu and graph and not case.checkpointing and not sharded
     go = GraphedStep(gradients, parameters, batch, accumulates=False) if recorded else gradients
 
     def step() -> None:
-        module.finish_gradients(go(batch).sums)
+        sums = {name: processes.total(pair.clone()) for name, pair in go(batch).sums.items()}
+        processes.add_up_gradients(parameters)
+        module.finish_gradients(sums)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=on_gpu)
         optimizer.step()
         optimizer.zero_grad()
 
-    return step, counter.get_total_flops()
+    return step, flops
 
 
 def _teacher(case: Case, device: str) -> HybridForCausalLM:

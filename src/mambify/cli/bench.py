@@ -33,6 +33,10 @@ def bench(
         require_writable_file(json)
     quiet = json == _STDOUT
     quiet_libraries()
+    from mambify.distill.parallel import leave, process_count, process_rank
+
+    if process_count() > 1 and name != "train":
+        raise InvalidOptionError("only 'bench train' runs in several processes")
     from mambify.bench.plot import require_matplotlib
     from mambify.bench.registry import BENCHMARKS, names_of, run_benchmark
 
@@ -48,7 +52,8 @@ def bench(
         require_matplotlib()
     place = options.pick_device(device)
     results = []
-    with progress_bar(quiet=quiet) as bars:
+    first = process_rank() == 0
+    with progress_bar(quiet=quiet or not first) as bars:
         for each in names:
             task = bars.add_task(each, total=None, note="")
             results.append(
@@ -59,6 +64,9 @@ def bench(
                     progress=lambda done, total, task=task: bars.update(task, completed=done, total=total),  # type: ignore[misc]
                 )
             )
+    leave()
+    if not first:
+        return
     if plot is not None:
         BENCHMARKS[name].plot(results[0], plot)
     report = results[0] if name != "all" else {"benchmarks": results}
