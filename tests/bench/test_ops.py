@@ -153,7 +153,7 @@ def test_a_plain_step_computes_the_same_loss() -> None:
 def test_training_steps_of_several_processes(sharded: bool, tmp_path: Path) -> None:
     file = tmp_path / "train.json"
     environment = os.environ | ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if sharded else {})
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "mambify", "bench", "train", "--only", "processes", "--device", "cpu", "--json", str(file)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
