@@ -11,18 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config
 
 from mambify.cli.main import main
+from tiny import TEXT, byte_tokenizer, llama
 
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-TEXT = "The quick brown fox jumps over the lazy dog. How are you today? I am well, and the weather is good.\n" * 30
 NUM_LAYERS = 4
 
 
@@ -38,47 +31,12 @@ class Result:
 Run = Callable[..., Result]
 
 
-def make_tokenizer(*, merges: int = 40, template: str | None = CHATML) -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=256 + len(SPECIALS) + merges,
-        special_tokens=SPECIALS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator([TEXT], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=SPECIALS[1], eos_token=SPECIALS[2])
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def make_model(vocab_size: int, *, seed: int = 0) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config).eval()
-
-
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama teacher with a chat template."""
     path = tmp_path_factory.mktemp("models") / "teacher"
-    tokenizer = make_tokenizer()
-    make_model(len(tokenizer)).save_pretrained(path)
+    tokenizer = byte_tokenizer()
+    llama(len(tokenizer)).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
@@ -87,8 +45,8 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def other_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another Llama, of another tokenizer, without a chat template."""
     path = tmp_path_factory.mktemp("models") / "other"
-    tokenizer = make_tokenizer(merges=30, template=None)
-    make_model(len(tokenizer), seed=1).save_pretrained(path)
+    tokenizer = byte_tokenizer(merges=30, template=None)
+    llama(len(tokenizer), seed=1).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 

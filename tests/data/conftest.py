@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tiny import llama
 
 CHATML = (
     "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
@@ -31,8 +32,9 @@ def make_tokenizer(*, template: str | None = CHATML, num_words: int = 40) -> Pre
 
 
 def make_model(vocab_size: int, *, seed: int = 0, max_positions: int = 256) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=vocab_size,
+    return llama(
+        vocab_size,
+        seed=seed,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=2,
@@ -40,13 +42,7 @@ def make_model(vocab_size: int, *, seed: int = 0, max_positions: int = 256) -> L
         num_key_value_heads=2,
         max_position_embeddings=max_positions,
         initializer_range=0.3,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=2,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mambify.config import HybridConfig
 from mambify.model import HybridForCausalLM
+from tiny import llama
 
 VOCAB = 50
 
@@ -31,22 +32,6 @@ def make_hybrid(mixers: list[str]) -> HybridForCausalLM:
         return HybridForCausalLM(config).eval()
 
 
-def make_llama() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.3,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        return LlamaForCausalLM(config).eval()
-
-
 @pytest.fixture(scope="session")
 def hybrid() -> HybridForCausalLM:
     return make_hybrid(["mamba2", "attention", "mamba1"])
@@ -56,7 +41,9 @@ def hybrid() -> HybridForCausalLM:
 def model(request: pytest.FixtureRequest, hybrid: HybridForCausalLM) -> PreTrainedModel:
     if request.param == "hybrid":
         return hybrid
-    return make_hybrid(["mamba2", "mamba1"]) if request.param == "mamba" else make_llama()
+    if request.param == "mamba":
+        return make_hybrid(["mamba2", "mamba1"])
+    return llama(VOCAB, seed=3, num_hidden_layers=2, num_key_value_heads=2, initializer_range=0.3, pad_token_id=None)
 
 
 @pytest.fixture(scope="session")

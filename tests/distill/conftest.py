@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from mambify.distill.recipe import Recipe, parse_recipe
+from tiny import llama
 
 NUM_LAYERS = 4
 CONTEXT = 32
@@ -25,20 +26,8 @@ def teacher_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>")
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.2,
-        eos_token_id=0,
-        bos_token_id=None,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(path)
+    model = llama(len(words), num_hidden_layers=NUM_LAYERS, eos_token_id=0, bos_token_id=None, pad_token_id=None)
+    model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
