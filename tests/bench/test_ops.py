@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from mambify.bench import clock, ops, run_benchmark, synthesize, train
+from mambify.bench import cases, clock, ops, run_benchmark, synthesize, train
 from mambify.bench.peers import peer
 from mambify.bench.registry import BENCHMARKS, names_of
 from mambify.cli.main import main
 from mambify.errors import InvalidOptionError
 
 # Odd sizes, several key/value heads, more than one chunk of the scan.
-SHAPE = ops.Shape("tiny", 2, 140, 6, 2, 16, V=100)
+SHAPE = cases.Shape("tiny", 2, 140, 6, 2, 16, V=100)
 
 
 @pytest.fixture(autouse=True)
@@ -33,14 +33,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
-@pytest.mark.parametrize("maker", ops._MAKERS.values(), ids=ops._MAKERS)
+@pytest.mark.parametrize("maker", cases.MAKERS.values(), ids=cases.MAKERS)
 def test_ours_and_theirs_give_the_same_values_and_gradients(
-    maker: Callable[..., ops.Case], dtype: torch.dtype, tolerance: float
+    maker: Callable[..., cases.Case], dtype: torch.dtype, tolerance: float
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     case = maker(SHAPE, lambda *sizes: torch.randn(*sizes, generator=generator).to(dtype))
 
-    def ours(inputs: ops.Inputs) -> torch.Tensor:
+    def ours(inputs: cases.Inputs) -> torch.Tensor:
         return case.ours(inputs, "auto")
 
     for operation in case.peers.values():
@@ -57,7 +57,7 @@ def test_ours_and_theirs_give_the_same_values_and_gradients(
 def test_the_result_says_where_it_ran() -> None:
     seen: list[tuple[int, int]] = []
     result = run_benchmark("ops", device="cpu", progress=lambda done, total: seen.append((done, total)))
-    assert seen[-1] == (len(ops._MAKERS), len(ops._MAKERS))
+    assert seen[-1] == (len(cases.MAKERS), len(cases.MAKERS))
     assert result["machine"]["torch"] == torch.__version__
     assert result["machine"]["copy_bytes_per_second"] > 1e6
     assert {row["operation"] for row in result["results"]} >= {"ssd_scan", "ssd_step", "selective_scan", "causal_conv"}
@@ -74,7 +74,7 @@ def test_no_time_is_given_for_a_kernel_that_is_wrong(monkeypatch: pytest.MonkeyP
         right = torch.nn.functional.silu(gate) * up
         return right if backend == "reference" else right.detach() + 0 * right + 0.01 * gate.square()
 
-    monkeypatch.setattr(ops, "swiglu", wrong)
+    monkeypatch.setattr(cases, "swiglu", wrong)
     rows = ops.run("cpu", lambda *_: None, "swiglu")["results"]
     assert [row["pass"] for row in rows] == ["fwd", "fwd+bwd"]
     for row in rows:
@@ -85,13 +85,13 @@ def test_no_time_is_given_for_a_kernel_that_is_wrong(monkeypatch: pytest.MonkeyP
 
 
 def test_a_peer_that_is_not_installed_is_named() -> None:
-    case = ops.Case("x", "y", {"v": torch.ones(3)}, lambda i, _: i["v"] * 2, {"none": _absent}, step=True)
+    case = cases.Case("x", "y", {"v": torch.ones(3)}, lambda i, _: i["v"] * 2, {"none": _absent}, step=True)
     (row,) = ops._rows(case, "cpu", torch.float32)
     assert "no_such_package" in row["peers"]["none"]["missing"]
     assert row["ms"] > 0
 
 
-def _absent(inputs: ops.Inputs) -> torch.Tensor:
+def _absent(inputs: cases.Inputs) -> torch.Tensor:
     return peer("no_such_package", "operation")(inputs)
 
 

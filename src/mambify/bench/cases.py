@@ -1,0 +1,343 @@
+"""What ``mambify bench ops`` measures: each operation on inputs of real layers, and other people's code for the same.
+
+Letters: B batch, T tokens, H query heads, G key/value heads, P head dimension (= N, the state size of Mamba2), C conv
+channels, K conv width, J sub-heads of M channels (Mamba1), F intermediate size, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.mamba.modeling_mamba import mamba_selective_scan, mamba_selective_state_update
+from transformers.models.mamba2.modeling_mamba2 import (
+    causal_conv1d_fn,
+    causal_conv1d_update,
+    mamba2_chunk_scan,
+    mamba2_selective_state_update,
+)
+
+from mambify.bench.peers import peer
+from mambify.ops.causal_conv import causal_conv, causal_conv_step
+from mambify.ops.draw import draw_tokens
+from mambify.ops.gated_norm import gated_rms_norm
+from mambify.ops.linear_kl import linear_kl
+from mambify.ops.rope import rotate
+from mambify.ops.selective_scan import selective_scan, selective_scan_step
+from mambify.ops.ssd import ssd_scan, ssd_step
+from mambify.ops.swiglu import swiglu
+
+_K, _SUBHEAD, _EPS = 4, 16, 1e-5
+Inputs = Mapping[str, Tensor]
+Operation = Callable[[Inputs], Tensor]
+Random = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one layer and one batch."""
+
+    name: str
+    B: int
+    T: int
+    H: int
+    G: int
+    P: int
+    D: int = 64
+    F: int = 128
+    V: int = 1000
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation on one set of inputs.
+
+    Attributes:
+        ours: takes the backend; gives one output.
+        peers: name → a function that gives the same output, or one that raises PeerMissingError.
+        trained: inputs that get gradients; ``None`` for all.
+        step: one token of decoding, which has no backward pass.
+    """
+
+    operation: str
+    shape: str
+    inputs: Inputs
+    ours: Callable[[Inputs, str], Tensor]
+    peers: Mapping[str, Operation]
+    trained: tuple[str, ...] | None = None
+    step: bool = False
+    exact: bool = field(default=False)
+
+
+_8B = {"D": 4096, "F": 14_336, "V": 128_256}
+SHAPES = {
+    "cpu": (Shape("135M", 1, 512, 9, 3, 64, 576, 1536, 4096), Shape("1B", 1, 512, 32, 8, 64, 2048, 8192, 4096)),
+    "cuda": (
+        Shape("135M", 32, 512, 9, 3, 64, 576, 1536, 49_152),
+        Shape("8B", 8, 2048, 32, 8, 128, **_8B),
+        Shape("16k of 2k", 8, 2048, 32, 32, 128, **_8B),
+        Shape("16k", 1, 16_384, 32, 32, 128, **_8B),
+    ),
+}
+
+
+def _ssd(s: Shape, random: Random) -> Case:
+    inputs = {
+        "x": random(s.B, s.T, s.G, s.P),
+        "dt": F.softplus(random(s.B, s.T, s.H).float() - 2),
+        "A": -random(s.H).float().abs() - 1,
+        "B": random(s.B, s.T, s.G, s.P) / s.P**0.5,
+        "C": random(s.B, s.T, s.H, s.P),
+        "D": random(s.H).float(),
+    }
+
+    def repeated(i: Inputs) -> tuple[Tensor, Tensor]:
+        if s.H == s.G:
+            return i["x"], i["B"]
+        return i["x"].repeat_interleave(s.H // s.G, dim=2), i["B"].repeat_interleave(s.H // s.G, dim=2)
+
+    def ours(i: Inputs, backend: str) -> Tensor:
+        return ssd_scan(i["x"], i["dt"], i["A"], i["B"], i["C"], i["D"], backend=backend)[0]
+
+    def stock(i: Inputs) -> Tensor:
+        x, B = repeated(i)
+        y: Tensor = mamba2_chunk_scan(x, i["dt"], i["A"], B, i["C"], chunk_size=64, D=i["D"])
+        return y
+
+    def fla(i: Inputs) -> Tensor:
+        scan = peer("fla.ops.simple_gla", "chunk_simple_gla")
+        x, B = repeated(i)
+        step = i["dt"][..., None].to(x.dtype) * x
+        y: Tensor = scan(i["C"], B, step, i["dt"] * i["A"], scale=1.0)[0]
+        return y + i["D"][:, None].to(x.dtype) * x
+
+    def mamba_ssm(i: Inputs) -> Tensor:
+        scan = peer("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
+        x, B = repeated(i)
+        y: Tensor = scan(x, i["dt"], i["A"], B, i["C"], chunk_size=256, D=i["D"])
+        return y
+
+    peers = {"fla": fla, "mamba-ssm": mamba_ssm} if inputs["x"].is_cuda else {"transformers": stock}
+    return Case("ssd_scan", f"B={s.B} T={s.T} H={s.H} G={s.G} P={s.P}", inputs, ours, peers)
+
+
+def _ssd_step(s: Shape, random: Random) -> Case:
+    inputs = {
+        "x": random(s.B, s.G, s.P),
+        "dt": F.softplus(random(s.B, s.H).float() - 2),
+        "A": -random(s.H).float().abs() - 1,
+        "B": random(s.B, s.G, s.P) / s.P**0.5,
+        "C": random(s.B, s.H, s.P),
+        "D": random(s.H).float(),
+        "state": random(s.B, s.H, s.P, s.P).float(),
+    }
+    scratch = inputs["state"].clone()
+
+    def ours(i: Inputs, backend: str) -> Tensor:
+        return ssd_step(i["x"], i["dt"], i["A"], i["B"], i["C"], i["D"], i["state"], backend=backend)[0]
+
+    def stock(i: Inputs) -> Tensor:
+        scratch.copy_(i["state"])  # theirs writes the new state over the old one; ours returns it
+        x, B = (i[name].repeat_interleave(s.H // s.G, dim=1) for name in ("x", "B"))
+        dt, A, D = i["dt"][..., None].expand(-1, -1, s.P), i["A"][:, None, None], i["D"][:, None]
+        y: Tensor = mamba2_selective_state_update(scratch, x, dt, A.expand(-1, s.P, s.P), B, i["C"], D.expand(-1, s.P))
+        return y
+
+    return Case("ssd_step", f"B={s.B} H={s.H} G={s.G} P={s.P}", inputs, ours, {"transformers": stock}, step=True)
+
+
+def _conv(s: Shape, random: Random) -> Case:
+    C = (2 * s.G + s.H) * s.P
+    # As in a mixer: the channels are part of a wider projection.
+    inputs = {"x": random(s.B, s.T, C + s.H * s.P)[..., s.H * s.P :], "weight": random(C, _K), "bias": random(C)}
+
+    def ours(i: Inputs, backend: str) -> Tensor:
+        return causal_conv(i["x"], i["weight"], i["bias"], backend=backend)[0]
+
+    def stock(i: Inputs) -> Tensor:
+        y: Tensor = causal_conv1d_fn(i["x"].transpose(1, 2), i["weight"], i["bias"], "silu").transpose(1, 2)
+        return y
+
+    def fla(i: Inputs) -> Tensor:
+        y: Tensor = peer("fla.modules.causal_conv1d", "causal_conv1d")(
+            i["x"], i["weight"], i["bias"], activation="silu"
+        )[0]
+        return y
+
+    peers = {"transformers": stock} | ({"fla": fla} if inputs["x"].is_cuda else {})
+    return Case("causal_conv", f"B={s.B} T={s.T} C={C} K={_K}", inputs, ours, peers)
+
+
+def _conv_step(s: Shape, random: Random) -> Case:
+    C = (2 * s.G + s.H) * s.P
+    inputs = {"x": random(s.B, C), "weight": random(C, _K), "bias": random(C), "state": random(s.B, C, _K - 1)}
+    scratch = inputs["state"].clone()
+
+    def ours(i: Inputs, backend: str) -> Tensor:
+        return causal_conv_step(i["x"], i["weight"], i["bias"], i["state"], backend=backend)[0]
+
+    def stock(i: Inputs) -> Tensor:
+        scratch.copy_(i["state"])
+        y: Tensor = causal_conv1d_update(i["x"][..., None], scratch, i["weight"], i["bias"], "silu")[..., 0]
+        return y
+
+    return Case("causal_conv_step", f"B={s.B} C={C} K={_K}", inputs, ours, {"transformers": stock}, step=True)
+
+
+def _norm(s: Shape, random: Random) -> Case:
+    wide = random(s.B, s.T, 2 * s.H * s.P)[..., : s.H * s.P]
+    inputs = {"y": random(s.B, s.T, s.H, s.P), "z": wide.unflatten(-1, (s.H, s.P)), "weight": random(s.H, s.P)}
+
+    def ours(i: Inputs, backend: str) -> Tensor:
+        return gated_rms_norm(i["y"], i["z"], i["weight"], _EPS, backend)
+
+    def plain(i: Inputs) -> Tensor:
+        gated = i["y"].float() * F.silu(i["z"].float())
+        return F.rms_norm(gated, (s.P,), eps=_EPS).to(i["z"].dtype) * i["weight"]
+
+    def mamba_ssm(i: Inputs) -> Tensor:
+        norm = peer("mamba_ssm.ops.triton.layernorm_gated", "rmsnorm_fn")
+        y, z = (i[name].flatten(2) for name in ("y", "z"))
+        out: Tensor = norm(y, i["weight"].flatten(), None, z, _EPS, group_size=s.P, norm_before_gate=False)
+        heads: Tensor = out.unflatten(-1, (s.H, s.P))
+        return heads
+
+    peers = {"torch": plain} | ({"mamba-ssm": mamba_ssm} if inputs["y"].is_cuda else {})
+    return Case("gated_rms_norm", f"B={s.B} T={s.T} H={s.H} P={s.P}", inputs, ours, peers)
+
+
+def _selective(s: Shape, random: Random) -> Case:
+    J, M = s.H * s.P // _SUBHEAD, _SUBHEAD
+    T = s.T if random(1).is_cuda else s.T // 4  # the time of transformers' backward pass grows with the square of T
+    inputs = {
+        "x": random(s.B, T, J, M),
+        "dt": F.softplus(random(s.B, T, J, M).float() - 2),
+        "A": -random(M, M).float().abs() - 0.5,  # the same in all sub-heads: others take sub-heads as a batch
+        "B": random(s.B, T, J, M),
+        "C": random(s.B, T, J, M),
+        "D": random(M).float(),
+    }
+
+    def ours(i: Inputs, backend: str) -> Tensor:
+        A, D = i["A"].expand(J, M, M), i["D"].expand(J, M)
+        return selective_scan(i["x"], i["dt"], A, i["B"], i["C"], D, backend=backend)[0]
+
+    def stock(i: Inputs) -> Tensor:
+        x, dt, B, C = (i[name].permute(0, 2, 3, 1).flatten(0, 1) for name in ("x", "dt", "B", "C"))
+        y: Tensor = mamba_selective_scan(x, dt, i["A"], B, C, i["D"]).unflatten(0, (s.B, J)).permute(0, 3, 1, 2)
+        return y
+
+    def mamba_ssm(i: Inputs) -> Tensor:
+        scan = peer("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")
+        x, dt = (i[name].permute(0, 2, 3, 1).flatten(1, 2) for name in ("x", "dt"))  # channels of all sub-heads
+        B, C = (i[name].permute(0, 2, 3, 1) for name in ("B", "C"))  # a group a sub-head
+        y: Tensor = scan(x, dt.to(x.dtype), i["A"].repeat(J, 1), B, C, i["D"].repeat(J)).unflatten(1, (J, M))
+        return y.permute(0, 3, 1, 2)
+
+    peers = {"mamba-ssm": mamba_ssm} if inputs["x"].is_cuda else {"transformers": stock}
+    return Case("selective_scan", f"B={s.B} T={T} J={J} M={M}", inputs, ours, peers)
+
+
+def _selective_step(s: Shape, random: Random) -> Case:
+    J, M = s.H * s.P // _SUBHEAD, _SUBHEAD
+    inputs = {
+        "x": random(s.B, J, M),
+        "dt": F.softplus(random(s.B, J, M).float() - 2),
+        "A": -random(M, M).float().abs() - 0.5,
+        "B": random(s.B, J, M),
+        "C": random(s.B, J, M),
+        "D": random(M).float(),
+        "state": random(s.B, J, M, M).float(),
+    }
+    scratch = inputs["state"].clone().flatten(0, 1)
+
+    def ours(i: Inputs, backend: str) -> Tensor:
+        A, D = i["A"].expand(J, M, M), i["D"].expand(J, M)
+        return selective_scan_step(i["x"], i["dt"], A, i["B"], i["C"], D, i["state"], backend=backend)[0]
+
+    def stock(i: Inputs) -> Tensor:
+        scratch.copy_(i["state"].flatten(0, 1))
+        x, dt, B, C = (i[name].flatten(0, 1) for name in ("x", "dt", "B", "C"))
+        y: Tensor = mamba_selective_state_update(scratch, x, dt, i["A"], B, C, i["D"]).unflatten(0, (s.B, J))
+        return y
+
+    return Case("selective_scan_step", f"B={s.B} J={J} M={M}", inputs, ours, {"transformers": stock}, step=True)
+
+
+def _swiglu(s: Shape, random: Random) -> Case:
+    inputs = {"gate": random(s.B, s.T, s.F), "up": random(s.B, s.T, s.F)}
+
+    def ours(i: Inputs, backend: str) -> Tensor:
+        return swiglu(i["gate"], i["up"], backend=backend)
+
+    def plain(i: Inputs) -> Tensor:
+        return F.silu(i["gate"]) * i["up"]
+
+    return Case("swiglu", f"B={s.B} T={s.T} F={s.F}", inputs, ours, {"torch": plain})
+
+
+def _rope(s: Shape, random: Random) -> Case:
+    angle = random(1, s.T, s.P // 2).float().repeat(1, 1, 2)
+    cos, sin = angle.cos().to(random(1).dtype), angle.sin().to(random(1).dtype)
+    inputs = {"x": random(s.B, s.T, s.H, s.P)}
+
+    def ours(i: Inputs, backend: str) -> Tensor:
+        return rotate(i["x"], cos.to(i["x"]), sin.to(i["x"]), backend=backend)
+
+    def stock(i: Inputs) -> Tensor:
+        y: Tensor = apply_rotary_pos_emb(i["x"], i["x"][:, :, :0], cos, sin, unsqueeze_dim=2)[0]
+        return y
+
+    return Case("rotate", f"B={s.B} T={s.T} H={s.H} P={s.P}", inputs, ours, {"transformers": stock})
+
+
+def _loss(s: Shape, random: Random) -> Case:
+    M = min(s.B * s.T, 8192)
+    head = random(s.V, s.D) / s.D**0.5
+    teacher = random(M, s.D)
+    inputs = {"student": teacher + 0.3 * random(M, s.D), "teacher": teacher, "head": head}
+    labels = torch.zeros(M, dtype=torch.long, device=head.device)
+
+    def ours(i: Inputs, backend: str) -> Tensor:
+        return linear_kl(i["student"], i["head"], i["teacher"], i["head"], labels, backend=backend).total / M
+
+    def plain(i: Inputs) -> Tensor:
+        log_p, log_q = ((i[name] @ i["head"].T).float().log_softmax(-1) for name in ("student", "teacher"))
+        loss: Tensor = F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
+        return loss
+
+    return Case("linear_kl", f"M={M} D={s.D} V={s.V}", inputs, ours, {"torch": plain}, trained=("student",))
+
+
+def _draw(s: Shape, random: Random) -> Case:
+    rows = s.B * 64
+    inputs = {"logits": 3 * random(rows, s.V), "uniform": torch.rand(rows, device=random(1).device)}
+
+    def ours(i: Inputs, backend: str) -> Tensor:
+        return draw_tokens(i["logits"], i["uniform"], top_k=50, backend=backend)
+
+    def plain(i: Inputs) -> Tensor:
+        values, indices = i["logits"].float().topk(50)
+        return indices.gather(1, torch.multinomial(values.softmax(-1), 1))[:, 0]
+
+    return Case("draw_tokens", f"S={rows} V={s.V} top_k=50", inputs, ours, {"torch": plain}, step=True, exact=True)
+
+
+SCANS = ("ssd_scan", "selective_scan")
+MAKERS: dict[str, Callable[[Shape, Random], Case]] = {
+    "ssd_scan": _ssd,
+    "ssd_step": _ssd_step,
+    "selective_scan": _selective,
+    "selective_scan_step": _selective_step,
+    "causal_conv": _conv,
+    "causal_conv_step": _conv_step,
+    "gated_rms_norm": _norm,
+    "swiglu": _swiglu,
+    "rotate": _rope,
+    "linear_kl": _loss,
+    "draw_tokens": _draw,
+}
