@@ -1,4 +1,4 @@
-"""The reference operations on a GPU give what they give on the CPU, gradients included."""
+"""Every operation on a GPU, as picked by default, gives what its reference gives on the CPU, gradients included."""
 
 from __future__ import annotations
 
