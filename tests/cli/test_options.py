@@ -69,3 +69,12 @@ def test_a_table_too_wide_is_shown_upright_and_nothing_is_cut(width: int) -> Non
     for words in ("a title", "a caption", "first", "a long first cell", "a long second cell", "a long third cell"):
         assert words in shown
     assert ("second a long second cell" in shown) == (width == 30)
+
+
+def test_a_gpu_named_by_number_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert pick_device("cuda:1") == "cuda:1"
+    assert pick_device("cuda") == "cuda"
+    assert chosen == [torch.device("cuda:1")]

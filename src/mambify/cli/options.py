@@ -27,6 +27,8 @@ Seed = Annotated[int, typer.Option(help="Of everything drawn at random.")]
 def pick_device(name: str | None) -> str:
     """``name``, or without one the GPU where there is one, else the CPU.
 
+    A GPU that is named by number becomes the current one: kernels and recorded graphs go where that is.
+
     Raises:
         InvalidOptionError: no such device on this machine.
     """
@@ -42,6 +44,8 @@ def pick_device(name: str | None) -> str:
         raise InvalidOptionError(f"unknown device '{name}': choose cpu, cuda or cuda:N") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InvalidOptionError(f"no device '{name}' here: this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return name
 
 
