@@ -110,6 +110,7 @@ def run_stages(
     teacher: LoadedModel,
     dataset: Dataset[Any],
     processes: Processes,
+    save_to: Path | None = None,
     listener: Listener | None = None,
     announce: Callable[[str], None] | None = None,
 ) -> HybridForCausalLM:
@@ -123,6 +124,7 @@ def run_stages(
         teacher: anywhere; it is only read.
         dataset: blocks of ``recipe.data.context_length`` tokens.
         processes: those that share the work, and where this one trains.
+        save_to: where the student is saved; the run's ``student`` folder by default.
         listener: told of every step, in the first process.
         announce: told in words how each stage runs, in the first process.
 
@@ -139,7 +141,7 @@ def run_stages(
         _run_step(work, step, student)
     final = _final_student(recipe, teacher.model, student)
     teacher.model.requires_grad_(True)
-    processes.first_does(lambda: _save_student(final, run / "student", teacher))
+    processes.first_does(lambda: _save_student(final, save_to or run / "student", teacher))
     return final
 
 

@@ -26,6 +26,7 @@ def distill(
     overwrite: bool = False,
     device: str | None = None,
     teacher: LoadedModel | None = None,
+    save_to: Path | None = None,
     listener: Listener | None = None,
     announce: Callable[[str], None] | None = None,
 ) -> tuple[HybridForCausalLM, Path]:
@@ -37,11 +38,12 @@ def distill(
     Args:
         device: ``cpu``, or a GPU; the GPU where there is one by default.
         teacher: already loaded, where the caller has it.
+        save_to: where the student is saved; the run directory's ``student`` folder by default.
         listener: told of every step, in the first process.
         announce: told in words what begins, in the first process.
 
     Returns:
-        The student, and the run directory; its ``student`` folder is the saved model.
+        The student, and the run directory.
 
     Raises:
         UsageError: see :mod:`mambify.errors`; nothing has been written then.
@@ -63,7 +65,14 @@ def distill(
         loaded, dataset = processes.all_do(read)
         run = open_run(recipe, processes, overwrite=overwrite)
         student = run_stages(
-            recipe, run, teacher=loaded, dataset=dataset, processes=processes, listener=listener, announce=say
+            recipe,
+            run,
+            teacher=loaded,
+            dataset=dataset,
+            processes=processes,
+            save_to=save_to,
+            listener=listener,
+            announce=say,
         )
     return student, run
 

@@ -30,7 +30,7 @@ from mambify.distill.stages import use_bfloat16
 from mambify.errors import OutputExistsError
 from mambify.evaluate.compare import compare
 from mambify.evaluate.report import render_report
-from mambify.families.load import LoadedModel, load, require_tokenizer, save
+from mambify.families.load import LoadedModel, load, require_tokenizer
 from mambify.io import atomic_write_text, read_json, require_new, write_json
 from mambify.machine import default_device, environment
 from mambify.model import HybridForCausalLM
@@ -159,7 +159,7 @@ def quickstart(
     with _timed(seconds, "distill"):
         say(f"converting {1 - settings.attention:.0%} of its layers to Mamba2 and distilling")
         recipe = _recipe(settings, out)
-        student, run = distill(recipe, device=device, teacher=teacher, listener=listener)
+        student, run = distill(recipe, device=device, teacher=teacher, save_to=out / "student", listener=listener)
         teacher.model.to(device)
         student.to(device)
     with _timed(seconds, "evaluate"):
@@ -176,8 +176,6 @@ def quickstart(
     with _timed(seconds, "generate"):
         say("asking both three questions")
         samples = [_ask(prompt, teacher.model, student, tokenizer, tell, i) for i, prompt in enumerate(PROMPTS)]
-    if not (out / "student").is_dir():
-        save(student, out / "student", tokenizer=tokenizer)
     report = _report(settings, recipe, run, teacher.model, student, scores, samples, seconds, device)
     write_json(out / "report.json", report)
     atomic_write_text(out / "report.html", render_report(report))
