@@ -23,12 +23,13 @@ from torch import Tensor
 
 from mambify.data.documents import read_documents
 from mambify.data.packing import pack
-from mambify.distill.losses import head_loss, next_token_labels
+from mambify.distill.losses import next_token_labels
 from mambify.distill.recipe import load_recipe
 from mambify.distill.run import summaries
 from mambify.families.load import LoadedModel, load, require_tokenizer
 from mambify.machine import default_device, device_name
 from mambify.model import HybridForCausalLM
+from mambify.ops.linear_kl import linear_kl
 from mambify.workflows.distill import distill
 
 BLOCKS, LENGTH = 64, 512
@@ -42,8 +43,8 @@ def score(student: HybridForCausalLM, teacher: HybridForCausalLM, blocks_NT: Ten
         ours = student.model(ids).last_hidden_state.flatten(0, 1)
         theirs = teacher.model(ids).last_hidden_state.flatten(0, 1)
         head, labels = teacher.lm_head.weight, next_token_labels(ids)
-        part = head_loss(ours, student.lm_head.weight, theirs, head, labels, ce_weight=1.0)
-        itself = head_loss(theirs, head, theirs, head, labels, ce_weight=1.0)
+        part = linear_kl(ours, student.lm_head.weight, theirs, head, labels, ce_weight=1.0)
+        itself = linear_kl(theirs, head, theirs, head, labels, ce_weight=1.0)
         for name, value in zip(sums, (part.kl, part.ce, itself.ce, part.agreement, part.num_positions), strict=True):
             sums[name] += float(value)
     count = sums["count"]

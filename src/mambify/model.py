@@ -245,22 +245,34 @@ class HybridModel(HybridPreTrainedModel):
         """Runs block by block and yields what the mixers of ``layers`` read and gave; stops after the last of them."""
         wanted = set(layers)
         x_BTD = self.embed_tokens(input_ids)
-        seq_idx = None
-        if position_ids is None:
-            position_ids = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None]
-        else:
-            seq_idx = find_packed_sequence_indices(position_ids)
-        contexts = self.contexts(x_BTD, None, position_ids, None, seq_idx, {})
-        for index, (layer, kind) in enumerate(zip(self.layers, self.config.layer_types or (), strict=True)):
+        contexts, seq_idx_BT = self.layer_contexts(x_BTD, position_ids)
+        for index, (layer, context) in enumerate(zip(self.layers, contexts, strict=True)):
             assert isinstance(layer, HybridBlock)
             if not wanted:
                 return
             normed_BTD = layer.input_layernorm(x_BTD)
-            y_BTD, _ = layer.mixer(normed_BTD, contexts[kind], None)
+            y_BTD, _ = layer.mixer(normed_BTD, context, None)
             if index in wanted:
                 wanted.discard(index)
-                yield MixerTrace(index, normed_BTD, y_BTD, seq_idx)
+                yield MixerTrace(index, normed_BTD, y_BTD, seq_idx_BT)
             x_BTD = layer.feed_forward(x_BTD + y_BTD)
+
+    def layer_contexts(
+        self, x_BTD: Tensor, position_ids: Tensor | None = None
+    ) -> tuple[list[MixerContext], Tensor | None]:
+        """What each layer gets to know of whole rows, and the document numbers ``[B, T]`` of packed ones.
+
+        Args:
+            x_BTD: the embedded tokens; only shape, dtype and device matter.
+            position_ids: restart at 0 with every document of a packed row; ``None`` for one document a row.
+        """
+        seq_idx_BT = None
+        if position_ids is None:
+            position_ids = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None]
+        else:
+            seq_idx_BT = find_packed_sequence_indices(position_ids.expand(x_BTD.shape[0], -1))
+        by_kind = self.contexts(x_BTD, None, position_ids, None, seq_idx_BT, {})
+        return [by_kind[kind] for kind in self.config.layer_types or ()], seq_idx_BT
 
     def _num_seen(self, past_key_values: Cache | None) -> int:
         """Tokens in the cache; a model without attention does not count them, for it needs no positions."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from mambify.distill.losses import IGNORE, head_loss, next_token_labels
+from mambify.distill.losses import IGNORE, next_token_labels
 from mambify.ops.linear_kl import linear_kl
 
 
-def test_head_loss_passes_its_weights_on_and_leaves_out_ignored_positions() -> None:
+def test_the_loss_leaves_out_ignored_positions() -> None:
     student, head, teacher, teacher_head = (torch.randn(n, 8) for n in (5, 29, 5, 29))
     labels = torch.tensor([3, IGNORE, 0, 28, IGNORE])
     weights = {"kl_weight": 0.3, "ce_weight": 0.7, "temperature": 2.0}
-    result = head_loss(student, head, teacher, teacher_head, labels, **weights)
+    result = linear_kl(student, head, teacher, teacher_head, labels, ignore_index=IGNORE, **weights)
     kept = labels != IGNORE
     expected = linear_kl(student[kept], head, teacher[kept], teacher_head, labels[kept], **weights)
     assert result.num_positions == 3

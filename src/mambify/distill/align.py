@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mambify.distill.graphs import StepResult, Sums
-from mambify.distill.layers import TeacherLayer, layer_contexts
+from mambify.distill.layers import TeacherLayer
 from mambify.distill.trainer import DistillationStage, Unit, scale_gradients
 from mambify.mixers import Mixer, MixerContext
 from mambify.model import HybridBlock, HybridForCausalLM, MixerTrace
@@ -43,7 +43,7 @@ class MixerAligner(DistillationStage):
     def traces(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Iterator[MixerTrace]:
         """What the teacher's mixers at these layers read and gave, layer by layer."""
         x_BTD = self.embed_tokens(input_ids)
-        contexts, seq_idx_BT = layer_contexts(self._teacher[0], x_BTD, position_ids)
+        contexts, seq_idx_BT = self._teacher[0].layer_contexts(x_BTD, position_ids)
         for index, layer in enumerate(self.teacher_layers):
             normed_BTD, y_BTD, x_BTD = layer(x_BTD, contexts[index])
             if index in self.layers:

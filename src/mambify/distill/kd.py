@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from mambify.distill.graphs import StepResult, Sums, ratios
-from mambify.distill.layers import LayerPair, layer_contexts
-from mambify.distill.losses import IGNORE, head_loss, next_token_labels
+from mambify.distill.layers import LayerPair
+from mambify.distill.losses import IGNORE, next_token_labels
 from mambify.distill.trainer import DistillationStage, Unit, scale_gradients
 from mambify.model import HybridForCausalLM
+from mambify.ops.linear_kl import linear_kl
 
 
 class KnowledgeDistiller(DistillationStage):
@@ -59,17 +60,18 @@ class KnowledgeDistiller(DistillationStage):
         teacher_BTD = student_BTD = self.embed_tokens(input_ids)
         if self.teacher_embed_tokens is not self.embed_tokens:
             teacher_BTD = self.teacher_embed_tokens(input_ids)
-        theirs, ours = (layer_contexts(model, student_BTD, position_ids)[0] for model in self._models)
+        theirs, ours = (model.layer_contexts(student_BTD, position_ids)[0] for model in self._models)
         for pair, their_context, our_context in zip(self.pairs, theirs, ours, strict=True):
             teacher_BTD, student_BTD = pair(teacher_BTD, student_BTD, their_context, our_context)
         with torch.no_grad():
             teacher_BTD = self.teacher_norm(teacher_BTD)
-        parts = head_loss(
+        parts = linear_kl(
             self.norm(student_BTD).flatten(0, 1),
             self.lm_head.weight,
             teacher_BTD.flatten(0, 1),
             self.teacher_lm_head.weight,
             next_token_labels(labels),
+            ignore_index=IGNORE,
             **self.weights,
         )
         count = parts.num_positions

@@ -10,28 +10,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import find_packed_sequence_indices
 
 from mambify.mixers import MixerContext
-from mambify.model import HybridBlock, HybridModel
-
-
-def layer_contexts(
-    model: HybridModel, x_BTD: Tensor, position_ids: Tensor | None
-) -> tuple[list[MixerContext], Tensor | None]:
-    """What each layer of ``model`` gets to know, and the document numbers ``[B, T]`` of packed rows.
-
-    Args:
-        x_BTD: the embedded tokens; only shape, dtype and device matter.
-        position_ids: restart at 0 with every document of a packed row; ``None`` for one document a row.
-    """
-    seq_idx_BT = None
-    if position_ids is None:
-        position_ids = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None]
-    else:
-        seq_idx_BT = find_packed_sequence_indices(position_ids.expand(x_BTD.shape[0], -1))
-    by_kind = model.contexts(x_BTD, None, position_ids, None, seq_idx_BT, {})
-    return [by_kind[kind] for kind in model.config.layer_types or ()], seq_idx_BT
+from mambify.model import HybridBlock
 
 
 class TeacherLayer(nn.Module):

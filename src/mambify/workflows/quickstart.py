@@ -59,8 +59,6 @@ class Settings:
     teacher: str
     attention: float
     tokens: int
-    temperature: float
-    top_k: int
     sampling_batch: int
     documents_per_shard: int
     max_user_tokens: int
@@ -69,11 +67,12 @@ class Settings:
     align_tokens: int
     kd_tokens: int
     batch_tokens: int
-    micro_batch: int | None
     align_learning_rate: float
     kd_learning_rate: float
     context_length: int
     evaluation_tokens: int
+    temperature: float = 0.8
+    top_k: int = 50
     seed: int = 0
 
 
@@ -84,8 +83,6 @@ def settings_for(device: str, teacher: str = "smollm2") -> Settings:
             teacher=teacher,
             attention=0.75,
             tokens=32_000,
-            temperature=0.8,
-            top_k=50,
             sampling_batch=128,
             documents_per_shard=128,
             max_user_tokens=48,
@@ -94,7 +91,6 @@ def settings_for(device: str, teacher: str = "smollm2") -> Settings:
             align_tokens=20_480,
             kd_tokens=24_576,
             batch_tokens=2048,
-            micro_batch=None,
             align_learning_rate=5e-4,
             kd_learning_rate=3e-4,
             context_length=256,
@@ -104,8 +100,6 @@ def settings_for(device: str, teacher: str = "smollm2") -> Settings:
         teacher=teacher,
         attention=0.5,
         tokens=4_000_000,
-        temperature=0.8,
-        top_k=50,
         sampling_batch=1024,
         documents_per_shard=16_384,
         max_user_tokens=64,
@@ -114,7 +108,6 @@ def settings_for(device: str, teacher: str = "smollm2") -> Settings:
         align_tokens=2_000_000,
         kd_tokens=8_000_000,
         batch_tokens=4096,
-        micro_batch=None,
         align_learning_rate=1.5e-3,
         kd_learning_rate=4e-4,
         context_length=512,
@@ -225,7 +218,7 @@ def _synthesize(
 
 
 def _recipe(settings: Settings, out: Path) -> Recipe:
-    common = {"batch_tokens": settings.batch_tokens, "micro_batch": settings.micro_batch}
+    common = {"batch_tokens": settings.batch_tokens}
     return parse_recipe(
         {
             "teacher": settings.teacher,
