@@ -61,6 +61,8 @@ class Case:
         peers: name → a function that gives the same output, or one that raises PeerMissingError.
         trained: inputs that get gradients; ``None`` for all.
         step: one token of decoding, which has no backward pass.
+        exact: ours must give what the reference gives, to the bit.
+        layouts: of a peer that wants its inputs laid out in another way: name → how; not part of its time.
     """
 
     operation: str
@@ -70,7 +72,12 @@ class Case:
     peers: Mapping[str, Operation]
     trained: tuple[str, ...] | None = None
     step: bool = False
-    exact: bool = field(default=False)
+    exact: bool = False
+    layouts: Mapping[str, Callable[[Inputs], Inputs]] = field(default_factory=dict)
+
+    def inputs_of(self, name: str) -> Inputs:
+        """The inputs as the peer of this name takes them."""
+        return self.layouts[name](self.inputs) if name in self.layouts else self.inputs
 
 
 _8B = {"D": 4096, "F": 14_336, "V": 128_256}
@@ -231,15 +238,20 @@ def _selective(s: Shape, random: Random) -> Case:
         y: Tensor = mamba_selective_scan(x, dt, i["A"], B, C, i["D"]).unflatten(0, (s.B, J)).permute(0, 3, 1, 2)
         return y
 
+    def time_last(i: Inputs) -> Inputs:
+        x, dt = (i[name].to(i["x"].dtype).permute(0, 2, 3, 1).flatten(1, 2).contiguous() for name in ("x", "dt"))
+        B, C = (i[name].permute(0, 2, 3, 1).contiguous() for name in ("B", "C"))  # a group a sub-head
+        return {"x": x, "dt": dt, "A": i["A"].repeat(J, 1), "B": B, "C": C, "D": i["D"].repeat(J)}
+
     def mamba_ssm(i: Inputs) -> Tensor:
         scan = peer("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")
-        x, dt = (i[name].permute(0, 2, 3, 1).flatten(1, 2) for name in ("x", "dt"))  # channels of all sub-heads
-        B, C = (i[name].permute(0, 2, 3, 1) for name in ("B", "C"))  # a group a sub-head
-        y: Tensor = scan(x, dt.to(x.dtype), i["A"].repeat(J, 1), B, C, i["D"].repeat(J)).unflatten(1, (J, M))
+        y: Tensor = scan(i["x"], i["dt"], i["A"], i["B"], i["C"], i["D"]).unflatten(1, (J, M))
         return y.permute(0, 3, 1, 2)
 
-    peers = {"mamba-ssm": mamba_ssm} if inputs["x"].is_cuda else {"transformers": stock}
-    return Case("selective_scan", f"B={s.B} T={T} J={J} M={M}", inputs, ours, peers)
+    name = f"B={s.B} T={T} J={J} M={M}"
+    if not inputs["x"].is_cuda:
+        return Case("selective_scan", name, inputs, ours, {"transformers": stock})
+    return Case("selective_scan", name, inputs, ours, {"mamba-ssm": mamba_ssm}, layouts={"mamba-ssm": time_last})
 
 
 def _selective_step(s: Shape, random: Random) -> Case:
