@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
@@ -14,6 +14,9 @@ from mambify.ops.linear_logprob import linear_logprob, reference
 
 if HAS_TRITON:
     from mambify.ops.linear_logprob import triton as kernels
+
+if TYPE_CHECKING:
+    from mambify.families.load import LoadedModel
 
 BACKENDS = ["reference", pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"))]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -208,6 +211,18 @@ def test_under_autocast(backend: str) -> None:
     for value, wanted in zip(rounded, exact, strict=True):
         assert value.dtype == torch.float32
         assert 1e-5 < (value - wanted).norm() / wanted.norm() < 0.03
+
+
+def test_a_real_model_finds_text_as_likely_as_its_logits_say(smollm2: LoadedModel) -> None:
+    tokens = smollm2.tokenizer("The capital of France is Paris, and that of Italy is Rome.", return_tensors="pt")
+    ids = tokens["input_ids"]
+    with torch.no_grad():
+        logits = smollm2.model(ids).logits[0, :-1].double()
+        hidden = smollm2.model.model(ids).last_hidden_state[0, :-1]
+    found = linear_logprob(hidden, smollm2.model.lm_head.weight.detach(), ids[0, 1:], chunk_size=4)
+    expected = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    torch.testing.assert_close(found.double(), expected, rtol=0.0, atol=1e-4)
+    assert -4.0 < found.mean() < -1.0
 
 
 @pytest.mark.parametrize(

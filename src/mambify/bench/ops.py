@@ -2,7 +2,7 @@
 
 A kernel is first held against the reference in float32, outputs and every gradient; one that is off is reported as
 such, without a time. On a GPU times are those of a recorded CUDA graph: what the device takes, without what launching
-costs.
+costs; others' code that waits for the device and cannot be recorded is timed as it is called.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mambify.bench.cases import MAKERS, SCANS, SHAPES, Case, Operation
-from mambify.bench.clock import device_seconds_of
+from mambify.bench.clock import device_seconds_of, seconds_of
 from mambify.bench.peers import PeerMissingError
 from mambify.evaluate.report.quantities import significant
 
@@ -97,15 +97,19 @@ def _rows(case: Case, device: str, dtype: torch.dtype) -> Iterator[dict[str, Any
 
         ones = torch.ones_like(output)
 
-        def timed(operation: Operation, name: str = name, ones: Tensor = ones) -> float:
-            return 1e3 * device_seconds_of(lambda: _pass(operation, case, name, ones), device)
+        def timed(operation: Operation, recorded: bool = True, name: str = name, ones: Tensor = ones) -> float:
+            clock = device_seconds_of if recorded else seconds_of
+            return 1e3 * clock(lambda: _pass(operation, case, name, ones), device)
 
         others: dict[str, dict[str, Any]] = {}
         for other, operation in case.peers.items():
             try:
                 with torch.no_grad():
                     theirs = operation(case.inputs)
-                others[other] = {"difference": _difference(theirs, output), "ms": timed(operation)}
+                others[other] = {
+                    "difference": _difference(theirs, output),
+                    "ms": timed(operation, other not in case.unrecorded),
+                }
             except PeerMissingError as missing:
                 others[other] = {"missing": str(missing)}
             except Exception as failure:  # theirs, whatever it is: it stands in the result in place of a time
