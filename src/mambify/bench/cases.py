@@ -23,6 +23,7 @@ from transformers.models.mamba2.modeling_mamba2 import (
 )
 
 from mambify.bench.peers import peer
+from mambify.ops.add_norm import add_norm
 from mambify.ops.causal_conv import causal_conv, causal_conv_step
 from mambify.ops.draw import draw_tokens
 from mambify.ops.gated_norm import gated_rms_norm
@@ -214,6 +215,28 @@ def _norm(s: Shape, random: Random) -> Case:
     return Case("gated_rms_norm", f"B={s.B} T={s.T} H={s.H} P={s.P}", inputs, ours, peers)
 
 
+def _add_norm(s: Shape, random: Random) -> Case:
+    inputs = {"stream": random(s.B, s.T, s.D), "x": random(s.B, s.T, s.D), "weight": random(s.D)}
+
+    def ours(i: Inputs, backend: str) -> Tensor:
+        normed, total = add_norm(i["stream"], i["x"], i["weight"], _EPS, backend=backend)
+        return normed + total  # one output, by which both get a gradient
+
+    def plain(i: Inputs) -> Tensor:
+        total = i["stream"] + i["x"]
+        return F.rms_norm(total, (s.D,), i["weight"], _EPS) + total
+
+    def liger(i: Inputs) -> Tensor:
+        norm = peer("liger_kernel.transformers.functional", "liger_fused_add_rms_norm")
+        # Theirs writes a gradient over the one that comes in unless told not to.
+        normed, total = norm(i["x"], i["stream"], i["weight"], _EPS, in_place=False)
+        both: Tensor = normed + total
+        return both
+
+    peers = {"torch": plain} | ({"liger": liger} if inputs["x"].is_cuda else {})
+    return Case("add_norm", f"B={s.B} T={s.T} D={s.D}", inputs, ours, peers)
+
+
 def _selective(s: Shape, random: Random) -> Case:
     J, M = s.H * s.P // _SUBHEAD, _SUBHEAD
     T = s.T if random(1).is_cuda else s.T // 4  # the time of transformers' backward pass grows with the square of T
@@ -375,6 +398,7 @@ MAKERS: dict[str, Callable[[Shape, Random], Case]] = {
     "causal_conv": _conv,
     "causal_conv_step": _conv_step,
     "gated_rms_norm": _norm,
+    "add_norm": _add_norm,
     "swiglu": _swiglu,
     "rotate": _rope,
     "linear_kl": _kl,
