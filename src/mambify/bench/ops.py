@@ -2,7 +2,7 @@
 
 A kernel is first held against the reference in float32, outputs and every gradient; one that is off is reported as
 such, without a time. On a GPU times are those of a recorded CUDA graph: what the device takes, without what launching
-costs.
+costs; others' code that waits for the device and cannot be recorded is timed as it is called.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mambify.bench.cases import MAKERS, SCANS, SHAPES, Case, Inputs, Operation
-from mambify.bench.clock import device_seconds_of
+from mambify.bench.clock import device_seconds_of, seconds_of
 from mambify.bench.peers import PeerMissingError
 from mambify.evaluate.report.quantities import significant
 
@@ -98,9 +98,11 @@ def _rows(case: Case, device: str, dtype: torch.dtype) -> Iterator[dict[str, Any
 
         ones = torch.ones_like(output)
 
-        def timed(operation: Operation, inputs: Inputs, name: str = name, ones: Tensor = ones) -> float:
-            there = replace(case, inputs=inputs)
-            return 1e3 * device_seconds_of(lambda: _pass(operation, there, name, ones), device)
+        def timed(
+            operation: Operation, inputs: Inputs, recorded: bool = True, name: str = name, ones: Tensor = ones
+        ) -> float:
+            clock, there = device_seconds_of if recorded else seconds_of, replace(case, inputs=inputs)
+            return 1e3 * clock(lambda: _pass(operation, there, name, ones), device)
 
         others: dict[str, dict[str, Any]] = {}
         for other, operation in case.peers.items():
@@ -108,7 +110,10 @@ def _rows(case: Case, device: str, dtype: torch.dtype) -> Iterator[dict[str, Any
                 inputs = case.inputs_of(other)
                 with torch.no_grad():
                     theirs = operation(inputs)
-                others[other] = {"difference": _difference(theirs, output), "ms": timed(operation, inputs)}
+                others[other] = {
+                    "difference": _difference(theirs, output),
+                    "ms": timed(operation, inputs, other not in case.unrecorded),
+                }
             except PeerMissingError as missing:
                 others[other] = {"missing": str(missing)}
             except Exception as failure:  # theirs, whatever it is: it stands in the result in place of a time
