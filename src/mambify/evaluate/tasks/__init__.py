@@ -1,4 +1,4 @@
-"""Zero-shot tasks through lm-eval: any causal language model, teacher and student side by side, with or without a network."""
+"""Zero-shot tasks through lm-eval: teacher and student side by side, from the Hub or from local files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows into batches: of one size where it is given, else as many as a budget of tokens holds; halved when memory runs out."""
+"""Rows into batches: of one size where it is given, else as a budget of tokens holds; halved where memory runs out."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from mambify.errors import InvalidOptionError
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Tokens in a forward pass. A CPU is busy with few; on a GPU a step of a small model costs the same for thousands.
-_CPU_TOKENS = 4096
-_GPU_TOKENS = 32768
+# Tokens in a forward pass. A CPU is busy with few, and small batches hold less padding; on a GPU a step of a small
+# model costs the same for thousands.
+_CPU_TOKENS = 1024
+_GPU_TOKENS = 16384
 
 
 def batches(

@@ -72,8 +72,8 @@ def compare_on_tasks(
     Returns:
         ``{"tasks": {name: {"num_questions", "version", "num_fewshot", …, "metrics": {metric: figures}}},
         "means": {metric: {"tasks", **figures}}, "normalisation", "limit", "chat_template", "resamples", "seed",
-        "environment"}``, where figures are ``student``, ``teacher`` and ``difference`` (student minus teacher) as shares
-        of 1, each with its 95% interval ``<figure>_interval: [low, high]``.
+        "environment"}``, where figures are ``student``, ``teacher`` and ``difference`` (student minus teacher) as
+        shares of 1, each with its 95% interval ``<figure>_interval: [low, high]``.
 
     Raises:
         MissingDependencyError: lm-eval is not installed.
@@ -126,11 +126,11 @@ def _figures(
     means = {}
     for name, wanted in MEANS.items():
         chosen = [(task, metric) for task in results for metric in [_first(wanted, results[task]["metrics"])] if metric]
-        if len(chosen) > 1:
+        known = [mean["tasks"] for mean in means.values()]
+        if len(chosen) > 1 and dict(chosen) not in known:
             mean_M = np.mean([values[key] for key in chosen], axis=0)
             resampled_RM = np.mean([resampled[key] for key in chosen], axis=0)
-            of_tasks = {task: metric for task, metric in chosen}
-            means[name] = {"tasks": of_tasks, **_with_intervals(roles, mean_M, resampled_RM)}
+            means[name] = {"tasks": dict(chosen), **_with_intervals(roles, mean_M, resampled_RM)}
     return results, means
 
 
@@ -152,9 +152,9 @@ def _with_intervals(roles: Sequence[str], value_M: Array, resampled_RM: Array) -
 
 def task_table(result: Mapping[str, Any], *, title: str | None = None) -> Table:
     """A table of what :func:`compare_on_tasks` returned, a metric a row, in percent."""
-    caption = "in percent, with 95% bootstrap intervals over questions; the difference is paired\n" + "; ".join(
-        f"{metric}: log likelihood over {over}"
-        for metric, over in (("acc", "nothing"), ("acc_norm", "the choice's characters"))
+    caption = (
+        "in percent, in brackets: 95% bootstrap interval over questions, of the difference paired; acc: the likeliest\n"
+        "choice is right; acc_norm: the likeliest by log likelihood a character of the choice is right"
     )
     table = Table(title=title, caption=caption)
     rows = [

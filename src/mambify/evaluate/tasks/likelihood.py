@@ -68,8 +68,15 @@ class LikelihoodScorer:
             MambifyError: logits that are not numbers.
         """
         rows = [self._fitted(continuation) for continuation in continuations]
-        # The same contexts side by side, the longest first: what is too much for the memory shows at once.
-        order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].context), rows[i].context, -len(rows[i].ids)))
+        # The same contexts side by side; the longest continuations first, whose padding costs most where contexts are
+        # read once: what is too much for the memory shows at once.
+        longest: dict[tuple[int, ...], int] = {}
+        for row in rows:
+            longest[row.context] = max(longest.get(row.context, 0), len(row.ids))
+        order = sorted(
+            range(len(rows)),
+            key=lambda i: (-longest[rows[i].context], -len(rows[i].context), rows[i].context, -len(rows[i].ids)),
+        )
         results: dict[int, Likelihood] = {}
         for batch in batches(
             order,

@@ -1,8 +1,8 @@
 """A model as lm-eval asks one: log likelihoods of continuations, of whole texts, and answers.
 
-lm-eval's own ``LM`` is not inherited from, so that this package imports without lm-eval; :mod:`mambify.evaluate.tasks.run`
-registers the class with it. Where a text is split into context and continuation, and what stands before an empty context,
-is done as lm-eval's ``hf`` model does it, so that figures can be compared.
+lm-eval's own ``LM`` is not inherited from, so that this package imports without lm-eval;
+:mod:`mambify.evaluate.tasks.run` registers the class with it. Where a text is split into context and continuation, and
+what stands before an empty context, is as in lm-eval's ``hf`` model, so that figures can be compared.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class TaskModel:
         return [answers[index] for index in range(len(requests))]
 
     def encode(self, text: str, *, special: bool | None = None) -> list[int]:
-        """Token ids; ``special`` says whether the tokenizer adds its own, by default unless they stand there already."""
+        """Token ids; ``special`` says whether the tokenizer adds its own: by default unless they stand there."""
         if special is None:
             bos = self.tokenizer.bos_token
             special = not (bos and text.startswith(bos))
