@@ -21,6 +21,7 @@ def provenance_of(run: Path, stages: Sequence[Mapping[str, Any]]) -> Provenance:
     """
     recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
     del recipe["output"]
-    environment = read_json(run / "environment.json")
+    recorded = run / "environment.json"  # the one file that a run killed as it opened may lack
+    environment = read_json(recorded) if recorded.is_file() else {}
     kept = {key: value for key, value in environment.items() if key not in _OF_THE_CALL_ONLY}
     return Provenance(recipe=recipe, stages=tuple(stages), environment=kept)

@@ -16,7 +16,7 @@ import torch
 from mambify import __version__
 from mambify.errors import CheckpointError, InvalidOptionError
 from mambify.families import safetensors
-from mambify.families.aliases import GROUP
+from mambify.families.aliases import GROUP, find_alias
 from mambify.families.load import LoadedModel, as_dtype, dtype_of, load
 from mambify.families.mixers_only import MIXERS, Fingerprint, open_base
 from mambify.hub import prepare_config, write_companions
@@ -76,9 +76,10 @@ def pack(
     if alias is not None and not _ALIAS.fullmatch(alias):
         raise InvalidOptionError(f"'{alias}' cannot be an alias: take small letters, digits, - and ., as in my-model")
     student = load(source)
-    name = _lasting(base or student.model.config.teacher)
+    name = base or student.model.config.teacher
     if not name:
         raise InvalidOptionError(f"{student.source} does not say who its teacher is: name it with --base")
+    name = _lasting(name)
     inside = Path() if alias is None else Path("src") / _import_name(alias) / "model"
     with atomic_directory(path, overwrite=overwrite) as directory:
         model = directory / inside
@@ -91,20 +92,22 @@ def pack(
 
 def _lasting(base: str) -> str:
     """A base's name as it is understood from every working directory."""
-    return str(Path(base).resolve()) if Path(base).exists() else base
+    is_path = find_alias(base) is None and Path(base).exists()
+    return str(Path(base).resolve()) if is_path else base
 
 
 def _write_mixers(student: LoadedModel, base: str, directory: Path, dtype: torch.dtype) -> Callable[[Path], Packed]:
     """Writes the directory; what it returns is told where that ends up."""
     model = student.model
     own = dict(model.named_parameters())
-    num_kept, fingerprint = 0, Fingerprint()
+    num_kept, shares_a_matrix, fingerprint = 0, False, Fingerprint()
     for name, tensor in open_base(base, f"the base of {student.source},").weights(own.__contains__):
         ours = own[name]
         if tensor.shape == ours.shape and torch.equal(tensor.to(ours.device, ours.dtype), ours):
             fingerprint.add(name, tensor)
             num_kept += own.pop(name).numel()
-    if not num_kept:
+            shares_a_matrix = shares_a_matrix or tensor.dim() > 1
+    if not shares_a_matrix:  # norms of ones and biases of zeros are the same in strangers
         raise CheckpointError(f"{student.source} shares no weight with '{base}': that is not its base")
     if not own:
         raise CheckpointError(f"{student.source} has all its weights from '{base}': nothing is left to pack")
@@ -152,7 +155,7 @@ readme = "src/{package}/model/README.md"
 requires-python = ">=3.11"
 
 [project.entry-points."{GROUP}"]
-{alias} = "{package}:model"
+"{alias}" = "{package}:model"
 
 [tool.hatch.build]
 dev-mode-dirs = ["src"]
