@@ -31,6 +31,12 @@ def test_packed_it_is_taken_by_every_command(run: Run, student: Path, text: Path
     assert run("convert", out, "--attention", 0, "--out", tmp_path / "further").status == 0
 
 
+def test_in_a_process_of_its_own(run_process: Run, student: Path) -> None:
+    """Where nothing has registered our model with transformers yet, its configuration is read all the same."""
+    result = run_process("info", student)
+    assert (result.status, result.err) == (0, "")
+
+
 def test_json_says_the_sizes(run: Run, student: Path, tmp_path: Path) -> None:
     result = json.loads(run("pack", student, "--out", tmp_path / "mixers", "--dtype", "float32", "--json").out)
     assert result["weight_bytes"] == (tmp_path / "mixers" / "mixers.safetensors").stat().st_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -102,6 +103,7 @@ def test_what_is_stored(base: Path, tmp_path: Path) -> None:
     assert packed.weight_bytes == (tmp_path / "mixers" / MIXERS).stat().st_size
     assert packed.total_bytes == sum(file.stat().st_size for file in (tmp_path / "mixers").iterdir())
     assert not (tmp_path / "mixers" / "model.safetensors").exists()
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "mixers").iterdir()} == {0o644}
 
 
 def test_mlps_that_were_trained_are_stored_too(base: Path, tmp_path: Path) -> None:

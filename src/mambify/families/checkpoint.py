@@ -94,8 +94,9 @@ def _read_config(where: Source) -> PreTrainedConfig:
     path = where.directory / "config.json"
     try:
         model_type = read_json(path)["model_type"]
-        if model_type != HybridConfig.model_type:
-            family_for(model_type, source=where.name)
+        if model_type == HybridConfig.model_type:
+            return HybridConfig.from_pretrained(where.directory)
+        family_for(model_type, source=where.name)
         return AutoConfig.from_pretrained(where.directory)
     except (LookupError, OSError, StrictDataclassError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
