@@ -114,11 +114,11 @@ class HubModel(PreTrainedModel):  # type: ignore[misc]
         config = None if path is None else _config_on_base(path, kwargs)
         if path is None or config is None:
             loaded = super().from_pretrained(path, *args, **kwargs)
-            directory = None if path is None else Path(path)
+            directory = None if path is None else Path(path) / (kwargs.get("subfolder") or "")
         else:
             assert cls.completion is not None, "mambify.families.load is imported with the package"
             directory = _fetch(path, kwargs)
-            kwargs = {key: value for key, value in kwargs.items() if key not in (*_FROM_THE_HUB, "config")}
+            kwargs = {key: value for key, value in kwargs.items() if key not in (*_FROM_THE_HUB, "subfolder", "config")}
             whole = copy.deepcopy(config)
             whole.base = None
             weights = dict(cls.completion(directory, config))
@@ -135,7 +135,7 @@ def _config_on_base(path: str | Path, arguments: Mapping[str, Any]) -> HybridCon
     """The configuration of a directory that holds mixers only; ``None`` of any other."""
     config = arguments.get("config")
     if not isinstance(config, PreTrainedConfig):
-        options = {key: value for key, value in arguments.items() if key in _FROM_THE_HUB}
+        options = {key: value for key, value in arguments.items() if key in (*_FROM_THE_HUB, "subfolder")}
         facts, _ = PreTrainedConfig.get_config_dict(config or path, **options)
         if not facts.get("base"):
             return None
@@ -145,10 +145,11 @@ def _config_on_base(path: str | Path, arguments: Mapping[str, Any]) -> HybridCon
 
 def _fetch(path: str | Path, arguments: Mapping[str, Any]) -> Path:
     """The directory of a model's files, downloaded where it is a Hub id."""
-    if Path(path).is_dir():
-        return Path(path)
-    options = {key: value for key, value in arguments.items() if key in _FROM_THE_HUB}
-    return Path(snapshot_download(str(path), **options))
+    root = Path(path)
+    if not root.is_dir():
+        options = {key: value for key, value in arguments.items() if key in _FROM_THE_HUB}
+        root = Path(snapshot_download(str(path), **options))
+    return root / (arguments.get("subfolder") or "")
 
 
 def prepare_config(config: HybridConfig, *, base: dict[str, str] | None = None) -> HybridConfig:

@@ -319,6 +319,33 @@ def test_transformers_loads_it_too(load: Callable[..., Any], base: Path, tmp_pat
     assert same_logits(half, mambify.load(tmp_path / "mixers", dtype="bfloat16").model)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_in_a_subfolder(packed: bool, base: Path, tmp_path: Path) -> None:
+    trained(base, tmp_path)
+    if packed:
+        mambify.pack(tmp_path / "student", tmp_path / "mixers")
+    name = "mixers" if packed else "student"
+    there = HybridForCausalLM.from_pretrained(tmp_path, subfolder=name)
+    assert same_logits(there, mambify.load(tmp_path / name).model)
+
+
+def test_from_the_hub(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repository is downloaded at the revision that was asked for."""
+    trained(base, tmp_path)
+    mambify.pack(tmp_path / "student", tmp_path / "mixers")
+    asked: list[object] = []
+
+    def download(repo_id: str, **options: object) -> str:
+        asked.append((repo_id, options))
+        return str(tmp_path / "mixers")
+
+    config = mambify.HybridConfig.from_pretrained(tmp_path / "mixers")
+    monkeypatch.setattr("mambify.hub.snapshot_download", download)
+    there = HybridForCausalLM.from_pretrained("owner/name", config=config, revision="v1")
+    assert asked == [("owner/name", {"revision": "v1"})]
+    assert same_logits(there, mambify.load(tmp_path / "mixers").model)
+
+
 AUTO = """
 import sys, torch
 from transformers import AutoModelForCausalLM
