@@ -40,8 +40,8 @@ help:
 
 setup: $(STAMP)
 
-# Reruns when pyproject.toml or a package's changes, and only then. An environment that exists is used as it is; PyTorch comes first,
-# so that the release chosen above satisfies everything after it.
+# Reruns when pyproject.toml or that of a package changes, and only then. An environment that exists is used as it is;
+# PyTorch comes first, so that the release chosen above satisfies everything after it.
 $(STAMP): pyproject.toml $(wildcard packages/*/pyproject.toml)
 	@if [ ! -x "$(BIN)/python" ]; then
 	    if [ -z "$(PYTHON)" ]; then
