@@ -347,7 +347,7 @@ class TestOtherErrors:
         def interrupt(_: str) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("mambify.families.load.load_config", interrupt)
+        monkeypatch.setattr("mambify.families.sources.resolve", interrupt)
         assert_refused(run("info", "x"), "interrupted", status=130)
 
     def test_a_mistake_of_ours_keeps_its_traceback(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

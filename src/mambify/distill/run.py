@@ -28,6 +28,7 @@ from transformers import set_seed
 from mambify.conversion import apply_plan, calibrate, plan
 from mambify.distill.logs import Listener, MetricsLog, forget_after
 from mambify.distill.parallel import Processes
+from mambify.distill.provenance import provenance_of
 from mambify.distill.recipe import Align, Recipe, Stage, dump_recipe
 from mambify.distill.sharding import lent, shard
 from mambify.distill.stages import (
@@ -141,7 +142,7 @@ def run_stages(
         _run_step(work, step, student)
     final = _final_student(recipe, teacher.model, student)
     teacher.model.requires_grad_(True)
-    processes.first_does(lambda: _save_student(final, save_to or run / "student", teacher))
+    processes.first_does(lambda: _save_student(final, save_to or run / "student", teacher, run))
     return final
 
 
@@ -159,9 +160,9 @@ class _Work:
     announce: Callable[[str], None]
 
 
-def _save_student(student: HybridForCausalLM, path: Path, teacher: LoadedModel) -> None:
+def _save_student(student: HybridForCausalLM, path: Path, teacher: LoadedModel, run: Path) -> None:
     if not path.is_dir():
-        save(student, path, tokenizer=teacher.tokenizer)
+        save(student, path, tokenizer=teacher.tokenizer, provenance=provenance_of(run, summaries(run)))
 
 
 def in_dtype(model: HybridForCausalLM, dtype: torch.dtype, device: str) -> HybridForCausalLM:
