@@ -1,0 +1,110 @@
+"""Muon: orthogonal steps for matrices, AdamW's for all else, and a state that continues."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mambify.distill.muon import Muon, orthogonalised
+
+
+def groups(module: nn.Module, **common: Any) -> list[dict[str, Any]]:
+    matrices = [p for p in module.parameters() if p.dim() == 2]
+    rest = [p for p in module.parameters() if p.dim() != 2]
+    return [{"params": matrices, "muon": True, **common}, {"params": rest, **common}]
+
+
+def give_gradients(module: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("shape", [(5, 12, 40), (3, 40, 12), (1, 16, 16)])
+def test_singular_values_become_one(shape: tuple[int, int, int]) -> None:
+    matrices = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, shape[0])[:, None, None]
+    )
+    result = orthogonalised(matrices)
+    values = torch.linalg.svdvals(result)
+    assert values.min() > 0.5 and values.max() < 1.3
+    # The same singular vectors: the polar factor's inner product with the matrix is its nuclear norm.
+    reached = (result * matrices).sum((1, 2)) / torch.linalg.svdvals(matrices).sum(-1)
+    assert (reached - 1).abs().max() < 0.2
+
+
+def test_a_step_is_as_large_as_adamws() -> None:
+    module = nn.Linear(48, 96, bias=False)
+    before = module.weight.detach().clone()
+    give_gradients(module, 0)
+    Muon(groups(module), lr=0.01).step()
+    rms = (module.weight.detach() - before).square().mean().sqrt()
+    assert float(rms) == pytest.approx(0.2 * 0.01, rel=0.25)
+
+
+def test_all_else_is_adamw() -> None:
+    ours = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6))
+    theirs = copy.deepcopy(ours)
+    settings: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1}
+    muon = Muon(groups(ours), **settings)
+    adamw = torch.optim.AdamW([p for p in theirs.parameters() if p.dim() != 2], betas=(0.9, 0.95), **settings)
+    for step in range(5):
+        for module, optimizer in ((ours, muon), (theirs, adamw)):
+            give_gradients(module, step)
+            optimizer.step()
+    for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
+        if mine.dim() != 2:
+            torch.testing.assert_close(mine, reference)
+        else:
+            assert not torch.equal(mine, reference)
+
+
+def test_matrices_decay_and_shapes_do_not_mix() -> None:
+    """Each matrix takes the step that it would take alone."""
+    module = nn.ModuleList([nn.Linear(8, 12, bias=False), nn.Linear(12, 8, bias=False), nn.Linear(8, 12, bias=False)])
+    alone = copy.deepcopy(module)
+    together = Muon(groups(module), lr=0.1, weight_decay=0.5)
+    single = [Muon(groups(layer), lr=0.1, weight_decay=0.5) for layer in alone]
+    for step in range(3):
+        give_gradients(module, step)
+        give_gradients(alone, step)
+        together.step()
+        for optimizer in single:
+            optimizer.step()
+    for mine, reference in zip(module.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(mine, reference)
+    free = nn.Linear(8, 12, bias=False)
+    free.weight.grad = torch.zeros_like(free.weight)
+    before = free.weight.detach().clone()
+    Muon(groups(free), lr=0.1, weight_decay=0.5).step()
+    torch.testing.assert_close(free.weight.detach(), before * 0.95)
+
+
+def test_the_state_continues() -> None:
+    module = nn.Linear(6, 10)
+    optimizer = Muon(groups(module), lr=0.05)
+    for step in range(3):
+        give_gradients(module, step)
+        optimizer.step()
+    other = copy.deepcopy(module)
+    continued = Muon(groups(other), lr=1.0)
+    continued.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for step in range(3, 5):
+        for target, stepper in ((module, optimizer), (other, continued)):
+            give_gradients(target, step)
+            stepper.step()
+    for mine, reference in zip(module.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, reference)
+
+
+def test_only_matrices() -> None:
+    with pytest.raises(ValueError, match="matrices only"):
+        Muon([{"params": list(nn.LayerNorm(4).parameters()), "muon": True}])
+    module = nn.Linear(3, 3)
+    before = [p.detach().clone() for p in module.parameters()]
+    Muon(groups(module)).step()  # no gradients: nothing moves
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), before, strict=True))
