@@ -14,7 +14,7 @@ import math
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,15 +23,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
+from mambify.distill.average import WeightAverage
 from mambify.distill.batches import StepBatches
 from mambify.distill.graphs import GraphedStep, StepResult, Sums
 from mambify.distill.parallel import Processes, part, spread_like, whole
 from mambify.errors import CheckpointError, OutputWriteError, TrainingDivergedError
 from mambify.io import atomic_write_text
 
-_WEIGHTS, _OPTIMIZER, _SCHEDULER = "trained.safetensors", "optimizer.pt", "scheduler.pt"
+_WEIGHTS, _AVERAGE = "trained.safetensors", "average.safetensors"
+_OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
 _COMPLETE = "complete"
 _ALONE = Processes()
 
@@ -43,9 +45,13 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def save_trained(module: nn.Module, path: Path, processes: Processes = _ALONE) -> None:
     """Writes the trained parameters, whole, as one safetensors file; all processes must call it, the first writes."""
+    _save(trained_parameters(module), path, processes)
+
+
+def _save(named: Mapping[str, Tensor], path: Path, processes: Processes) -> None:
     tensors = {}
-    for name, parameter in trained_parameters(module).items():
-        gathered = whole(parameter.detach(), processes.device)
+    for name, tensor in named.items():
+        gathered = whole(tensor.detach(), processes.device)
         if processes.first:
             tensors[name] = gathered.cpu().contiguous()
     processes.first_does(lambda: _write_tensors(tensors, path))
@@ -68,17 +74,20 @@ def load_trained(module: nn.Module, path: Path) -> None:
     Raises:
         CheckpointError: unreadable, or not of the parameters that train.
     """
+    _load(trained_parameters(module), path)
+
+
+def _load(named: Mapping[str, Tensor], path: Path) -> None:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is missing, truncated or malformed: {error}") from error
-    parameters = trained_parameters(module)
-    if tensors.keys() != parameters.keys():
-        odd = sorted(tensors.keys() ^ parameters.keys())[0]
+    if tensors.keys() != named.keys():
+        odd = sorted(tensors.keys() ^ named.keys())[0]
         raise CheckpointError(f"{path} does not hold what this stage trains: '{odd}' is on one side only")
     with torch.no_grad():
         for name, tensor in tensors.items():
-            part(parameters[name]).copy_(part(spread_like(tensor, parameters[name])))
+            part(named[name]).copy_(part(spread_like(tensor, named[name])))
 
 
 def copy_trained(source: nn.Module, target: nn.Module, device: str) -> None:
@@ -171,12 +180,27 @@ class StageTrainer(Trainer):  # type: ignore[misc]
 
     Args:
         processes: those of the run.
+        item_tokens: tokens of an item of the data set, for the figures.
+        in_order: whether the data set is to be read as it stands, and not in an order drawn from the seed.
+        ema: decay of the average of weights that the stage ends with; 0 for the last step's weights.
         cuda_graphs: record the forward and backward pass once and replay it; on a GPU, with replicated weights.
     """
 
-    def __init__(self, *args: Any, processes: Processes, cuda_graphs: bool = False, **kwargs: Any) -> None:
-        self.processes = processes
+    def __init__(
+        self,
+        *args: Any,
+        processes: Processes,
+        item_tokens: int,
+        in_order: bool = False,
+        ema: float = 0.0,
+        cuda_graphs: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.processes, self.item_tokens, self.in_order = processes, item_tokens, in_order
         super().__init__(*args, **kwargs)
+        self.average = WeightAverage(trained_parameters(self.model), ema) if ema else None
+        if self.average is not None:
+            self.add_callback(_Averaging(self.average))
         # Only DeepSpeed needs the step's count beforehand: its engine steps by itself, before we could divide.
         self.model_accepts_loss_kwargs = self.is_deepspeed_enabled
         self._cuda_graphs = cuda_graphs
@@ -213,6 +237,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
             seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
             rank=self.processes.rank,
             count=self.processes.count,
+            in_order=self.in_order,
         )
         return DataLoader(
             self.train_dataset,
@@ -301,7 +326,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         since, first = self._logged_at or (now, step)
         self._logged_at = now, step
         sequences = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.processes.count
-        tokens = (step - first) * sequences * len(self.train_dataset[0]["input_ids"])
+        tokens = (step - first) * sequences * self.item_tokens
         peaks = self.processes.gather(_peak_memory(self.args.device))
         figures = {f"peak_memory_gib_{rank}": round(peak / 2**30, 3) for rank, peak in enumerate(peaks)}
         return {"tokens_per_second": round(tokens / max(now - since, 1e-9), 1), **figures}
@@ -327,7 +352,10 @@ class StageTrainer(Trainer):  # type: ignore[misc]
             atomic_write_text(directory / _COMPLETE, "")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        save_trained(self.model, Path(output_dir or self.args.output_dir) / _WEIGHTS, self.processes)
+        directory = Path(output_dir or self.args.output_dir)
+        save_trained(self.model, directory / _WEIGHTS, self.processes)
+        if self.average is not None:
+            _save(self.average.average, directory / _AVERAGE, self.processes)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled:
@@ -350,6 +378,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.model, Path(resume_from_checkpoint) / _WEIGHTS)
+        if self.average is not None:
+            _load(self.average.average, Path(resume_from_checkpoint) / _AVERAGE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.is_deepspeed_enabled:
@@ -363,6 +393,16 @@ class StageTrainer(Trainer):  # type: ignore[misc]
                     values[name] = spread_like(value, parameters[index])
         self.optimizer.load_state_dict(state)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / _SCHEDULER, weights_only=True))
+
+
+class _Averaging(TrainerCallback):  # type: ignore[misc]
+    """Takes every step's weights into the average."""
+
+    def __init__(self, average: WeightAverage) -> None:
+        self.average = average
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.average.update(state.global_step)
 
 
 def _add(totals: Sums, sums: Sums) -> None:
