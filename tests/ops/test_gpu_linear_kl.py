@@ -9,15 +9,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mambify.ops.linear_kl import chunks, linear_kl, reference
+from mambify.ops import head_chunks
+from mambify.ops.linear_kl import linear_kl, reference
 
 # NaN in every allocation comes with PyTorch's deterministic mode, which warns of scatter_add and cuBLAS on a GPU.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")]
 
 IGNORE = -100
 POSITIONS, WIDTH, VOCABULARY = 300, 64, 49_152
-# kl_weight, ce_weight, temperature
-OBJECTIVES = [(1.0, 0.0, 1.0), (0.5, 0.5, 1.0), (0.5, 0.5, 2.0)]
+Weights = tuple[float, float, float, float]  # kl_weight, reverse_kl_weight, ce_weight, temperature
+FORWARD: Weights = (1.0, 0.0, 0.0, 1.0)
+OBJECTIVES: list[Weights] = [
+    FORWARD,
+    (0.5, 0.0, 0.5, 1.0),
+    (0.5, 0.0, 0.5, 2.0),
+    (0.0, 1.0, 0.0, 1.0),
+    (0.5, 0.7, 0.3, 2.0),
+]
 
 
 class Inputs(NamedTuple):
@@ -42,17 +50,21 @@ def inputs(dtype: torch.dtype, one_head: bool, vocabulary: int = VOCABULARY, pos
     return Inputs(*on_gpu, labels.cuda())
 
 
-def oracle(given: Inputs, kl_weight: float, ce_weight: float, temperature: float) -> dict[str, Tensor]:
+def oracle(
+    given: Inputs, kl_weight: float, reverse_kl_weight: float, ce_weight: float, temperature: float
+) -> dict[str, Tensor]:
     """Sums and gradients in float64 on the CPU."""
     *floats, labels = (x.cpu() for x in given)
     student, head, teacher, teacher_head = (x.double() for x in floats)
-    objective = reference.Objective(kl_weight, ce_weight, temperature, IGNORE)
+    objective = reference.Objective(kl_weight, reverse_kl_weight, ce_weight, temperature, IGNORE)
     rows, grad = reference.loss_of_logits(
         student @ head.T, teacher @ teacher_head.T, labels, objective, difference=False, gradient=torch.float64
     )
     assert grad is not None
-    kl, ce, agreement = rows.sum(1)
-    found = {"total": kl_weight * kl + ce_weight * ce, "kl": kl, "ce": ce, "agreement": agreement}
+    kl, ce, agreement, *reverse = rows.sum(1)
+    reverse_kl = reverse[0] if reverse else torch.zeros_like(kl)
+    total = kl_weight * kl + reverse_kl_weight * reverse_kl + ce_weight * ce
+    found = {"total": total, "kl": kl, "reverse_kl": reverse_kl, "ce": ce, "agreement": agreement}
     return found | {"hidden": grad @ head, "head": grad.T @ student}
 
 
@@ -62,7 +74,8 @@ def measured(given: Inputs, **options: Any) -> dict[str, Tensor]:
     result = linear_kl(*leaves, given.teacher, teacher_head, given.labels, **options)
     grads = torch.autograd.grad(result.total, leaves)
     assert [g.dtype for g in grads] == [x.dtype for x in leaves]
-    found = {"total": result.total.detach(), "kl": result.kl, "ce": result.ce, "agreement": result.agreement}
+    parts = ("kl", "reverse_kl", "ce", "agreement")
+    found = {"total": result.total.detach()} | {k: getattr(result, k) for k in parts}
     return {k: v.cpu().double() for k, v in (found | {"hidden": grads[0], "head": grads[1]}).items()}
 
 
@@ -74,11 +87,9 @@ def relative_errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> di
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 @pytest.mark.parametrize("one_head", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_values_and_gradients(
-    dtype: torch.dtype, one_head: bool, objective: tuple[float, float, float], backend: str
-) -> None:
+def test_values_and_gradients(dtype: torch.dtype, one_head: bool, objective: Weights, backend: str) -> None:
     given = inputs(dtype, one_head)
-    options = dict(zip(("kl_weight", "ce_weight", "temperature"), objective, strict=True))
+    options = dict(zip(("kl_weight", "reverse_kl_weight", "ce_weight", "temperature"), objective, strict=True))
     found = measured(given, **options, chunk_size=128, backend=backend)
     errors = relative_errors(found, oracle(given, *objective))
     agreement = errors.pop("agreement")
@@ -88,7 +99,7 @@ def test_values_and_gradients(
         return
     # Sums: of unrounded logits (two heads) or of a rounded difference. Gradients are rounded themselves.
     unit = torch.finfo(dtype).eps
-    assert max(errors[k] for k in ("total", "kl", "ce")) < (unit if one_head else 2e-5), errors
+    assert max(errors[k] for k in ("total", "kl", "reverse_kl", "ce")) < (unit if one_head else 2e-5), errors
     assert max(errors[k] for k in ("hidden", "head")) < (5 if one_head else 1) * unit, errors
     assert agreement < (0.15 if one_head else 1e-9)  # near ties of the rounded teacher fall either way
 
@@ -97,15 +108,15 @@ def test_values_and_gradients(
 @pytest.mark.parametrize("one_head", [True, False])
 def test_vocabularies_that_leave_part_of_a_block(vocabulary: int, one_head: bool) -> None:
     given = inputs(torch.bfloat16, one_head, vocabulary, positions=70)
-    errors = relative_errors(measured(given, ce_weight=0.5, chunk_size=32), oracle(given, 1.0, 0.5, 1.0))
-    assert max(errors[k] for k in ("total", "kl", "ce")) < 8e-3, errors
+    errors = relative_errors(measured(given, ce_weight=0.5, chunk_size=32), oracle(given, 1.0, 0.0, 0.5, 1.0))
+    assert max(errors[k] for k in ("total", "kl", "reverse_kl", "ce")) < 8e-3, errors
     assert max(errors[k] for k in ("hidden", "head")) < 4e-2, errors
 
 
 @pytest.mark.parametrize("logits_dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_logits_in_a_dtype_that_was_asked_for(logits_dtype: torch.dtype) -> None:
     given = inputs(torch.bfloat16, one_head=False)
-    errors = relative_errors(measured(given, logits_dtype=logits_dtype), oracle(given, 1.0, 0.0, 1.0))
+    errors = relative_errors(measured(given, logits_dtype=logits_dtype), oracle(given, *FORWARD))
     rounded = logits_dtype == torch.bfloat16
     assert (errors["kl"] > 1e-4) == rounded, errors
     assert (errors["hidden"] > 1e-2) == rounded, errors
@@ -115,7 +126,7 @@ def test_logits_in_a_dtype_that_was_asked_for(logits_dtype: torch.dtype) -> None
 def test_a_product_in_float32_is_not_rounded() -> None:
     a, b = torch.randn(130, 64).cuda().bfloat16(), torch.randn(64, 1003).cuda().bfloat16()
     out = torch.empty(130, 1024, device="cuda")[:, :1003]
-    product = chunks._product(a, b, out)
+    product = head_chunks.product(a, b, out)
     assert product.data_ptr() == out.data_ptr()
     torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=1e-5, atol=1e-5)
 
@@ -124,7 +135,7 @@ def test_under_autocast() -> None:
     given = inputs(torch.float32, one_head=True)
     with torch.autocast("cuda", torch.bfloat16):
         found = measured(given, ce_weight=0.5)
-    errors = relative_errors(found, oracle(given, 1.0, 0.5, 1.0))
+    errors = relative_errors(found, oracle(given, 1.0, 0.0, 0.5, 1.0))
     assert 1e-5 < errors["kl"] < 0.02 and errors["hidden"] < 0.05, errors
 
 

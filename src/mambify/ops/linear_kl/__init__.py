@@ -10,8 +10,9 @@ from torch import Tensor
 
 from mambify.errors import InvalidOptionError
 from mambify.ops.backends import HAS_TRITON, backends_on, check_chunk_size, check_shape, pick_backend
+from mambify.ops.head_chunks import compute_dtype, default_chunk_size
 from mambify.ops.linear_kl import reference
-from mambify.ops.linear_kl.chunks import LinearKL, Plan, default_chunk_size, sums_over_positions
+from mambify.ops.linear_kl.chunks import LinearKL, Plan, sums_over_positions
 
 if HAS_TRITON:
     from mambify.ops.linear_kl import triton as kernels
@@ -27,6 +28,7 @@ def linear_kl(
     labels_M: Tensor,
     *,
     kl_weight: float = 1.0,
+    reverse_kl_weight: float = 0.0,
     ce_weight: float = 0.0,
     temperature: float = 1.0,
     ignore_index: int = -100,
@@ -34,7 +36,10 @@ def linear_kl(
     logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> LinearKL:
-    """kl_weight · τ² · KL(teacher ‖ student) at temperature τ, plus ce_weight · cross-entropy, summed over positions.
+    """The weighted sum of KL(teacher ‖ student), KL(student ‖ teacher) and cross-entropy, over all positions.
+
+    Of each position, with the temperature τ: kl_weight · τ² · KL(teacher_τ ‖ student_τ)
+    + reverse_kl_weight · τ² · KL(student_τ ‖ teacher_τ) + ce_weight · (−log student(label)).
 
     Works through the positions in chunks and makes the gradient on the way forward, so logits are never held for more
     than a chunk. Differentiable are ``total`` with respect to the student's hidden states and head; the teacher is
@@ -52,7 +57,8 @@ def linear_kl(
         student_MD, teacher_MD: hidden states after the final norm.
         student_head_VD, teacher_head_VD: output heads; may be one tensor.
         labels_M: the next token at each position; positions labelled ``ignore_index`` do not count.
-        temperature: both distributions are softened by it in the KL (Hinton et al., 2015).
+        reverse_kl_weight: of the reverse KL, which punishes what the teacher would not say; not computed where 0.
+        temperature: both distributions are softened by it in either KL (Hinton et al., 2015).
         chunk_size: positions worked on at once; by default what keeps a tensor of logits within 256 MiB on a GPU, and
             within 2²⁴ numbers on a CPU.
         logits_dtype: what logits are kept in between the product with the head and the loss: the dtype of that product
@@ -71,7 +77,7 @@ def linear_kl(
     check_shape("linear_kl", "labels_M", labels_M, (positions,))
     if not temperature > 0:
         raise InvalidOptionError(f"linear_kl: temperature must be positive, got {temperature}")
-    compute = _compute_dtype(student_MD)
+    compute = compute_dtype(student_MD)
     choices = (compute, torch.float32) if compute.itemsize < 4 else (compute,)
     difference = len(choices) > 1 and _same_tensor(student_head_VD, teacher_head_VD)
     if logits_dtype is None:
@@ -86,7 +92,9 @@ def linear_kl(
     supported = compute in (torch.float32, torch.bfloat16, torch.float16)
     chosen = pick_backend("linear_kl", backend, backends_on(student_MD.device, supported=supported))
     plan = Plan(
-        objective=reference.Objective(float(kl_weight), float(ce_weight), float(temperature), ignore_index),
+        objective=reference.Objective(
+            float(kl_weight), float(reverse_kl_weight), float(ce_weight), float(temperature), ignore_index
+        ),
         loss_of_logits=reference.loss_of_logits if chosen == "reference" else kernels.loss_of_logits,
         compute=compute,
         teacher_logits=logits_dtype,
@@ -95,12 +103,6 @@ def linear_kl(
         chunk_size=chunk_size,
     )
     return sums_over_positions(plan, student_MD, student_head_VD, teacher_MD, teacher_head_VD, labels_M)
-
-
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype of the products with the heads: autocast's where it is on, else that of the hidden states."""
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 def _same_tensor(a: Tensor, b: Tensor) -> bool:

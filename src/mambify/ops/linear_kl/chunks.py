@@ -5,7 +5,6 @@ Letters: M positions, C positions of a chunk, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,18 +13,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mambify.ops.head_chunks import logits_buffer, product
 from mambify.ops.linear_kl.reference import Objective
-
-_GPU_BYTES, _CPU_NUMBERS = 2**28, 2**24
-_GPU_TILE, _CPU_LEAST = 128, 16
 
 
 class LinearKL(NamedTuple):
     """Sums over positions, and what they were summed from; float32 (float64 for float64 inputs) scalars.
 
     Attributes:
-        total: kl_weight · KL + ce_weight · cross-entropy, differentiable.
+        total: kl_weight · KL + reverse_kl_weight · reverse KL + ce_weight · cross-entropy, differentiable.
         kl: Σ τ² · KL(teacher ‖ student) in nats.
+        reverse_kl: Σ τ² · KL(student ‖ teacher) in nats; zero where it was not asked for.
         ce: Σ −log p_student(label); zero where no cross-entropy was asked for.
         agreement: positions at which both models have the same most likely token, the first where several are.
         num_positions: positions that were counted.
@@ -33,6 +31,7 @@ class LinearKL(NamedTuple):
 
     total: Tensor
     kl: Tensor
+    reverse_kl: Tensor
     ce: Tensor
     agreement: Tensor
     num_positions: Tensor
@@ -61,15 +60,6 @@ class Plan:
     def exact(self) -> torch.dtype:
         """What sums over positions are kept in."""
         return torch.float64 if self.compute == torch.float64 else torch.float32
-
-
-def default_chunk_size(positions: int, vocabulary: int, logits: torch.dtype, device: torch.device) -> int:
-    """The size of about equal chunks, of which one tensor of logits stays within what the device is allowed."""
-    if device.type == "cpu":
-        return max(_CPU_NUMBERS // vocabulary, _CPU_LEAST)
-    tiles = math.ceil(positions / _GPU_TILE)  # of the matrix products, in rows
-    most = max(_GPU_BYTES // (vocabulary * logits.itemsize * _GPU_TILE), 1)
-    return max(math.ceil(tiles / max(math.ceil(tiles / most), 1)), 1) * _GPU_TILE
 
 
 def sums_over_positions(
@@ -140,39 +130,28 @@ def _walk(
     student_head_VD = student_head_VD.to(plan.compute)
     teacher_head_VD = student_head_VD if plan.difference else teacher_head_VD.to(plan.compute)
     size = min(plan.chunk_size, positions)
-    student_logits_CV = _logits_buffer(size, vocabulary, plan.student_logits, device)
-    teacher_logits_CV = _logits_buffer(size, vocabulary, plan.teacher_logits, device)
-    sums_3 = torch.zeros(3, device=device, dtype=plan.exact)
+    student_logits_CV = logits_buffer(size, vocabulary, plan.student_logits, device)
+    teacher_logits_CV = logits_buffer(size, vocabulary, plan.teacher_logits, device)
+    sums = torch.zeros(4 if plan.objective.reverse_kl_weight else 3, device=device, dtype=plan.exact)
     for start in range(0, positions, plan.chunk_size):
         part = slice(start, start + plan.chunk_size)
         labels_C = labels_M[part]
         student_CD = (student_MD[part] - teacher_MD[part] if plan.difference else student_MD[part]).to(plan.compute)
-        student_CV = _product(student_CD, student_head_VD.T, student_logits_CV[: len(labels_C)])
-        teacher_CV = _product(teacher_MD[part].to(plan.compute), teacher_head_VD.T, teacher_logits_CV[: len(labels_C)])
-        rows_3C, grad_CV = plan.loss_of_logits(
+        student_CV = product(student_CD, student_head_VD.T, student_logits_CV[: len(labels_C)])
+        teacher_CV = product(teacher_MD[part].to(plan.compute), teacher_head_VD.T, teacher_logits_CV[: len(labels_C)])
+        rows_C, grad_CV = plan.loss_of_logits(
             student_CV, teacher_CV, labels_C, plan.objective, difference=plan.difference, gradient=gradient
         )
-        sums_3 += rows_3C.sum(dim=1)
+        sums += rows_C.sum(dim=1)
         if grad_CV is not None and grad_hidden_MD is not None:
-            _product(grad_CV, student_head_VD, grad_hidden_MD[part])
+            product(grad_CV, student_head_VD, grad_hidden_MD[part])
         if grad_CV is not None and grad_head_VD is not None:
             hidden_CD = student_MD[part].to(plan.compute)
-            grad_head_VD += _product(grad_CV.T, hidden_CD, torch.empty_like(grad_head_VD))
-    kl, ce, agreement = sums_3.unbind()
+            grad_head_VD += product(grad_CV.T, hidden_CD, torch.empty_like(grad_head_VD))
+    kl, ce, agreement, *reverse = sums.unbind()
+    reverse_kl = reverse[0] if reverse else torch.zeros_like(kl)
     total = plan.objective.kl_weight * kl + plan.objective.ce_weight * ce
-    return LinearKL(total, kl, ce, agreement, (labels_M != plan.objective.ignore_index).sum().to(plan.exact))
-
-
-def _logits_buffer(positions: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Rows one after the other; on a GPU they start at multiples of 128 bytes, to be read in whole lines."""
-    padded = vocabulary if device.type == "cpu" else math.ceil(vocabulary / 64) * 64
-    return torch.empty(positions, padded, dtype=dtype, device=device)[:, :vocabulary]
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """``a @ b`` written to ``out``; where ``out`` is of a wider dtype the sums are not rounded to that of ``a``."""
-    if out.dtype == a.dtype:
-        return torch.mm(a, b, out=out)
-    if a.device.type == "cuda":
-        return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    return torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+    if reverse:
+        total = total + plan.objective.reverse_kl_weight * reverse_kl
+    count = (labels_M != plan.objective.ignore_index).sum().to(plan.exact)
+    return LinearKL(total, kl, reverse_kl, ce, agreement, count)

@@ -12,9 +12,14 @@ from mambify.ops.backends import accumulation_dtype
 
 
 class Objective(NamedTuple):
-    """What is summed over positions: kl_weight · τ² · KL at temperature τ, and ce_weight · cross-entropy at 1."""
+    """What is summed over positions.
+
+    kl_weight · τ² · KL(teacher ‖ student) and reverse_kl_weight · τ² · KL(student ‖ teacher) at temperature τ, and
+    ce_weight · cross-entropy at 1.
+    """
 
     kl_weight: float
+    reverse_kl_weight: float
     ce_weight: float
     temperature: float
     ignore_index: int
@@ -34,8 +39,9 @@ def loss_of_logits(
     Per position, with p and q the softmax of the student's and the teacher's logits s and t, and p_τ, q_τ those at
     temperature τ:
 
-        τ² · KL(q_τ ‖ p_τ),   −log p(label),   argmax s = argmax t
+        τ² · KL(q_τ ‖ p_τ),   −log p(label),   argmax s = argmax t,   τ² · KL(p_τ ‖ q_τ)
         ∂/∂s = kl_weight · τ · (p_τ − q_τ) + ce_weight · (p − onehot(label))
+               + reverse_kl_weight · τ · p_τ · (log p_τ − log q_τ − KL(p_τ ‖ q_τ))
 
     Args:
         student_CV: s, or s − t where ``difference``. Not to be used afterwards: it may be overwritten.
@@ -44,38 +50,47 @@ def loss_of_logits(
         gradient: dtype of the gradient; None where none is wanted.
 
     Returns:
-        ``[3, C]``: KL (unweighted), cross-entropy (0 where ce_weight is), agreement; and the gradient or None.
+        ``[3, C]``: KL (unweighted), cross-entropy (0 where ce_weight is), agreement; ``[4, C]``, with the reverse KL
+        (unweighted), where reverse_kl_weight is not 0. And the gradient or None.
     """
-    kl_weight, ce_weight, temperature, ignore_index = objective
+    kl_weight, reverse_kl_weight, ce_weight, temperature, ignore_index = objective
     exact = accumulation_dtype(student_CV)
     kept_C1 = (labels_C != ignore_index).to(exact)[:, None]
     teacher_CV, student_CV = teacher_CV.to(exact), student_CV.to(exact)
     if difference:
         student_CV = student_CV + teacher_CV
-    rows_3C = torch.zeros(3, len(labels_C), device=labels_C.device, dtype=exact)
-    rows_3C[2] = (student_CV.argmax(-1) == teacher_CV.argmax(-1)).to(exact)
+    rows_C = torch.zeros(4 if reverse_kl_weight else 3, len(labels_C), device=labels_C.device, dtype=exact)
+    rows_C[2] = (student_CV.argmax(-1) == teacher_CV.argmax(-1)).to(exact)
 
     logp_CV = _log_softmax(student_CV, temperature)
     logq_CV = _log_softmax(teacher_CV, temperature)
     q_CV = logq_CV.exp()
-    rows_3C[0] = logq_CV.sub_(logp_CV).mul_(q_CV).sum(-1) * temperature**2
-    del logq_CV, teacher_CV
+    ratio_CV = logq_CV.sub_(logp_CV)
+    if reverse_kl_weight:
+        p_CV = logp_CV.exp()
+        mean_C1 = (p_CV * ratio_CV).sum(-1, keepdim=True)  # −KL(p ‖ q)
+        rows_C[3] = -mean_C1[:, 0] * temperature**2
+        pull_CV = (mean_C1 - ratio_CV).mul_(p_CV)
+    rows_C[0] = ratio_CV.mul_(q_CV).sum(-1) * temperature**2
+    del logq_CV, ratio_CV, teacher_CV
     logp1_CV, target_C1 = logp_CV, labels_C.masked_fill(labels_C == ignore_index, 0)[:, None]
     if ce_weight:
         if temperature != 1:
             logp1_CV = _log_softmax(student_CV, 1.0)
-        rows_3C[1] = -logp1_CV.gather(1, target_C1)[:, 0]
-    rows_3C *= kept_C1.T
+        rows_C[1] = -logp1_CV.gather(1, target_C1)[:, 0]
+    rows_C *= kept_C1.T
     if gradient is None:
-        return rows_3C, None
+        return rows_C, None
 
     p_CV = logp_CV.exp_()
     grad_CV = q_CV.sub_(p_CV).mul_(kept_C1 * (-kl_weight * temperature))
+    if reverse_kl_weight:
+        grad_CV.addcmul_(pull_CV, kept_C1, value=reverse_kl_weight * temperature)
     if ce_weight:
         p1_CV = p_CV if temperature == 1 else logp1_CV.exp_()
         grad_CV.addcmul_(p1_CV, kept_C1, value=ce_weight)
         grad_CV.scatter_add_(1, target_C1, -ce_weight * kept_C1)
-    return rows_3C, grad_CV.to(gradient)
+    return rows_C, grad_CV.to(gradient)
 
 
 def _log_softmax(logits_CV: Tensor, temperature: float) -> Tensor:

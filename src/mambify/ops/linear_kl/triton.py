@@ -39,7 +39,8 @@ def loss_of_logits(
     """
     positions, vocabulary = student_CV.shape
     device = student_CV.device
-    rows_3C = torch.empty(3, positions, dtype=torch.float32, device=device)
+    reverse = objective.reverse_kl_weight != 0
+    rows_C = torch.empty(4 if reverse else 3, positions, dtype=torch.float32, device=device)
     grad_CV = student_CV
     if gradient not in (None, student_CV.dtype):
         grad_CV = torch.empty_strided(student_CV.shape, student_CV.stride(), dtype=gradient, device=device)
@@ -51,18 +52,20 @@ def loss_of_logits(
         teacher_CV,
         grad_CV,
         labels_C,
-        rows_3C,
+        rows_C,
         student_CV.stride(0),
         teacher_CV.stride(0),
         grad_CV.stride(0),
         labels_C.stride(0),
         positions,
         objective.kl_weight,
+        objective.reverse_kl_weight,
         objective.ce_weight,
         objective.temperature,
         IGNORE=objective.ignore_index,
         V=vocabulary,
         DIFFERENCE=difference,
+        REVERSE=reverse,
         CE=objective.ce_weight != 0,
         TEMPERED=objective.temperature != 1,
         GRADIENT=gradient is not None,
@@ -71,7 +74,7 @@ def loss_of_logits(
         num_warps=max(block // (32 * columns), 1),
         maxnreg=128,  # a vocabulary that is no multiple of the block would take more, for its last block alone
     )
-    return rows_3C, grad_CV if gradient is not None else None
+    return rows_C, grad_CV if gradient is not None else None
 
 
 @triton.jit
@@ -112,26 +115,28 @@ def _meet(x, top, minus_scale):
 @triton.jit
 def _add_block(
     sums, student_ptr, teacher_ptr, block, minus_scale, V: tl.constexpr, DIFFERENCE: tl.constexpr,
-    BOTH: tl.constexpr, MASKED: tl.constexpr, LOG2E: tl.constexpr, BLOCK: tl.constexpr,
+    REVERSE: tl.constexpr, BOTH: tl.constexpr, MASKED: tl.constexpr, LOG2E: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Adds a block to the sums. Every lane keeps its own, relative to the largest logit that it has seen."""
-    t_top, t_sum, t_at, gap_sum, s_top, s_sum, s_at, s_sum1 = sums
+    t_top, t_sum, t_at, t_gap_sum, s_top, s_sum, s_at, s_gap_sum, s_sum1 = sums
     student, teacher, gap = _load(student_ptr, teacher_ptr, block, V, DIFFERENCE, MASKED, BLOCK)
 
     past, present = _meet(teacher, t_top, minus_scale)
     t_sum = t_sum * past + present
-    gap_sum = gap_sum * past + present * gap
+    t_gap_sum = t_gap_sum * past + present * gap
     t_at = tl.where(teacher > t_top, block, t_at)
     t_top = tl.maximum(t_top, teacher)
 
     past, present = _meet(student, s_top, minus_scale)
     s_sum = s_sum * past + present
+    if REVERSE:
+        s_gap_sum = s_gap_sum * past + present * gap
     if BOTH:
         past, present = _meet(student, s_top, -LOG2E)
         s_sum1 = s_sum1 * past + present
     s_at = tl.where(student > s_top, block, s_at)
     s_top = tl.maximum(s_top, student)
-    return t_top, t_sum, t_at, gap_sum, s_top, s_sum, s_at, s_sum1
+    return t_top, t_sum, t_at, t_gap_sum, s_top, s_sum, s_at, s_gap_sum, s_sum1
 
 
 @triton.jit
@@ -142,19 +147,21 @@ def _first_of(top, at, largest, V: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _store_gradient(
-    student_ptr, teacher_ptr, grad_ptr, block, column, scale, s_largest, s_bits, s_bits1, t_largest, t_bits, kl_factor,
-    ce_weight, V: tl.constexpr, DIFFERENCE: tl.constexpr, CE: tl.constexpr, BOTH: tl.constexpr, MASKED: tl.constexpr,
-    LOG2E: tl.constexpr, BLOCK: tl.constexpr,
+    student_ptr, teacher_ptr, grad_ptr, block, column, scale, s_largest, s_bits, s_bits1, t_largest, t_bits, s_gap,
+    kl_factor, reverse_kl_weight, ce_weight, V: tl.constexpr, DIFFERENCE: tl.constexpr, REVERSE: tl.constexpr,
+    CE: tl.constexpr, BOTH: tl.constexpr, MASKED: tl.constexpr, LOG2E: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes kl_factor · (p_τ − q_τ) + ce_weight · (p − onehot).
+    """Writes kl_factor · (p_τ − q_τ) + reverse_kl_weight · p_τ · (s − t − Σ p_τ (s − t)) + ce_weight · (p − onehot).
 
     A probability is 2^(scale · (x − largest) − bits): the subtraction comes first, because it is exact for the tokens
     that matter, however large logits are.
     """
-    student, teacher, _ = _load(student_ptr, teacher_ptr, block, V, DIFFERENCE, MASKED, BLOCK)
+    student, teacher, gap = _load(student_ptr, teacher_ptr, block, V, DIFFERENCE, MASKED, BLOCK)
     v = block * BLOCK + tl.arange(0, BLOCK)
     p = tl.exp2((student - s_largest) * scale - s_bits)
     grad = kl_factor * (p - tl.exp2((teacher - t_largest) * scale - t_bits))
+    if REVERSE:
+        grad += reverse_kl_weight * (p * (gap - s_gap))
     if CE:
         if BOTH:
             p = tl.exp2((student - s_largest) * LOG2E - s_bits1)
@@ -169,8 +176,9 @@ def _store_gradient(
 @triton.jit
 def _loss_of_logits(
     student_ptr, teacher_ptr, grad_ptr, labels_ptr, rows_ptr, student_stride, teacher_stride, grad_stride, label_stride,
-    positions, kl_weight, ce_weight, temperature, IGNORE: tl.constexpr, V: tl.constexpr, DIFFERENCE: tl.constexpr,
-    CE: tl.constexpr, TEMPERED: tl.constexpr, GRADIENT: tl.constexpr, LOG2E: tl.constexpr, BLOCK: tl.constexpr,
+    positions, kl_weight, reverse_kl_weight, ce_weight, temperature, IGNORE: tl.constexpr, V: tl.constexpr,
+    DIFFERENCE: tl.constexpr, REVERSE: tl.constexpr, CE: tl.constexpr, TEMPERED: tl.constexpr, GRADIENT: tl.constexpr,
+    LOG2E: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     student_ptr += row * student_stride
@@ -180,7 +188,7 @@ def _loss_of_logits(
     FULL: tl.constexpr = V // BLOCK  # blocks without columns beyond the vocabulary
     RAGGED: tl.constexpr = V % BLOCK != 0
     BOTH: tl.constexpr = CE and TEMPERED  # the student's softmax at two temperatures
-    kl, ce, agreement = 0.0, 0.0, 0.0
+    kl, reverse_kl, ce, agreement = 0.0, 0.0, 0.0, 0.0
     if label != IGNORE:
         scale = LOG2E / temperature
         # Read before the gradient is written over the logits.
@@ -193,21 +201,32 @@ def _loss_of_logits(
         low = tl.full([BLOCK], -1e38, tl.float32)
         zero = tl.zeros([BLOCK], tl.float32)
         nowhere = tl.zeros([BLOCK], tl.int32)
-        sums = (low, zero, nowhere, zero, low, zero, nowhere, zero)
+        sums = (low, zero, nowhere, zero, low, zero, nowhere, zero, zero)
         for block in tl.range(0, FULL, num_stages=3):
-            sums = _add_block(sums, student_ptr, teacher_ptr, block, -scale, V, DIFFERENCE, BOTH, False, LOG2E, BLOCK)
+            sums = _add_block(
+                sums, student_ptr, teacher_ptr, block, -scale, V, DIFFERENCE, REVERSE, BOTH, False, LOG2E, BLOCK
+            )
         if RAGGED:
-            sums = _add_block(sums, student_ptr, teacher_ptr, FULL, -scale, V, DIFFERENCE, BOTH, True, LOG2E, BLOCK)
-        t_top, t_sum, t_at, gap_sum, s_top, s_sum, s_at, s_sum1 = sums
+            sums = _add_block(
+                sums, student_ptr, teacher_ptr, FULL, -scale, V, DIFFERENCE, REVERSE, BOTH, True, LOG2E, BLOCK
+            )
+        t_top, t_sum, t_at, t_gap_sum, s_top, s_sum, s_at, s_gap_sum, s_sum1 = sums
 
-        # The lanes' sums, brought to one reference. KL = lse(s/τ) − lse(t/τ) − Σ q (s − t)/τ.
+        # The lanes' sums, brought to one reference. KL = lse(s/τ) − lse(t/τ) − Σ q (s − t)/τ, and the reverse one is
+        # Σ p (s − t)/τ − lse(s/τ) + lse(t/τ), with p and q at temperature τ.
         t_largest, s_largest = tl.max(t_top, 0), tl.max(s_top, 0)
         t_share = tl.exp2((t_top - t_largest) * scale)
         t_total = tl.sum(t_sum * t_share, 0)
-        s_total = tl.sum(s_sum * tl.exp2((s_top - s_largest) * scale), 0)
-        gap = tl.sum(gap_sum * t_share, 0) / t_total
-        kl = (s_largest - t_largest - gap) / temperature + tl.log(s_total / t_total)
+        s_share = tl.exp2((s_top - s_largest) * scale)
+        s_total = tl.sum(s_sum * s_share, 0)
+        t_gap = tl.sum(t_gap_sum * t_share, 0) / t_total
+        kl = (s_largest - t_largest - t_gap) / temperature + tl.log(s_total / t_total)
         kl *= temperature * temperature
+        s_gap = 0.0
+        if REVERSE:
+            s_gap = tl.sum(s_gap_sum * s_share, 0) / s_total
+            reverse_kl = (s_gap - (s_largest - t_largest)) / temperature - tl.log(s_total / t_total)
+            reverse_kl *= temperature * temperature
         same = _first_of(t_top, t_at, t_largest, V, BLOCK) == _first_of(s_top, s_at, s_largest, V, BLOCK)
         agreement = same.to(tl.float32)
         s_total1 = s_total
@@ -222,12 +241,14 @@ def _loss_of_logits(
             if RAGGED:
                 _store_gradient(
                     student_ptr, teacher_ptr, grad_ptr, FULL, column, scale, s_largest, s_bits, s_bits1, t_largest,
-                    t_bits, kl_factor, ce_weight, V, DIFFERENCE, CE, BOTH, True, LOG2E, BLOCK,
+                    t_bits, s_gap, kl_factor, reverse_kl_weight, ce_weight, V, DIFFERENCE, REVERSE, CE, BOTH, True,
+                    LOG2E, BLOCK,
                 )  # fmt: skip
             for done in tl.range(0, FULL, num_stages=3):
                 _store_gradient(
                     student_ptr, teacher_ptr, grad_ptr, FULL - 1 - done, column, scale, s_largest, s_bits, s_bits1,
-                    t_largest, t_bits, kl_factor, ce_weight, V, DIFFERENCE, CE, BOTH, False, LOG2E, BLOCK,
+                    t_largest, t_bits, s_gap, kl_factor, reverse_kl_weight, ce_weight, V, DIFFERENCE, REVERSE, CE, BOTH,
+                    False, LOG2E, BLOCK,
                 )  # fmt: skip
     elif GRADIENT:
         for block in tl.range(0, tl.cdiv(V, BLOCK)):
@@ -236,3 +257,5 @@ def _loss_of_logits(
     tl.store(rows_ptr + row, kl)
     tl.store(rows_ptr + positions + row, ce)
     tl.store(rows_ptr + 2 * positions + row, agreement)
+    if REVERSE:
+        tl.store(rows_ptr + 3 * positions + row, reverse_kl)
