@@ -55,7 +55,9 @@ def token_errors(output_BTD: Tensor, target_BTD: Tensor) -> tuple[Tensor, Tensor
     return error_BT.sum() * output_BTD.shape[-1] ** -0.5, count
 
 
-def each_then_next(units: list[nn.Module], further: dict[int, list[nn.Module]]) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+def each_then_next(
+    units: list[nn.Module], further: dict[int, list[nn.Module]]
+) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
     """Each unit, and what to begin gathering while it runs: the next one, and what is further needed at its layer.
 
     Layers are called one by one, each with a backward pass of its own: FSDP does not see what comes next.

@@ -16,7 +16,7 @@ from mambify.errors import UnsupportedError
 from mambify.mixers import AttentionMixer, MixerContext
 from mambify.mixers.mamba2 import Mamba2Mixer
 from mambify.mixers.matrices import attention_matrix, ssd_matrix
-from mambify.model import HybridForCausalLM
+from mambify.model import HybridBlock, HybridForCausalLM
 
 
 class MatrixAligner(Layerwise):
@@ -32,11 +32,13 @@ class MatrixAligner(Layerwise):
     def __init__(self, student: HybridForCausalLM, teacher: HybridForCausalLM, layers: list[int]) -> None:
         super().__init__()
         self.layers = layers
-        self.matrices = nn.ModuleDict({str(i): _SsdMatrix(student.model.layers[i].mixer, i) for i in layers})
+        blocks: list[HybridBlock] = list(student.model.layers)  # type: ignore[arg-type]
+        self.matrices = nn.ModuleDict({str(i): _SsdMatrix(blocks[i].mixer, i) for i in layers})
         self.embed_tokens = teacher.model.embed_tokens
         self.teacher_layers = nn.ModuleList(
-            _LayerWithMatrix(block, i in layers)  # type: ignore[arg-type]
+            _LayerWithMatrix(block, i in layers)
             for i, block in enumerate(teacher.model.layers[: max(layers) + 1])
+            if isinstance(block, HybridBlock)
         )
         self._teacher = [teacher.model]
 
@@ -75,7 +77,8 @@ class MatrixAligner(Layerwise):
             yield Unit(layer)
         for matrix in self.matrices.values():
             assert isinstance(matrix, _SsdMatrix)
-            yield from (unit for unit in mixer_units(matrix.mixer, backward_follows=True) if unit.module is not matrix.mixer)
+            *projections, _ = mixer_units(matrix.mixer, backward_follows=True)
+            yield from projections
             yield Unit(matrix, True)
         yield Unit(self.embed_tokens)
 
@@ -103,7 +106,7 @@ class _SsdMatrix(nn.Module):
 class _LayerWithMatrix(TeacherLayer):
     """A layer of the teacher, which also says what matrix its attention was, where that is asked for."""
 
-    def __init__(self, block: Any, wanted: bool) -> None:
+    def __init__(self, block: HybridBlock, wanted: bool) -> None:
         super().__init__(block)
         self.wanted = wanted
 

@@ -43,6 +43,7 @@ __all__ = [
     "parse_recipe",
 ]
 
+
 class Recipe(Section):
     """Everything ``mambify distill`` needs; unknown keys are errors.
 
@@ -61,7 +62,7 @@ class Recipe(Section):
     cuda_graphs: bool = True
     checkpoint_every: Annotated[int, Field(gt=0)] = 100
     log_every: Annotated[int, Field(gt=0)] = 10
-    report_to: list[str] = ["tensorboard"]
+    report_to: list[str] = Field(default_factory=lambda: ["tensorboard"])
 
     def data_of(self, stage: StageSettings) -> Data:
         """The text of ``stage``: the recipe's, but for what the stage says itself."""
@@ -78,7 +79,9 @@ class Recipe(Section):
                     f"set data.context_length of the stage to at most {MAX_MATRIX_CONTEXT}"
                 )
             if isinstance(stage, Mixing) and data.packing == "documents":
-                raise ValueError("stage mixing compares matrices of whole rows: set data.packing of the stage to concat")
+                raise ValueError(
+                    "stage mixing compares matrices of whole rows: set data.packing of the stage to concat"
+                )
         return self
 
 

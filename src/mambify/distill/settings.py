@@ -45,7 +45,7 @@ class StageSettings(Section):
     micro_batch: Annotated[int, Field(gt=0)] | None = None
     at: Literal["every_step", "last_step"] = "every_step"
     data: StageData = StageData()
-    trainer: dict[str, Any] = {}
+    trainer: dict[str, Any] = Field(default_factory=dict)
 
     @property
     def learning_rates(self) -> dict[str, float]:
@@ -160,7 +160,7 @@ class OnPolicy(EndToEnd):
     at: Literal["every_step", "last_step"] = "last_step"
     tokens_per_round: Count = 262_144
     prompts: Literal["auto", "chat", "text", "mixed", "data"] = "auto"
-    share: Share = 1.0
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
     kl_weight: Weight = 0.0
     reverse_kl_weight: Weight = 1.0
     ce_weight: Weight = 0.0

@@ -37,7 +37,8 @@ class Towers(DistillationStage):
             self.teacher_embed_tokens, self.teacher_norm = teacher.model.embed_tokens, teacher.model.norm
             self.teacher_lm_head = teacher.lm_head
             theirs = list(teacher.model.layers)  # type: ignore[arg-type]
-        self.pairs = nn.ModuleList(LayerPair(*pair) for pair in zip_longest(theirs, student.model.layers))
+        ours: list[HybridBlock] = list(student.model.layers)  # type: ignore[arg-type]
+        self.pairs = nn.ModuleList(LayerPair(*pair) for pair in zip_longest(theirs, ours))
         self._student = [student.model]
         self._teacher = [] if teacher is None else [teacher.model]
 

@@ -54,10 +54,15 @@ def _save(named: Mapping[str, Tensor], path: Path, processes: Processes) -> None
         gathered = whole(tensor.detach(), processes.device)
         if processes.first:
             tensors[name] = gathered.cpu().contiguous()
-    processes.first_does(lambda: _write_tensors(tensors, path))
+    processes.first_does(lambda: write_tensors(tensors, path))
 
 
-def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes a safetensors file, whole or not at all.
+
+    Raises:
+        OutputWriteError: the disk refused.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

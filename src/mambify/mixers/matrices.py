@@ -1,4 +1,4 @@
-"""A mixer as the matrix it multiplies each head's values with: row i says how much position i takes from each before it.
+"""A mixer as the matrix it multiplies each head's values with: row i says what position i takes from each before it.
 
 Softmax attention and the state-space duality form of Mamba2 (arXiv 2405.21060) both have one, ``[T, T]`` for each head,
 so one can be held against the other (arXiv 2408.10189).
@@ -37,7 +37,8 @@ def attention_matrix(mixer: AttentionMixer, x_BTD: Tensor, context: MixerContext
     behind_TS = _distance(T, x_BTD.device)
     window = mixer.attend.sliding_window
     hidden_TS = behind_TS < 0 if window is None else (behind_TS < 0) | (behind_TS >= window)
-    return scores_BHTS.masked_fill(hidden_TS, -torch.inf).softmax(-1)
+    matrix_BHTS: Tensor = scores_BHTS.masked_fill(hidden_TS, -torch.inf).softmax(-1)
+    return matrix_BHTS
 
 
 def ssd_matrix(mixer: Mamba2Mixer, x_BTD: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ def ssd_matrix(mixer: Mamba2Mixer, x_BTD: Tensor) -> Tensor:
     ahead_TS = _distance(T, x_BTD.device) < 0
     # masked before exp: above the diagonal the exponent is positive and may overflow
     decay_BHTS = (decay_BHT[..., :, None] - decay_BHT[..., None, :]).masked_fill(ahead_TS, -torch.inf).exp()
-    matrix_BHTS = (C_BHTN @ B_BHTN.transpose(-1, -2)).float() * decay_BHTS * dt_BHT[..., None, :]
+    matrix_BHTS: Tensor = (C_BHTN @ B_BHTN.transpose(-1, -2)).float() * decay_BHTS * dt_BHT[..., None, :]
     return matrix_BHTS + mixer.D.float()[:, None, None] * torch.eye(T, device=x_BTD.device)
 
 
