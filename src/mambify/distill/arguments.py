@@ -46,12 +46,12 @@ def micro_batches(stage: Stage, item_tokens: int, count: int) -> tuple[int, int]
     Raises:
         RecipeError: it cannot be cut evenly.
     """
-    sequences = max(stage.batch_tokens // item_tokens, 1)
-    share, rest = divmod(sequences, count)
+    items, noun = max(stage.batch_tokens // item_tokens, 1), "pairs" if stage.rows == 2 else "sequences"
+    share, rest = divmod(items, count)
     if rest or not share:
-        nearest = max(round(sequences / count), 1) * count * item_tokens
+        nearest = max(round(items / count), 1) * count * item_tokens
         raise RecipeError(
-            f"stage {stage.kind}: batch_tokens {stage.batch_tokens} is {sequences} sequences of {item_tokens}, "
+            f"stage {stage.kind}: batch_tokens {stage.batch_tokens} is {items} {noun} of {item_tokens}, "
             f"which {count} processes cannot share evenly: the nearest that they can is {nearest}"
         )
     micro = min(stage.micro_batch or share, share)
@@ -59,7 +59,7 @@ def micro_batches(stage: Stage, item_tokens: int, count: int) -> tuple[int, int]
         nearest = min((n for n in range(1, share + 1) if share % n == 0), key=lambda n: abs(n - micro))
         each = "" if count == 1 else " of each process"
         raise RecipeError(
-            f"stage {stage.kind}: micro_batch {micro} does not divide the {share} sequences{each} in a step: "
+            f"stage {stage.kind}: micro_batch {micro} does not divide the {share} {noun}{each} in a step: "
             f"the nearest that does is {nearest}"
         )
     return micro, share // micro
