@@ -81,9 +81,7 @@ def test_a_pair_that_is_told_apart_costs_nothing_unless_smoothed() -> None:
     assert dpo_loss(margin, beta=1.0, label_smoothing=0.25).tolist() == pytest.approx([25.0, 75.0, 0.6931471805599453])
 
 
-def test_padding_does_not_enter(
-    models: tuple[HybridForCausalLM, HybridForCausalLM], pairs: PreferenceDataset
-) -> None:
+def test_padding_does_not_enter(models: tuple[HybridForCausalLM, HybridForCausalLM], pairs: PreferenceDataset) -> None:
     tuner = PreferenceTuner(*models, beta=BETA, kl_weight=KL, sft_weight=SFT)
     models[0].lm_head.requires_grad_(False)
     longer = PreferenceDataset(pairs.pairs, 64, dropped={})

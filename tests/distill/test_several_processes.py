@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 
 import mambify
 from mambify.distill.align import MixerAligner
+from mambify.distill.arguments import why_no_graphs
 from mambify.distill.batches import StepBatches
 from mambify.distill.logs import read_metrics
 from mambify.distill.parallel import Processes, Sharding, joined
 from mambify.distill.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
 from mambify.distill.sharding import lent
-from mambify.distill.arguments import why_no_graphs
 from mambify.distill.stages import stage_module
 from mambify.distill.trainer import DistillationStage, trained_parameters
 from mambify.errors import InvalidOptionError, RecipeError, UnsupportedError
@@ -393,6 +393,9 @@ def test_micro_batches_divide_what_a_process_takes(make_recipe: MakeRecipe, as_o
         distill(make_recipe(stages=[stage]), device="cpu")
 
 
+_DEEPSPEED = {"ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_DEEPSPEED": "true"}
+
+
 @pytest.mark.parametrize(
     ("environment", "stage", "message"),
     [
@@ -400,10 +403,10 @@ def test_micro_batches_divide_what_a_process_takes(make_recipe: MakeRecipe, as_o
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "gradient_checkpointing of the stage"),
         ({}, {"trainer": {"torch_compile": True}}, "torch_compile does not go with sharded weights"),
         ({}, {"trainer": {"optim": "adamw_bnb_8bit"}}, "adamw_bnb_8bit does not go with sharded weights"),
-        ({"ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed"),
+        (_DEEPSPEED, {}, "DeepSpeed"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {}, "trainer.torch_compile of stage kd"),
         ({}, {"kind": "on_policy"}, "takes whole weights"),
-        ({"ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_DEEPSPEED": "true"}, {"kind": "dpo", "batch_tokens": 192}, "counts pairs"),
+        (_DEEPSPEED, {"kind": "dpo", "batch_tokens": 192}, "counts pairs"),
     ],
 )
 def test_what_does_not_go_with_sharding_is_refused(

@@ -70,7 +70,9 @@ def test_dpo_prefers_what_was_preferred(make_chat_recipe: MakeRecipe, pairs_file
 
 def test_all_terms_of_dpo_are_in_its_loss(make_chat_recipe: MakeRecipe, pairs_file: Path) -> None:
     terms = {"sft_weight": 0.3, "kl_weight": 0.2, "label_smoothing": 0.1}
-    _, run = distill(make_chat_recipe(stages=[_stage("dpo", 2, data={"train": str(pairs_file)}, **terms)]), device="cpu")
+    _, run = distill(
+        make_chat_recipe(stages=[_stage("dpo", 2, data={"train": str(pairs_file)}, **terms)]), device="cpu"
+    )
     for row in read_metrics(run / "metrics.jsonl"):
         assert row["loss"] == pytest.approx(row["dpo"] + 0.3 * row["nll"] + 0.2 * row["kl"], rel=1e-4)
         assert row["rewards/margins"] == pytest.approx(row["rewards/chosen"] - row["rewards/rejected"], abs=1e-4)
@@ -225,7 +227,7 @@ def test_a_larger_teacher_of_the_same_vocabulary(
 
 def test_a_teacher_of_another_vocabulary_is_refused(make_chat_recipe: MakeRecipe, teacher_directory: Path) -> None:
     recipe = make_chat_recipe(teacher=str(teacher_directory), student={"base": make_chat_recipe().teacher})
-    with pytest.raises(TokenizerMismatchError, match="vocabulary of 64 tokens and student.base one of 299"):
+    with pytest.raises(TokenizerMismatchError, match=r"vocabulary of 64 tokens and student\.base one of 299"):
         distill(recipe, device="cpu")
     assert not Path(recipe.output).exists()
 
@@ -322,6 +324,24 @@ def test_broken_off_and_started_again_it_ends_the_same(
         ends.append(distill(recipe, device="cpu")[0].state_dict())
     for name, tensor in ends[0].items():
         assert torch.equal(tensor, ends[1][name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [*KINDS, "kd"])
+def test_recorded_steps_are_the_steps(
+    make_chat_recipe: MakeRecipe, pairs_file: Path, tmp_path: Path, kind: str
+) -> None:
+    """On a GPU every stage is recorded as a CUDA graph, and gives the losses that it gives step by step."""
+    losses = []
+    for graphs in (True, False):
+        stage = _of_kind(kind, pairs_file, 6, ema=0.5)
+        stage["tokens"] = 6 * stage["batch_tokens"]
+        recipe = make_chat_recipe(stages=[stage], output=str(tmp_path / str(graphs)), cuda_graphs=graphs)
+        _, run = distill(recipe, device="cuda")
+        assert summaries(run)[0]["cuda_graphs"] is graphs
+        losses.append(_values(run, f"01-{kind}", "loss"))
+    steps = 2 if kind == "on_policy" else 6  # later rounds are drawn from weights that differ in rounding
+    assert losses[0][:steps] == pytest.approx(losses[1][:steps], rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,22 @@ class PreferenceDataset(Dataset[dict[str, Tensor]]):
         }
 
 
+def as_blocks(dataset: PreferenceDataset) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """The pairs as evaluation takes them: ``input_ids`` and ``labels`` of each conversation, without padding."""
+    blocks = []
+    for pair in dataset.pairs:
+        (chosen, chosen_labels), (rejected, rejected_labels) = (
+            _row(document, len(document)) for document in (pair.chosen, pair.rejected)
+        )
+        blocks.append(
+            (
+                {"input_ids": chosen, "labels": chosen_labels},
+                {"input_ids": rejected, "labels": rejected_labels},
+            )
+        )
+    return blocks
+
+
 def describe(kept: int, dropped: Mapping[str, int]) -> str:
     """``996 pairs, 4 dropped (3 identical, 1 empty)``."""
     reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
