@@ -91,6 +91,16 @@ def test_a_peer_that_is_not_installed_is_named() -> None:
     assert row["ms"] > 0
 
 
+def test_a_peer_that_cannot_be_recorded_is_timed_as_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "device_seconds_of", lambda function, device: 1.0)
+    monkeypatch.setattr(ops, "seconds_of", lambda function, device: 2.0)
+    peers = {name: lambda i: i["v"] * 2 for name in ("recorded", "waits")}
+    case = cases.Case("x", "y", {"v": torch.ones(3)}, lambda i, _: i["v"] * 2, peers, step=True, unrecorded=("waits",))
+    (row,) = ops._rows(case, "cpu", torch.float32)
+    assert row["ms"] == row["peers"]["recorded"]["ms"] == 1e3
+    assert row["peers"]["waits"]["ms"] == 2e3
+
+
 def _absent(inputs: cases.Inputs) -> torch.Tensor:
     return peer("no_such_package", "operation")(inputs)
 

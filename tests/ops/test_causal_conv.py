@@ -80,8 +80,8 @@ def conv(seq_idx_BT: Tensor | None = None, activation: Any = "silu", backend: st
     return run
 
 
-def inputs(tokens: int, width: int = 4, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    batch, channels = 2, 5
+def inputs(tokens: int, width: int = 4, dtype: torch.dtype = torch.float64, *, channels: int = 5) -> dict[str, Tensor]:
+    batch = 2
     return {
         "x": torch.randn(batch, tokens, channels).to(dtype),
         "weight": torch.randn(channels, width).to(dtype),
@@ -141,6 +141,17 @@ def test_documents_across_stretches(stretch: int, match: Any, monkeypatch: pytes
         for place in places:
             ids[row, place:] += 1
     match(conv(ids, backend="triton"), oracle(ids), inputs(70, dtype=torch.float32), 1e-5)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")
+@pytest.mark.parametrize("packed", [False, True])
+def test_whole_programs(packed: bool, match: Any) -> None:
+    """Where every program has all of its tokens and channels the kernels work without masks."""
+    tokens, channels = 2 * 32 * kernels._ROWS, kernels._BLOCK_C
+    assert kernels._whole(tokens, channels, 32) and not kernels._whole(tokens, channels + 1, 32)
+    ids = (torch.arange(tokens).expand(2, -1) // 50).int() if packed else None
+    match(conv(ids, backend="triton"), oracle(ids), inputs(tokens, dtype=torch.float32, channels=channels), 1e-5)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), EXACT)

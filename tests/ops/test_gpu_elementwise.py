@@ -1,4 +1,4 @@
-"""The kernels of the convolution, the gated norm and the selective scan on a GPU, against the reference in float64.
+"""The kernels of the convolution, the norms and the selective scan on a GPU, against the reference in float64.
 
 Letters as in the operations: B batch, T tokens, C channels, H heads, P head dimension, J sub-heads of M channels, N
 state size.
@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mambify.ops.add_norm import add_norm
 from mambify.ops.causal_conv import causal_conv
 from mambify.ops.gated_norm import gated_rms_norm
 from mambify.ops.selective_scan import selective_scan
@@ -223,3 +224,15 @@ def test_a_cuda_graph_holds_forward_and_backward(name: str) -> None:
     graph.replay()
     wanted = gradients(operation, given)
     assert all(torch.equal(a, b) for a, b in zip(captured, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("batch", "tokens", "width"), [(3, 129, 576), (2, 65, 4096), (1, 7, 16_384), (16, 512, 960)])
+def test_add_norm(batch: int, tokens: int, width: int, dtype: torch.dtype) -> None:
+    inputs = {"stream": projection(batch, tokens, width, dtype), "x": projection(batch, tokens, width, dtype)}
+    inputs["weight_D"] = 1 + projection(1, 1, width, dtype)[0, 0] / 4
+
+    def run(backend: str, **given: Tensor) -> tuple[Tensor, ...]:
+        return add_norm(eps=1e-5, backend=backend, **given)
+
+    agree(run, inputs, dtype)

@@ -106,9 +106,11 @@ def test_values_and_gradients(dtype: torch.dtype, one_head: bool, objective: Wei
 
 @pytest.mark.parametrize("vocabulary", [50_257, 128_256, 32_000, 777])
 @pytest.mark.parametrize("one_head", [True, False])
-def test_vocabularies_that_leave_part_of_a_block(vocabulary: int, one_head: bool) -> None:
+@pytest.mark.parametrize("reverse_kl_weight", [0.0, 1.0])
+def test_vocabularies_that_leave_part_of_a_block(vocabulary: int, one_head: bool, reverse_kl_weight: float) -> None:
     given = inputs(torch.bfloat16, one_head, vocabulary, positions=70)
-    errors = relative_errors(measured(given, ce_weight=0.5, chunk_size=32), oracle(given, 1.0, 0.0, 0.5, 1.0))
+    found = measured(given, ce_weight=0.5, reverse_kl_weight=reverse_kl_weight, chunk_size=32)
+    errors = relative_errors(found, oracle(given, 1.0, reverse_kl_weight, 0.5, 1.0))
     assert max(errors[k] for k in ("total", "kl", "reverse_kl", "ce")) < 8e-3, errors
     assert max(errors[k] for k in ("hidden", "head")) < 4e-2, errors
 
@@ -153,15 +155,16 @@ def test_ignored_positions_have_no_gradient() -> None:
     assert (hidden[~ignored].norm(dim=-1) > 0).all()
 
 
+@pytest.mark.parametrize("reverse_kl_weight", [0.0, 0.5])
 @pytest.mark.parametrize("one_head", [True, False])
-def test_recorded_as_a_graph(one_head: bool) -> None:
+def test_recorded_as_a_graph(one_head: bool, reverse_kl_weight: float) -> None:
     """Nothing waits for the device; the replay takes new inputs, and a new set of ignored positions."""
     static = inputs(torch.bfloat16, one_head)
     student = static.student.detach().requires_grad_()
 
     def step() -> list[Tensor]:
         with torch.autocast("cuda", torch.bfloat16):
-            result = linear_kl(student, *static[1:], ce_weight=0.5, chunk_size=128)
+            result = linear_kl(student, *static[1:], ce_weight=0.5, reverse_kl_weight=reverse_kl_weight, chunk_size=128)
             return [*result, *torch.autograd.grad(result.total / 7, student)]
 
     side = torch.cuda.Stream()

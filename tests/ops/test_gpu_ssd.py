@@ -113,9 +113,10 @@ def test_the_same_bits_each_time(size: int) -> None:
 def test_in_a_cuda_graph() -> None:
     values = inputs(2, 200, 2, 4, 64, 64, torch.bfloat16)
     seq_idx_BT = documents(2, 200, 70)
-    leaves = {name: v.detach().requires_grad_() for name, v in values.items()}
 
     def step() -> list[Tensor]:
+        # New leaves each time: where gradients of a leaf are added up is remembered with the stream of its first use.
+        leaves = {name: v.detach().requires_grad_() for name, v in values.items()}
         first = [leaves[name] for name in NAMES[:-1]]
         y, final = ssd_scan(*first, initial_state_BHPN=leaves["S"], seq_idx_BT=seq_idx_BT)
         return [y, final, *torch.autograd.grad(y.float().square().mean() + final.mean(), list(leaves.values()))]

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from mambify.errors import InvalidOptionError
-from mambify.ops.linear_logprob import linear_logprob
+from mambify.ops.backends import HAS_TRITON
+from mambify.ops.linear_logprob import linear_logprob, reference
 
-BACKENDS = ["reference"]
+if HAS_TRITON:
+    from mambify.ops.linear_logprob import triton as kernels
+
+if TYPE_CHECKING:
+    from mambify.families.load import LoadedModel
+
+BACKENDS = ["reference", pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"))]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # NaN in every allocation comes with PyTorch's deterministic mode, which warns of scatter_add and cuBLAS on a GPU.
 pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")
@@ -102,14 +109,76 @@ def test_nothing_asked_for(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("wanted", [True, False])
-def test_without_a_gradient_only_values_are_made(backend: str, wanted: bool) -> None:
+@pytest.mark.parametrize(("trained", "recorded"), [(True, True), (True, False), (False, True)])
+def test_a_gradient_is_made_only_where_wanted(
+    backend: str, trained: bool, recorded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = reference if backend == "reference" else kernels
+    inner, asked = module.logp_of_logits, []
+
+    def spy(*args: Any, **options: Any) -> Any:
+        asked.append(options["gradient"])
+        return inner(*args, **options)
+
+    monkeypatch.setattr(module, "logp_of_logits", spy)
     given = inputs()
-    hidden = given.hidden.requires_grad_(wanted)
-    with torch.set_grad_enabled(not wanted):
-        logp = linear_logprob(hidden, given.head, given.labels, backend=backend)
-    assert not logp.requires_grad
-    close((logp,) * 2, (oracle(given)[0],) * 2, 3e-6)
+    with torch.set_grad_enabled(recorded):
+        logp = linear_logprob(given.hidden.requires_grad_(trained), given.head, given.labels, backend=backend)
+    assert logp.requires_grad == (trained and recorded)
+    assert asked == [torch.float32 if trained and recorded else None]
+    torch.testing.assert_close(logp.detach().double(), oracle(given)[0], rtol=1e-6, atol=1e-6)
+
+
+def logp_of_logits(backend: str) -> Any:
+    return (reference if backend == "reference" else kernels).logp_of_logits
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_of_any_size_and_order(backend: str) -> None:
+    """Sums are kept relative to the largest logit so far, which here is met first, last, or far from all others."""
+    rising = torch.linspace(-300, 300, 8197)
+    spike = torch.zeros(8197)
+    spike[8196] = 1e4
+    logits = torch.stack([rising, rising.flip(0), spike, rising + 3e4, spike, torch.full((8197,), -2e4)])
+    labels = torch.tensor([5, 8196, 0, 8196, 8196, 8196])
+    expected, wanted = reference.logp_of_logits(logits.double(), labels, IGNORE, gradient=torch.float64)
+    found, grad = logp_of_logits(backend)(logits.clone().to(DEVICE), labels.to(DEVICE), IGNORE, gradient=torch.float32)
+    torch.testing.assert_close(found.cpu().double(), expected, rtol=2e-6, atol=5e-3)  # 3e4 has a last bit of 2e-3
+    torch.testing.assert_close(grad.cpu().double(), wanted, rtol=3e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("vocabulary", [1003, 5003])
+@pytest.mark.parametrize("gradient", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_kernel_in_other_dtypes(dtype: torch.dtype, gradient: torch.dtype, vocabulary: int) -> None:
+    """Rows are of a wider buffer, whose other columns are neither read nor written."""
+    wide = (4 * torch.randn(5, vocabulary + 21, device=DEVICE)).to(dtype)
+    wide[:, vocabulary:] = torch.nan
+    logits = wide[:, :vocabulary]
+    labels = torch.tensor([0, vocabulary - 1, IGNORE, 7, 500], device=DEVICE)
+    expected, wanted = reference.logp_of_logits(logits.double(), labels, IGNORE, gradient=torch.float64)
+    found, grad = kernels.logp_of_logits(logits, labels, IGNORE, gradient=gradient)
+    torch.testing.assert_close(found.double(), expected, rtol=3e-6, atol=3e-6)
+    assert grad is not None and grad.dtype == gradient
+    assert (grad.data_ptr() == wide.data_ptr()) == (dtype == gradient)
+    assert wide[:, vocabulary:].isnan().all()
+    # a last bit, since Triton's interpreter rounds bfloat16 towards zero; float16 has no numbers between 0 and 6e-8
+    torch.testing.assert_close(grad.double(), wanted, rtol=max(torch.finfo(gradient).eps, 3e-6), atol=1e-7)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("label", [-1, 29, 10**12])
+def test_a_label_beyond_the_vocabulary_is_not_passed_over(label: int) -> None:
+    given = inputs()
+    given.labels[3] = label
+    logp = linear_logprob(*given[:3], backend="triton")
+    assert logp.isnan().nonzero().flatten().tolist() == [3]
+
+
+def test_float64_has_no_kernel() -> None:
+    with pytest.raises(InvalidOptionError, match="backend"):
+        linear_logprob(*inputs().to(torch.float64)[:3], backend="triton")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -142,6 +211,18 @@ def test_under_autocast(backend: str) -> None:
     for value, wanted in zip(rounded, exact, strict=True):
         assert value.dtype == torch.float32
         assert 1e-5 < (value - wanted).norm() / wanted.norm() < 0.03
+
+
+def test_a_real_model_finds_text_as_likely_as_its_logits_say(smollm2: LoadedModel) -> None:
+    tokens = smollm2.tokenizer("The capital of France is Paris, and that of Italy is Rome.", return_tensors="pt")
+    ids = tokens["input_ids"]
+    with torch.no_grad():
+        logits = smollm2.model(ids).logits[0, :-1].double()
+        hidden = smollm2.model.model(ids).last_hidden_state[0, :-1]
+    found = linear_logprob(hidden, smollm2.model.lm_head.weight.detach(), ids[0, 1:], chunk_size=4)
+    expected = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    torch.testing.assert_close(found.double(), expected, rtol=0.0, atol=1e-4)
+    assert -4.0 < found.mean() < -1.0
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,10 +23,12 @@ from transformers.models.mamba2.modeling_mamba2 import (
 )
 
 from mambify.bench.peers import peer
+from mambify.ops.add_norm import add_norm
 from mambify.ops.causal_conv import causal_conv, causal_conv_step
 from mambify.ops.draw import draw_tokens
 from mambify.ops.gated_norm import gated_rms_norm
 from mambify.ops.linear_kl import linear_kl
+from mambify.ops.linear_logprob import linear_logprob
 from mambify.ops.rope import rotate
 from mambify.ops.selective_scan import selective_scan, selective_scan_step
 from mambify.ops.ssd import ssd_scan, ssd_step
@@ -61,6 +64,9 @@ class Case:
         peers: name → a function that gives the same output, or one that raises PeerMissingError.
         trained: inputs that get gradients; ``None`` for all.
         step: one token of decoding, which has no backward pass.
+        exact: ours must give what the reference gives, to the bit.
+        layouts: of a peer that wants its inputs laid out in another way: name → how; not part of its time.
+        unrecorded: peers that wait for the device, so that no CUDA graph can be made of them; timed as they are called.
     """
 
     operation: str
@@ -70,7 +76,13 @@ class Case:
     peers: Mapping[str, Operation]
     trained: tuple[str, ...] | None = None
     step: bool = False
-    exact: bool = field(default=False)
+    exact: bool = False
+    unrecorded: tuple[str, ...] = ()
+    layouts: Mapping[str, Callable[[Inputs], Inputs]] = field(default_factory=dict)
+
+    def inputs_of(self, name: str) -> Inputs:
+        """The inputs as the peer of this name takes them."""
+        return self.layouts[name](self.inputs) if name in self.layouts else self.inputs
 
 
 _8B = {"D": 4096, "F": 14_336, "V": 128_256}
@@ -210,6 +222,28 @@ def _norm(s: Shape, random: Random) -> Case:
     return Case("gated_rms_norm", f"B={s.B} T={s.T} H={s.H} P={s.P}", inputs, ours, peers)
 
 
+def _add_norm(s: Shape, random: Random) -> Case:
+    inputs = {"stream": random(s.B, s.T, s.D), "x": random(s.B, s.T, s.D), "weight": random(s.D)}
+
+    def ours(i: Inputs, backend: str) -> Tensor:
+        normed, total = add_norm(i["stream"], i["x"], i["weight"], _EPS, backend=backend)
+        return normed + total  # one output, by which both get a gradient
+
+    def plain(i: Inputs) -> Tensor:
+        total = i["stream"] + i["x"]
+        return F.rms_norm(total, (s.D,), i["weight"], _EPS) + total
+
+    def liger(i: Inputs) -> Tensor:
+        norm = peer("liger_kernel.transformers.functional", "liger_fused_add_rms_norm")
+        # Theirs writes a gradient over the one that comes in unless told not to.
+        normed, total = norm(i["x"], i["stream"], i["weight"], _EPS, in_place=False)
+        both: Tensor = normed + total
+        return both
+
+    peers = {"torch": plain} | ({"liger": liger} if inputs["x"].is_cuda else {})
+    return Case("add_norm", f"B={s.B} T={s.T} D={s.D}", inputs, ours, peers)
+
+
 def _selective(s: Shape, random: Random) -> Case:
     J, M = s.H * s.P // _SUBHEAD, _SUBHEAD
     T = s.T if random(1).is_cuda else s.T // 4  # the time of transformers' backward pass grows with the square of T
@@ -231,15 +265,20 @@ def _selective(s: Shape, random: Random) -> Case:
         y: Tensor = mamba_selective_scan(x, dt, i["A"], B, C, i["D"]).unflatten(0, (s.B, J)).permute(0, 3, 1, 2)
         return y
 
+    def time_last(i: Inputs) -> Inputs:
+        x, dt = (i[name].to(i["x"].dtype).permute(0, 2, 3, 1).flatten(1, 2).contiguous() for name in ("x", "dt"))
+        B, C = (i[name].permute(0, 2, 3, 1).contiguous() for name in ("B", "C"))  # a group a sub-head
+        return {"x": x, "dt": dt, "A": i["A"].repeat(J, 1), "B": B, "C": C, "D": i["D"].repeat(J)}
+
     def mamba_ssm(i: Inputs) -> Tensor:
         scan = peer("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")
-        x, dt = (i[name].permute(0, 2, 3, 1).flatten(1, 2) for name in ("x", "dt"))  # channels of all sub-heads
-        B, C = (i[name].permute(0, 2, 3, 1) for name in ("B", "C"))  # a group a sub-head
-        y: Tensor = scan(x, dt.to(x.dtype), i["A"].repeat(J, 1), B, C, i["D"].repeat(J)).unflatten(1, (J, M))
+        y: Tensor = scan(i["x"], i["dt"], i["A"], i["B"], i["C"], i["D"]).unflatten(1, (J, M))
         return y.permute(0, 3, 1, 2)
 
-    peers = {"mamba-ssm": mamba_ssm} if inputs["x"].is_cuda else {"transformers": stock}
-    return Case("selective_scan", f"B={s.B} T={T} J={J} M={M}", inputs, ours, peers)
+    name = f"B={s.B} T={T} J={J} M={M}"
+    if not inputs["x"].is_cuda:
+        return Case("selective_scan", name, inputs, ours, {"transformers": stock})
+    return Case("selective_scan", name, inputs, ours, {"mamba-ssm": mamba_ssm}, layouts={"mamba-ssm": time_last})
 
 
 def _selective_step(s: Shape, random: Random) -> Case:
@@ -295,7 +334,7 @@ def _rope(s: Shape, random: Random) -> Case:
     return Case("rotate", f"B={s.B} T={s.T} H={s.H} P={s.P}", inputs, ours, {"transformers": stock})
 
 
-def _loss(s: Shape, random: Random) -> Case:
+def _kl(s: Shape, random: Random, *, reverse: bool = False) -> Case:
     M = min(s.B * s.T, 8192)
     head = random(s.V, s.D) / s.D**0.5
     teacher = random(M, s.D)
@@ -303,14 +342,49 @@ def _loss(s: Shape, random: Random) -> Case:
     labels = torch.zeros(M, dtype=torch.long, device=head.device)
 
     def ours(i: Inputs, backend: str) -> Tensor:
-        return linear_kl(i["student"], i["head"], i["teacher"], i["head"], labels, backend=backend).total / M
+        given = (i["student"], i["head"], i["teacher"], i["head"], labels)
+        parts = linear_kl(*given, kl_weight=not reverse, reverse_kl_weight=reverse, backend=backend)
+        return parts.total / M
 
     def plain(i: Inputs) -> Tensor:
         log_p, log_q = ((i[name] @ i["head"].T).float().log_softmax(-1) for name in ("student", "teacher"))
-        loss: Tensor = F.kl_div(log_p, log_q, log_target=True, reduction="batchmean")
+        pair = (log_q, log_p) if reverse else (log_p, log_q)
+        loss: Tensor = F.kl_div(*pair, log_target=True, reduction="batchmean")
         return loss
 
-    return Case("linear_kl", f"M={M} D={s.D} V={s.V}", inputs, ours, {"torch": plain}, trained=("student",))
+    def liger(i: Inputs) -> Tensor:
+        divergence = peer("liger_kernel.transformers.functional", "liger_fused_linear_jsd")
+        # Jensen-Shannon's limits: 0 is KL(teacher ‖ student), 1 is KL(student ‖ teacher).
+        loss: Tensor = divergence(i["student"], i["head"], i["teacher"], i["head"], jsd_beta=float(reverse))
+        return loss
+
+    name = "linear_kl_reverse" if reverse else "linear_kl"
+    peers = {"torch": plain} | ({"liger": liger} if head.is_cuda else {})
+    return Case(name, f"M={M} D={s.D} V={s.V}", inputs, ours, peers, trained=("student",))
+
+
+def _logprob(s: Shape, random: Random) -> Case:
+    N = min(s.B * s.T, 8192)
+    inputs = {"hidden": random(N, s.D), "head": random(s.V, s.D) / s.D**0.5}
+    labels = torch.arange(N, device=inputs["head"].device) * 7 % s.V
+
+    def ours(i: Inputs, backend: str) -> Tensor:
+        return linear_logprob(i["hidden"], i["head"], labels, backend=backend).mean()
+
+    def plain(i: Inputs) -> Tensor:
+        return -F.cross_entropy((i["hidden"] @ i["head"].T).float(), labels)
+
+    def liger(i: Inputs) -> Tensor:
+        loss: Tensor = peer("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")(
+            i["hidden"], i["head"], labels
+        )
+        return -loss
+
+    shape = f"N={N} D={s.D} V={s.V}"
+    if not inputs["head"].is_cuda:
+        return Case("linear_logprob", shape, inputs, ours, {"torch": plain}, trained=("hidden",))
+    peers = {"torch": plain, "liger": liger}
+    return Case("linear_logprob", shape, inputs, ours, peers, trained=("hidden",), unrecorded=("liger",))
 
 
 def _draw(s: Shape, random: Random) -> Case:
@@ -336,8 +410,11 @@ MAKERS: dict[str, Callable[[Shape, Random], Case]] = {
     "causal_conv": _conv,
     "causal_conv_step": _conv_step,
     "gated_rms_norm": _norm,
+    "add_norm": _add_norm,
     "swiglu": _swiglu,
     "rotate": _rope,
-    "linear_kl": _loss,
+    "linear_kl": _kl,
+    "linear_kl_reverse": partial(_kl, reverse=True),
+    "linear_logprob": _logprob,
     "draw_tokens": _draw,
 }

@@ -2,12 +2,13 @@
 
 A kernel is first held against the reference in float32, outputs and every gradient; one that is off is reported as
 such, without a time. On a GPU times are those of a recorded CUDA graph: what the device takes, without what launching
-costs.
+costs; others' code that waits for the device and cannot be recorded is timed as it is called.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from rich.box import SIMPLE
 from rich.table import Table
 from torch import Tensor
 
-from mambify.bench.cases import MAKERS, SCANS, SHAPES, Case, Operation
-from mambify.bench.clock import device_seconds_of
+from mambify.bench.cases import MAKERS, SCANS, SHAPES, Case, Inputs, Operation
+from mambify.bench.clock import device_seconds_of, seconds_of
 from mambify.bench.peers import PeerMissingError
 from mambify.evaluate.report.quantities import significant
 
@@ -97,22 +98,29 @@ def _rows(case: Case, device: str, dtype: torch.dtype) -> Iterator[dict[str, Any
 
         ones = torch.ones_like(output)
 
-        def timed(operation: Operation, name: str = name, ones: Tensor = ones) -> float:
-            return 1e3 * device_seconds_of(lambda: _pass(operation, case, name, ones), device)
+        def timed(
+            operation: Operation, inputs: Inputs, recorded: bool = True, name: str = name, ones: Tensor = ones
+        ) -> float:
+            clock, there = device_seconds_of if recorded else seconds_of, replace(case, inputs=inputs)
+            return 1e3 * clock(lambda: _pass(operation, there, name, ones), device)
 
         others: dict[str, dict[str, Any]] = {}
         for other, operation in case.peers.items():
             try:
+                inputs = case.inputs_of(other)
                 with torch.no_grad():
-                    theirs = operation(case.inputs)
-                others[other] = {"difference": _difference(theirs, output), "ms": timed(operation)}
+                    theirs = operation(inputs)
+                others[other] = {
+                    "difference": _difference(theirs, output),
+                    "ms": timed(operation, inputs, other not in case.unrecorded),
+                }
             except PeerMissingError as missing:
                 others[other] = {"missing": str(missing)}
             except Exception as failure:  # theirs, whatever it is: it stands in the result in place of a time
                 others[other] = {"failed": f"{type(failure).__name__}: {failure}"}
         yield facts | {
             "pass": name,
-            "ms": timed(lambda inputs: case.ours(inputs, "auto")),
+            "ms": timed(lambda inputs: case.ours(inputs, "auto"), case.inputs),
             "bytes": size,
             "difference": error,
             "peers": others,
@@ -138,7 +146,7 @@ def gradients(operation: Operation, case: Case, ones: Tensor | None = None) -> t
 def largest_difference(case: Case, dtype: torch.dtype) -> float:
     """Between ours and the reference in float32, over outputs and gradients, relative to the largest value of each."""
     exact = {k: v.float() if v.dtype == dtype else v for k, v in case.inputs.items()}
-    single = Case(case.operation, case.shape, exact, case.ours, {}, case.trained, case.step)
+    single = replace(case, inputs=exact)
     with torch.no_grad():
         pairs = [(case.ours(case.inputs, "auto"), case.ours(exact, "reference"))]
     if case.exact:

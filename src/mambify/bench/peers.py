@@ -1,9 +1,8 @@
 """Other people's code for the same operations, where it is installed.
 
 None of it is a dependency: ``pip install fla-core`` brings flash-linear-attention's kernels, ``mamba-ssm`` those of
-the Mamba
-authors (its CUDA extension is compiled on the spot), ``liger-kernel`` Liger's. What cannot be imported is named with
-the reason beside the figures.
+the Mamba authors (its CUDA extension is compiled on the spot), ``liger-kernel`` Liger's. What cannot be imported is
+named with the reason beside the figures.
 """
 
 from __future__ import annotations

@@ -4,7 +4,10 @@ ops.ssd               Mamba2's scan: one scalar decay a head
 ops.selective_scan    Mamba1's scan: one decay a channel and state entry
 ops.causal_conv       the short depthwise convolution before either scan
 ops.gated_norm        the per-head RMSNorm of a gated output after Mamba2's scan
+ops.add_norm          a sublayer's output added to the stream, and the norm that follows, in one
 ops.linear_kl         the loss of a student against a teacher through the output heads, logits never held whole
+ops.linear_logprob    log-probabilities of labels through the output head, logits never held whole either
+ops.head_chunks       what these two share: products with an output head, a chunk of positions at a time
 ops.squared_error     the loss of alignment
 ops.swiglu            the gated activation of an MLP
 ops.rope              rotary position embedding

@@ -70,7 +70,7 @@ class _CausalConv(torch.autograd.Function):
             x_BTC, weight_CK, bias_C, initial_BCL, seq_idx_BT, y_BTC, final_BCL,
             tokens, channels, x_BTC.stride(0), *weight_CK.stride(), *_strides(initial_BCL, 3), *_strides(seq_idx_BT, 2),
             X_TOKEN=x_BTC.stride(1), K=width, SILU=silu, ROWS=_ROWS, TOKENS=stretch, UNROLL=16 if stretch == 16 else 8,
-            BLOCK_C=_BLOCK_C, num_warps=_ROWS,
+            BLOCK_C=_BLOCK_C, WHOLE=_whole(tokens, channels, stretch), num_warps=_ROWS,
         )  # fmt: skip
         ctx.save_for_backward(x_BTC, weight_CK, bias_C, initial_BCL, seq_idx_BT)
         ctx.silu = silu
@@ -97,7 +97,7 @@ class _CausalConv(torch.autograd.Function):
             tokens, channels, x_BTC.stride(0), *weight_CK.stride(), *_strides(initial_BCL, 3), *_strides(seq_idx_BT, 2),
             dy_BTC.stride(0), *_strides(dfinal_BCL, 3),
             X_TOKEN=x_BTC.stride(1), DY_TOKEN=dy_BTC.stride(1), K=width, SILU=ctx.silu, ROWS=_ROWS, TOKENS=stretch,
-            UNROLL=8, BLOCK_C=_BLOCK_C, num_warps=_ROWS,
+            UNROLL=8, BLOCK_C=_BLOCK_C, WHOLE=_whole(tokens, channels, stretch), num_warps=_ROWS,
         )  # fmt: skip
         dweight_CK = dbias_C = None
         if partial is not None:
@@ -128,6 +128,11 @@ def _stretch(batch: int, tokens: int, channels: int) -> int:
     return 16
 
 
+def _whole(tokens: int, channels: int, stretch: int) -> bool:
+    """Whether every program has all of its tokens and channels, so that nothing needs a mask."""
+    return tokens % (_ROWS * stretch) == 0 and channels % _BLOCK_C == 0
+
+
 def _grid(batch: int, tokens: int, channels: int, stretch: int) -> tuple[int, int]:
     """Channel blocks come first: programs that run together read neighbouring memory."""
     return triton.cdiv(channels, _BLOCK_C) * triton.cdiv(tokens, _ROWS * stretch), batch
@@ -138,7 +143,7 @@ def _forward(
     x_ptr, weight_ptr, bias_ptr, initial_ptr, seq_ptr, y_ptr, final_ptr,
     T, C, x_batch, weight_c, weight_k, initial_batch, initial_c, initial_l, seq_batch, seq_t,
     X_TOKEN: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, UNROLL: tl.constexpr, BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, UNROLL: tl.constexpr, BLOCK_C: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     block, channel, first, here = _place(C, ROWS, TOKENS, BLOCK_C)
     batch = tl.program_id(1).to(tl.int64)
@@ -155,7 +160,7 @@ def _forward(
     x_rows = _rows(x_ptr, first, channel, X_TOKEN)
     y_rows = _rows(y_ptr, first, channel, C)
     for begin in range(0, TOKENS, UNROLL):
-        xs = _load_tokens(x_rows, first + begin, here, T, X_TOKEN, UNROLL)
+        xs = _load_tokens(x_rows, first + begin, here, T, X_TOKEN, UNROLL, WHOLE)
         if seq_ptr is not None:
             starts = _more_starts(starts, seq_ptr, first + begin, seq_t, T, K, UNROLL)
         for i in tl.static_range(UNROLL):
@@ -166,7 +171,11 @@ def _forward(
             total = _sum_taps(window, taps, bias, K)
             if SILU:
                 total = total * tl.sigmoid(total)
-            tl.store(y_rows + i * C, total.to(y_ptr.dtype.element_ty), mask=(token < T)[:, None] & here)
+            y = total.to(y_ptr.dtype.element_ty)
+            if WHOLE:
+                tl.store(y_rows + i * C, y)
+            else:
+                tl.store(y_rows + i * C, y, mask=(token < T)[:, None] & here)
             window = window[1:]
         starts >>= UNROLL
         x_rows += UNROLL * X_TOKEN
@@ -184,7 +193,7 @@ def _backward(
     T, C, x_batch, weight_c, weight_k, initial_batch, initial_c, initial_l, seq_batch, seq_t,
     dy_batch, dfinal_batch, dfinal_c, dfinal_l,
     X_TOKEN: tl.constexpr, DY_TOKEN: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, UNROLL: tl.constexpr, BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, UNROLL: tl.constexpr, BLOCK_C: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     block, channel, first, here = _place(C, ROWS, TOKENS, BLOCK_C)
     batch = tl.program_id(1).to(tl.int64)
@@ -211,14 +220,14 @@ def _backward(
         window, starts, pending, sums = _backward_tokens(
             x_rows, dy_rows, dx_ptr, dinitial_ptr, dfinal_ptr, seq_ptr, first, begin, channel, here, taps, bias,
             window, starts, pending, sums, T, C, dfinal_c, dfinal_l, seq_t, X_TOKEN, DY_TOKEN, K, SILU, UNROLL,
-            partial_ptr is not None,
+            partial_ptr is not None, WHOLE,
         )  # fmt: skip
         x_rows += UNROLL * X_TOKEN
         dy_rows += UNROLL * DY_TOKEN
     # The next stretch's first tokens complete the gradients of this one's last inputs.
     _backward_tokens(
         x_rows, dy_rows, dx_ptr, dinitial_ptr, dfinal_ptr, seq_ptr, first, TOKENS, channel, here, taps, bias,
-        window, starts, pending, sums, T, C, dfinal_c, dfinal_l, seq_t, X_TOKEN, DY_TOKEN, K, SILU, K - 1, False,
+        window, starts, pending, sums, T, C, dfinal_c, dfinal_l, seq_t, X_TOKEN, DY_TOKEN, K, SILU, K - 1, False, False,
     )  # fmt: skip
     if partial_ptr is not None:
         part = batch * tl.cdiv(T, ROWS * TOKENS) + block
@@ -232,11 +241,11 @@ def _backward_tokens(
     x_rows, dy_rows, dx_ptr, dinitial_ptr, dfinal_ptr, seq_ptr, first, begin, channel, here, taps, bias,
     window, starts, pending, sums, T, C, dfinal_c, dfinal_l, seq_t,
     X_TOKEN: tl.constexpr, DY_TOKEN: tl.constexpr, K: tl.constexpr, SILU: tl.constexpr, COUNT: tl.constexpr,
-    COUNTED: tl.constexpr,
+    COUNTED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """COUNT tokens of every stretch from ``begin`` on; COUNTED: they add to the gradients of taps and bias."""
-    xs = _load_tokens(x_rows, first + begin, here, T, X_TOKEN, COUNT)
-    dys = _load_tokens(dy_rows, first + begin, here, T, DY_TOKEN, COUNT)
+    xs = _load_tokens(x_rows, first + begin, here, T, X_TOKEN, COUNT, WHOLE)
+    dys = _load_tokens(dy_rows, first + begin, here, T, DY_TOKEN, COUNT, WHOLE)
     if seq_ptr is not None:
         starts = _more_starts(starts, seq_ptr, first + begin, seq_t, T, K, COUNT)
     dx_rows = _rows(dx_ptr, first + (begin - (K - 1)), channel, C)
@@ -273,8 +282,12 @@ def _backward_tokens(
             place = dfinal_ptr + channel[None, :] * dfinal_c + kept[:, None] * dfinal_l
             dx += tl.load(place, mask=carried[:, None] & here, other=0.0).to(tl.float32)
         # An input before the first token is the initial state's; before any other stretch, the previous stretch's.
-        own_input = (begin + i >= K - 1) & (source < T)
-        tl.store(dx_rows + i * C, dx.to(dx_ptr.dtype.element_ty), mask=own_input[:, None] & here)
+        dx_here = dx.to(dx_ptr.dtype.element_ty)
+        if WHOLE and i >= K - 1:
+            tl.store(dx_rows + i * C, dx_here)
+        else:
+            own_input = (begin + i >= K - 1) & (source < T)
+            tl.store(dx_rows + i * C, dx_here, mask=own_input[:, None] & here)
         if dinitial_ptr is not None:
             place = dinitial_ptr + channel[None, :] * (K - 1) + token[:, None]
             tl.store(place, dx.to(dinitial_ptr.dtype.element_ty), mask=(source < 0)[:, None] & here)
@@ -308,11 +321,14 @@ def _zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _load_tokens(rows, token, here, T, STRIDE: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT tokens of each stretch from ``token`` [R] on, zero from T on."""
+def _load_tokens(rows, token, here, T, STRIDE: tl.constexpr, COUNT: tl.constexpr, WHOLE: tl.constexpr):
+    """COUNT tokens of each stretch from ``token`` [R] on, zero from T on; WHOLE: all of them are there."""
     loaded = ()
     for i in tl.static_range(COUNT):
-        loaded += (tl.load(rows + i * STRIDE, mask=(token + i < T)[:, None] & here, other=0.0),)
+        if WHOLE:
+            loaded += (tl.load(rows + i * STRIDE),)
+        else:
+            loaded += (tl.load(rows + i * STRIDE, mask=(token + i < T)[:, None] & here, other=0.0),)
     return loaded
 
 

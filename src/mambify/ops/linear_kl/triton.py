@@ -102,7 +102,7 @@ def _load(
 
 
 @triton.jit
-def _meet(x, top, minus_scale):
+def meet(x, top, minus_scale):
     """Factors for what a lane has summed so far and for the new term, both relative to the larger of ``top`` and ``x``.
 
     One of the two is 1, so that one exponential does for both.
@@ -121,18 +121,18 @@ def _add_block(
     t_top, t_sum, t_at, t_gap_sum, s_top, s_sum, s_at, s_gap_sum, s_sum1 = sums
     student, teacher, gap = _load(student_ptr, teacher_ptr, block, V, DIFFERENCE, MASKED, BLOCK)
 
-    past, present = _meet(teacher, t_top, minus_scale)
+    past, present = meet(teacher, t_top, minus_scale)
     t_sum = t_sum * past + present
     t_gap_sum = t_gap_sum * past + present * gap
     t_at = tl.where(teacher > t_top, block, t_at)
     t_top = tl.maximum(t_top, teacher)
 
-    past, present = _meet(student, s_top, minus_scale)
+    past, present = meet(student, s_top, minus_scale)
     s_sum = s_sum * past + present
     if REVERSE:
         s_gap_sum = s_gap_sum * past + present * gap
     if BOTH:
-        past, present = _meet(student, s_top, -LOG2E)
+        past, present = meet(student, s_top, -LOG2E)
         s_sum1 = s_sum1 * past + present
     s_at = tl.where(student > s_top, block, s_at)
     s_top = tl.maximum(s_top, student)

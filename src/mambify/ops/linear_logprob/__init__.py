@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from mambify.errors import InvalidOptionError
-from mambify.ops.backends import check_chunk_size, check_shape, pick_backend
+from mambify.ops.backends import HAS_TRITON, backends_on, check_chunk_size, check_shape, pick_backend
 from mambify.ops.head_chunks import compute_dtype, default_chunk_size
 from mambify.ops.linear_logprob import reference
 from mambify.ops.linear_logprob.chunks import Plan, logp_of_positions
+
+if HAS_TRITON:
+    from mambify.ops.linear_logprob import triton as kernels
 
 __all__ = ["linear_logprob"]
 
@@ -41,7 +44,7 @@ def linear_logprob(
         labels_N: the token whose probability is asked for at each position.
         chunk_size: positions worked on at once; by default what keeps the logits within 256 MiB on a GPU, and within
             2²⁴ numbers on a CPU.
-        backend: "auto" or "reference".
+        backend: "auto", "reference" or "triton" (no float64).
 
     Raises:
         InvalidOptionError: unknown backend, a chunk size below 1, or a head that wants a gradient.
@@ -57,6 +60,12 @@ def linear_logprob(
     if chunk_size is None:
         chunk_size = default_chunk_size(positions, vocabulary, exact, hidden_ND.device)
     check_chunk_size("linear_logprob", chunk_size)
-    pick_backend("linear_logprob", backend, ("reference",))
-    plan = Plan(reference.logp_of_logits, compute, exact, ignore_index, chunk_size)
+    chosen = pick_backend("linear_logprob", backend, backends_on(hidden_ND.device, supported=exact == torch.float32))
+    plan = Plan(
+        logp_of_logits=reference.logp_of_logits if chosen == "reference" else kernels.logp_of_logits,
+        compute=compute,
+        exact=exact,
+        ignore_index=ignore_index,
+        chunk_size=chunk_size,
+    )
     return logp_of_positions(plan, hidden_ND, head_weight_VD, labels_N)
