@@ -1,7 +1,8 @@
-"""``mambify evaluate``: perplexity of a model and, beside its teacher, KL divergence and top-1 agreement."""
+"""``mambify evaluate``: perplexity, tasks, and beside a teacher KL divergence, agreement and paired differences."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,14 +18,19 @@ from mambify.cli.console import (
     require_writable_file,
     stdout,
 )
-from mambify.errors import UnknownSourceError, UsageError
+from mambify.errors import InvalidOptionError, UnknownSourceError, UsageError
 from mambify.io import write_json
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-EXAMPLE = "mambify evaluate runs/probe/student --teacher smollm2 --data data/smollm2 --text book.txt"
+    from mambify.evaluate.tasks import TaskSet
+    from mambify.families.load import LoadedModel
+
+EXAMPLE = "mambify evaluate runs/probe/student --teacher smollm2 --text book.txt --tasks arc_easy,piqa"
 _STDOUT = Path("-")
+_BLOCKS = 8
 
 
 def evaluate(
@@ -34,69 +40,162 @@ def evaluate(
     data: Annotated[list[Path] | None, typer.Option(help="Synthesized text: its held-out side.")] = None,
     context_length: Annotated[int, typer.Option(help="Tokens of a block; the first of each is only context.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(help="Of each text at most about so many tokens.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Blocks in a forward pass.")] = 8,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, by name: arc_easy,piqa,openbookqa.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Read the tasks' questions from jsonl files here.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Of each task only so many questions.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Worked examples in a prompt; else the task's own.")
+    ] = None,
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="Ask tasks in the chat template.")] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Blocks, or choices of tasks, in a forward pass; else 8, or as many as fit.")
+    ] = None,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file as JSON; - is stdout.")] = None,
 ) -> None:
-    """Measure a model on held-out text, alone or beside a teacher.
+    """Measure a model on held-out text or on tasks, alone or beside a teacher.
 
-    Perplexity; with --teacher also the KL divergence to it and how often the likeliest tokens agree.
-    Each figure comes with a 95% bootstrap interval over blocks of text.
+    On text: perplexity; with --teacher also the KL divergence to it and how often the likeliest tokens agree.
+    On tasks: accuracies; with --teacher also the differences, question by question.
+    Each figure comes with a 95% bootstrap interval, over blocks of text or over questions.
     """
     sources = _sources(text or [], data or [])
+    names = _task_names(tasks, data_dir=data_dir, limit=limit, num_fewshot=num_fewshot, chat_template=chat_template)
+    if not sources and not names:
+        raise UsageError("nothing to evaluate on: give --text FILE, --data DIR or --tasks NAMES")
     if json is not None and json != _STDOUT:
         require_writable_file(json)
     quiet = json == _STDOUT
+    os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; tqdm looks at this when it is first imported
     quiet_libraries()
-    from mambify.evaluate import compare, comparison_table, read_blocks
+    from mambify.evaluate import read_blocks
     from mambify.families.load import as_dtype, load, load_config, load_tokenizer
 
     as_dtype(dtype)
     place = options.pick_device(device)
     load_config(model)
-    tokenizer = _shared_tokenizer(load_tokenizer(model), None if teacher is None else load_tokenizer(teacher))
-    # Texts before models: what cannot be read is known before any weight is loaded.
-    blocks = {
-        name: read_blocks(path, tokenizer, context_length=context_length, max_tokens=max_tokens)
-        for name, path in sources.items()
-    }
+    own, teachers = load_tokenizer(model), None if teacher is None else load_tokenizer(teacher)
     announce = announcer(quiet=quiet)
+    # Texts and questions before models: what cannot be read is known before any weight is loaded.
+    blocks = {}
+    if sources:
+        shared = _shared_tokenizer(own, teachers)
+        blocks = {
+            name: read_blocks(path, shared, context_length=context_length, max_tokens=max_tokens)
+            for name, path in sources.items()
+        }
+    questions = None
+    if names:
+        if own is None and teachers is None:
+            raise UnknownSourceError("the model has no tokenizer, and the questions must be tokenized")
+        from mambify.evaluate.tasks import load_tasks
+
+        announce("loading tasks")
+        questions = load_tasks(names, data_dir=data_dir, num_fewshot=num_fewshot)
     announce(f"loading {model}")
-    student = load(model, dtype=dtype, device=place)
+    student = load(model, dtype=dtype, device=place, with_tokenizer=False)
     reference = None
     if teacher is not None:
         announce(f"loading {teacher}")
-        reference = load(teacher, dtype=dtype, device=place)
-    with progress_bar(quiet=quiet) as progress:
-        tasks = {name: progress.add_task(name, total=len(blocks[name]), note="blocks") for name in blocks}
-        result: dict[str, Any] = compare(
-            student.model,
-            None if reference is None else reference.model,
-            blocks,
-            context_length=context_length,
+        reference = load(teacher, dtype=dtype, device=place, with_tokenizer=False)
+    result: dict[str, Any] = {"model": model, "teacher": teacher}
+    if blocks:
+        result |= _on_text(student, reference, blocks, context_length, batch_size or _BLOCKS, quiet=quiet)
+    if questions is not None:
+        tokenizers = own or teachers, teachers or own
+        result |= _on_tasks(
+            student,
+            reference,
+            questions,
+            tokenizers,
+            limit,
+            chat_template=chat_template,
             batch_size=batch_size,
-            progress=lambda name, done, total: progress.update(tasks[name], completed=done, total=total),
+            quiet=quiet,
         )
-    result = {"model": model, "teacher": teacher} | result
     if quiet:
         print_json(result)
         return
-    print_table(comparison_table(result))
+    _print(result)
     if json is not None:
         write_json(json, result)
         stdout().print(f"figures written to {json}", markup=False)
+
+
+def _on_text(
+    student: LoadedModel,
+    teacher: LoadedModel | None,
+    blocks: dict[str, list[Tensor]],
+    context_length: int,
+    batch_size: int,
+    *,
+    quiet: bool,
+) -> dict[str, Any]:
+    from mambify.evaluate import compare
+
+    with progress_bar(quiet=quiet) as progress:
+        bars = {name: progress.add_task(name, total=len(blocks[name]), note="blocks") for name in blocks}
+        return compare(
+            student.model,
+            None if teacher is None else teacher.model,
+            blocks,
+            context_length=context_length,
+            batch_size=batch_size,
+            progress=lambda name, done, total: progress.update(bars[name], completed=done, total=total),
+        )
+
+
+def _on_tasks(
+    student: LoadedModel,
+    teacher: LoadedModel | None,
+    questions: TaskSet,
+    tokenizers: tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase | None],
+    limit: int | None,
+    *,
+    chat_template: bool,
+    batch_size: int | None,
+    quiet: bool,
+) -> dict[str, Any]:
+    from mambify.evaluate.tasks import compare_on_tasks
+
+    own, teachers = tokenizers
+    assert own is not None
+    with progress_bar(quiet=quiet) as progress:
+        roles = ["student"] if teacher is None else ["teacher", "student"]
+        bars = {role: progress.add_task(role, total=None, note="") for role in roles}
+        return compare_on_tasks(
+            student.model,
+            None if teacher is None else teacher.model,
+            questions,
+            tokenizer=own,
+            teacher_tokenizer=teachers,
+            limit=limit,
+            chat_template=chat_template,
+            batch_size=batch_size,
+            progress=lambda role, what, done, total: progress.update(
+                bars[role], completed=done, total=total, note=what
+            ),
+        )
+
+
+def _print(result: dict[str, Any]) -> None:
+    if "sources" in result:
+        from mambify.evaluate import comparison_table
+
+        print_table(comparison_table(result))
+    if "tasks" in result:
+        from mambify.evaluate.tasks import task_table
+
+        print_table(task_table(result))
 
 
 def _sources(texts: list[Path], directories: list[Path]) -> dict[str, Path]:
     """Name → path of every text; the name is the path as it was given.
 
     Raises:
-        UsageError: there is none.
         UnknownSourceError: one that is not there.
     """
-    if not texts and not directories:
-        raise UsageError("nothing to evaluate on: give --text FILE or --data DIR")
     for path in texts:
         if not path.is_file():
             raise UnknownSourceError(f"no text file {path}")
@@ -104,6 +203,23 @@ def _sources(texts: list[Path], directories: list[Path]) -> dict[str, Path]:
         if not path.is_dir():
             raise UnknownSourceError(f"no directory {path}: --data takes one that `mambify synthesize` wrote")
     return {str(path): path for path in (*directories, *texts)}
+
+
+def _task_names(tasks: str | None, **only_for_tasks: object) -> list[str]:
+    """``"arc_easy,piqa"`` → its names.
+
+    Raises:
+        InvalidOptionError: an empty name, or an option that says nothing without tasks.
+    """
+    if tasks is None:
+        for name, value in only_for_tasks.items():
+            if value not in (None, False):
+                raise InvalidOptionError(f"--{name.replace('_', '-')} is for tasks: give --tasks NAMES too")
+        return []
+    names = [name.strip() for name in tasks.split(",")]
+    if not all(names):
+        raise InvalidOptionError(f"'{tasks}' is no list of tasks: write it like arc_easy,piqa")
+    return names
 
 
 def _shared_tokenizer(

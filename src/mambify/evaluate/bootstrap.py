@@ -6,7 +6,7 @@ computed from the same blocks, which keeps differences and ratios between two mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +40,18 @@ def bootstrap(
         resamples: R.
         seed: Of the resampling.
     """
+    totals_RQ = resampled_totals(sums_NQ, resamples, seed)
+    estimates = {}
+    for name, statistic in statistics.items():
+        # A resample may hold no counted token at all when blocks are few and masked: it says nothing.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            low, high = np.nanquantile(statistic(totals_RQ), [0.025, 0.975], method="nearest")
+        estimates[name] = Estimate(float(statistic(sums_NQ.sum(0))), float(low), float(high))
+    return estimates
+
+
+def resampled_totals(sums_NQ: Array, resamples: int, seed: int | Sequence[int]) -> Array:
+    """Totals over N blocks drawn with replacement, ``[R, Q]``; one seed and one N give the same draws."""
     num_blocks = len(sums_NQ)
     infinite_NQ = np.isinf(sums_NQ)  # apart, because 0 draws of an infinite sum are 0 and not NaN
     finite_NQ = np.where(infinite_NQ, 0.0, sums_NQ)
@@ -52,11 +64,4 @@ def bootstrap(
         counts = random.multinomial(num_blocks, np.full(num_blocks, 1.0 / num_blocks), size=rows)
         totals.append(np.where(counts @ infinite_NQ > 0, np.inf, counts @ finite_NQ))
         remaining -= rows
-    totals_RQ = np.concatenate(totals)
-    estimates = {}
-    for name, statistic in statistics.items():
-        # A resample may hold no counted token at all when blocks are few and masked: it says nothing.
-        with np.errstate(divide="ignore", invalid="ignore"):
-            low, high = np.nanquantile(statistic(totals_RQ), [0.025, 0.975], method="nearest")
-        estimates[name] = Estimate(float(statistic(sums_NQ.sum(0))), float(low), float(high))
-    return estimates
+    return np.concatenate(totals)
