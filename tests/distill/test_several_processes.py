@@ -117,6 +117,7 @@ def runs(write_recipe: Callable[..., Path], tuning: dict[str, Any]) -> Runs:
         "mlps": {"sharded": True, "changes": {"stages": _kd_with_mlps()}},
         "tuned": {"sharded": False, "changes": tuning},
         "tuned-shards": {"sharded": True, "changes": tuning},
+        "written": {"sharded": False, "changes": tuning | {"stages": _on_policy()}},
         "half-shards": {"sharded": True, "changes": tuning | {"precision": "bfloat16"}},
         "two-then-one": {"sharded": False, "break_off": ["02-kd", 3]},
         "shards-then-one": {"sharded": True, "break_off": ["01-align", 5]},
@@ -142,6 +143,7 @@ def runs(write_recipe: Callable[..., Path], tuning: dict[str, Any]) -> Runs:
         ("one-accumulated", {"micro_batch": 2}),
         ("one-mlps", {"stages": _kd_with_mlps()}),
         ("one-tuned", tuning),
+        ("one-written", tuning | {"stages": _on_policy()}),
     ):
         distill(load_recipe(write_recipe(name, **changes)), device="cpu")
     return Runs(folder, outcomes, stdout)
@@ -161,6 +163,11 @@ def _launch(path: Path, script: list[dict[str, Any]]) -> tuple[list[list[dict[st
 def _kd_with_mlps() -> list[dict[str, Any]]:
     stage = {"tokens": 3 * SEQUENCES * CONTEXT, "batch_tokens": SEQUENCES * CONTEXT}
     return [{"kind": "kd", "mlp_learning_rate": 1e-4, "gradient_checkpointing": True, **stage}]
+
+
+def _on_policy() -> list[dict[str, Any]]:
+    stage = {"tokens": 4 * 4 * 64, "batch_tokens": 4 * 64, "tokens_per_round": 4 * 4 * 64, "share": 0.75}
+    return [{"kind": "on_policy", "max_new_tokens": 24, **stage}]
 
 
 def _break_off(patch: pytest.MonkeyPatch, recipe: Path, place: list[Any]) -> None:
@@ -207,6 +214,11 @@ def test_the_other_stages_on_two_processes(runs: Runs, name: str) -> None:
     """Matrices, blocks, all that may train, answers, and pairs against either reference; each with averaged weights."""
     assert [outcome.get("error") for outcome in runs.outcomes[name]] == [None, None]
     _same(runs, name, "one-tuned")
+
+
+def test_what_the_student_writes_is_shared(runs: Runs) -> None:
+    assert [outcome.get("error") for outcome in runs.outcomes["written"]] == [None, None]
+    _same(runs, "written", "one-written")
 
 
 def test_half_precision_shards_of_what_trained_before(runs: Runs) -> None:

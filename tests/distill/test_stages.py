@@ -348,6 +348,7 @@ def test_recorded_steps_are_the_steps(
     ("stage", "message"),
     [
         (_stage("kd", 1, trainer={"optim": "nonsense"}), "nonsense"),
+        (_stage("on_policy", 1, trainer={"dataloader_num_workers": 1}), "set dataloader_num_workers to 0"),
         (_stage("hidden", 1, trainer={"torch_compile": True}), "stage hidden: torch_compile"),
         (_stage("dpo", 1, batch_tokens=6 * 64, micro_batch=2), "micro_batch 2 does not divide the 3"),
     ],

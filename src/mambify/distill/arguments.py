@@ -184,6 +184,8 @@ def check_training_arguments(recipe: Recipe, processes: Processes) -> None:
             raise RecipeError(f"stage {stage.kind}: {str(error).splitlines()[0]}") from error
         except ImportError as error:
             raise MissingDependencyError(f"stage {stage.kind}: {str(error).splitlines()[0]}") from error
+        if arguments.dataloader_num_workers and isinstance(stage, OnPolicy):
+            raise RecipeError("stage on_policy: the student writes its text here: set dataloader_num_workers to 0")
         if arguments.torch_compile and stage.layerwise:
             raise RecipeError(f"stage {stage.kind}: torch_compile is for whole models; a layer leaves it little to do")
 
