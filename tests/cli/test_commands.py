@@ -228,6 +228,46 @@ class TestEvaluate:
         alone = parse(run(*command[:2], *command[4:], "--json", "-").out)["preferences"][str(pairs)]
         assert alone["accuracy"] == figures["accuracy"] and "reward_accuracy" not in alone
 
+    @pytest.fixture
+    def questions(self, tmp_path: Path) -> Path:
+        pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'mambify[eval]'")
+        rows = [
+            {"query": f"It was {n}, because", "choices": ["it was far.", "it rained."], "gold": n % 2} for n in range(5)
+        ]
+        (tmp_path / "copa_val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return tmp_path
+
+    def test_tasks_beside_the_teacher(self, run: Run, teacher: Path, student: Path, questions: Path) -> None:
+        file = questions / "figures.json"
+        command = [
+            "evaluate",
+            student,
+            "--teacher",
+            teacher,
+            "--tasks",
+            "copa",
+            "--data-dir",
+            questions,
+            "--json",
+            file,
+        ]
+        result = run(*command, "--limit", 4)
+        assert result.status == 0, result.err
+        assert "difference" in result.out
+        figures = parse(file.read_text())
+        assert "sources" not in figures
+        assert figures["tasks"]["copa"]["num_questions"] == figures["limit"] == 4
+        assert set(figures["tasks"]["copa"]["metrics"]["acc"]) >= {"student", "teacher", "difference_interval"}
+
+    def test_tasks_beside_text_to_stdout(self, run_process: Run, teacher: Path, text: Path, questions: Path) -> None:
+        command = ["evaluate", teacher, "--text", text, "--tasks", "copa", "--data-dir", questions, "--json", "-"]
+        result = run_process(*command, "--batch-size", 3, "--chat-template")
+        assert (result.status, result.err) == (0, "")
+        figures = parse(result.out)
+        assert figures["sources"][str(text)]["student"]["perplexity"] > 1
+        assert figures["tasks"]["copa"]["num_questions"] == 5
+        assert figures["chat_template"] is True
+
 
 class TestGenerate:
     def test_greedy_is_what_the_model_generates(self, run: Run, teacher: Path) -> None:

@@ -234,7 +234,17 @@ class TestEvaluate:
         assert not file.exists()
 
     def test_nothing_to_evaluate_on(self, run: Run, student: Path) -> None:
-        assert_refused(run("evaluate", student), "--text FILE")
+        assert_refused(run("evaluate", student), "--text FILE", "--tasks NAMES")
+
+    def test_tasks(self, run: Run, student: Path, tmp_path: Path) -> None:
+        pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'mambify[eval]'")
+        ask = ["evaluate", student, "--tasks"]
+        assert_refused(run(*ask, "arc_esy", "--limit", 3), "no task 'arc_esy'", "did you mean 'arc_easy'?")
+        assert_refused(run(*ask, "copaa", "--data-dir", tmp_path), "from files: did you mean 'copa'?")
+        assert_refused(run(*ask, "copa", "--data-dir", tmp_path / "none"), "no data directory")
+        assert_refused(run(*ask, "copa,,piqa"), "'copa,,piqa' is no list of tasks")
+        assert_refused(run("evaluate", student, "--limit", 3), "--limit is for tasks", "--tasks NAMES")
+        assert_refused(run(*ask, "copa", "--limit", 0), "--limit", "x>=1")
 
     def test_text_that_is_not_there(self, run: Run, student: Path, tmp_path: Path) -> None:
         assert_refused(run("evaluate", student, "--text", tmp_path / "none.txt"), "none.txt")

@@ -17,6 +17,7 @@ from mambify.cli.console import (
     quiet_libraries,
     require_writable_file,
     stdout,
+    working,
 )
 from mambify.errors import InvalidOptionError, UnknownSourceError, UsageError
 from mambify.io import write_json
@@ -81,7 +82,6 @@ def evaluate(
     place = options.pick_device(device)
     load_config(model)
     own, teachers = load_tokenizer(model), None if teacher is None else load_tokenizer(teacher)
-    announce = announcer(quiet=quiet)
     # Texts and questions before models: what cannot be read is known before any weight is loaded.
     blocks = {}
     if sources:
@@ -100,8 +100,9 @@ def evaluate(
             raise UnknownSourceError("the model has no tokenizer, and the questions must be tokenized")
         from mambify.evaluate.tasks import load_tasks
 
-        announce("loading tasks")
-        questions = load_tasks(names, data_dir=data_dir, num_fewshot=num_fewshot)
+        with working("loading tasks", quiet=quiet):
+            questions = load_tasks(names, data_dir=data_dir, num_fewshot=num_fewshot)
+    announce = announcer(quiet=quiet)
     announce(f"loading {model}")
     student = load(model, dtype=dtype, device=place, with_tokenizer=False)
     reference = None

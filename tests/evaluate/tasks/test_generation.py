@@ -50,7 +50,9 @@ def test_a_padded_batch_answers_as_greedy_decoding(model: HybridForCausalLM, bat
 def test_stop_strings_end_each_row_for_itself(model: HybridForCausalLM) -> None:
     whole = [text_of(greedy(model, prompt)) for prompt in prompts()]
     stop = whole[1][5:8]  # whatever this model happens to say
-    answers = generate_until(model, TOKENIZER, prompts(), until=[stop, ""], max_new_tokens=24, max_length=128, do_sample=False)
+    answers = generate_until(
+        model, TOKENIZER, prompts(), until=[stop, ""], max_new_tokens=24, max_length=128, do_sample=False
+    )
     assert answers == [text.split(stop)[0] for text in whole]
     assert answers != whole
 
@@ -60,7 +62,7 @@ def test_generation_ends_with_the_stop_string(model: HybridForCausalLM, monkeypa
     stop = text_of(greedy(model, prompt))[2:4]
     steps: list[int] = []
     forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda *a, **k: steps.append(1) or forward(*a, **k))
+    monkeypatch.setattr(model, "forward", lambda *args, **kwargs: steps.append(1) or forward(*args, **kwargs))
     generate_until(model, TOKENIZER, [prompt], until=[stop], max_new_tokens=100, max_length=128, do_sample=False)
     assert len(steps) < 15
 
@@ -81,7 +83,9 @@ def test_a_special_token_by_name_ends_an_answer(model: HybridForCausalLM) -> Non
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [tokenizer.convert_ids_to_tokens(ids[2])]})
     name = tokenizer.convert_ids_to_tokens(ids[2])
-    answer = generate_until(model, tokenizer, [prompt], until=[name], max_new_tokens=24, max_length=128, do_sample=False)
+    answer = generate_until(
+        model, tokenizer, [prompt], until=[name], max_new_tokens=24, max_length=128, do_sample=False
+    )
     assert answer == [tokenizer.decode(ids[: ids.index(ids[2])], skip_special_tokens=True)]
 
 

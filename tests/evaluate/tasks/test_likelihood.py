@@ -85,7 +85,7 @@ def test_greedy_continuations_are_known(tiny_hybrid: Callable[..., HybridForCaus
 
 
 def granite() -> PreTrainedModel:
-    """A stock hybrid, whose recurrent layers begin anew where several tokens follow a cache."""
+    """A stock hybrid of transformers'."""
     config = GraniteMoeHybridConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -164,7 +164,11 @@ CPU = torch.device("cpu")
 
 
 def test_batches_of_a_given_size() -> None:
-    assert [list(b) for b in batches(range(7), lambda _: 10**9, batch_size=3, device=CPU)] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [list(b) for b in batches(range(7), lambda _: 10**9, batch_size=3, device=CPU)] == [
+        [0, 1, 2],
+        [3, 4, 5],
+        [6],
+    ]
     with pytest.raises(InvalidOptionError, match="batch_size must be at least 1, not 0"):
         list(batches([1], lambda _: 1, batch_size=0, device=CPU))
 

@@ -123,7 +123,7 @@ def _figures(
             resampled[task, metric] = resampled_totals(values_NM, resamples, [seed, index]) / len(values_NM)
             metrics[metric] = _with_intervals(roles, values[task, metric], resampled[task, metric])
         results[task] = {"num_questions": max(map(len, of_task.values())), "metrics": metrics}
-    means = {}
+    means: dict[str, dict[str, Any]] = {}
     for name, wanted in MEANS.items():
         chosen = [(task, metric) for task in results for metric in [_first(wanted, results[task]["metrics"])] if metric]
         known = [mean["tasks"] for mean in means.values()]

@@ -189,7 +189,7 @@ class _Sums:
 def _continues_from_cache(model: PreTrainedModel) -> bool:
     """Whether several tokens after a cache give what they give in one piece, found by trying it.
 
-    Not all models can: some recurrent ones begin anew unless exactly one token follows. Those read every row whole.
+    Not all models can: a recurrent one may begin anew where more than one token follows. Those read every row whole.
     """
     known = inspect.signature(model.forward).parameters
     if not {"position_ids", "past_key_values", "attention_mask", "logits_to_keep"} <= set(known):

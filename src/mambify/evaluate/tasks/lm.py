@@ -1,8 +1,8 @@
 """A model as lm-eval asks one: log likelihoods of continuations, of whole texts, and answers.
 
-lm-eval's own ``LM`` is not inherited from, so that this package imports without lm-eval;
-:mod:`mambify.evaluate.tasks.run` registers the class with it. Where a text is split into context and continuation, and
-what stands before an empty context, is as in lm-eval's ``hf`` model, so that figures can be compared.
+lm-eval's own ``LM`` is not inherited from, so that this package imports without lm-eval: its ``evaluate`` calls the
+methods and does not ask for the class. Where a text is split into context and continuation, and what stands before an
+empty context, is as in lm-eval's ``hf`` model, so that figures can be compared.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import importlib.metadata
 import importlib.util
 import logging
@@ -138,9 +137,8 @@ def run_tasks(
     """
     if limit is not None and limit < 1:
         raise InvalidOptionError(f"limit must be at least 1, not {limit}")
-    api = importlib.import_module("lm_eval.api.model")
-    evaluator = importlib.import_module("lm_eval.evaluator")
-    api.LM.register(TaskModel)
+    from lm_eval import evaluator
+
     torch.manual_seed(seed)
     with _quiet():
         result = evaluator.evaluate(
@@ -181,7 +179,9 @@ def _pooled(parts: Sequence[Scores]) -> Scores:
 @cache
 def _task_manager() -> Any:
     """lm-eval's index of its tasks; reading it takes seconds."""
-    return importlib.import_module("lm_eval.tasks").TaskManager()
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _load(manager: Any, names: Sequence[str], local: Mapping[str, LocalQuestions]) -> dict[str, Any]:
@@ -194,9 +194,8 @@ def _load(manager: Any, names: Sequence[str], local: Mapping[str, LocalQuestions
         loaded: dict[str, Any] = manager.load(specifications)
     except Exception as error:  # a task is code of someone else's, and its data are behind a network
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UnknownSourceError(
-            f"cannot load {', '.join(names)}: {reason}; with --data-dir, {', '.join(LOCAL_TASKS)} are read from files"
-        ) from error
+        instead = "" if local else f"; with --data-dir, {', '.join(LOCAL_TASKS)} are read from files"
+        raise UnknownSourceError(f"cannot load {', '.join(names)}: {reason}{instead}") from error
     return {"tasks": loaded["tasks"], "groups": {}, "group_map": {}} if local else loaded
 
 
@@ -204,7 +203,9 @@ def _replacements(questions: LocalQuestions) -> dict[str, Any]:
     """What of a task's configuration is replaced: where its questions come from."""
 
     def rows(**_: Any) -> dict[str, Any]:
-        return {"test": importlib.import_module("datasets").Dataset.from_list(questions.rows)}
+        from datasets import Dataset
+
+        return {"test": Dataset.from_list(questions.rows)}
 
     return {
         "custom_dataset": rows,
