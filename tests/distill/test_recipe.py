@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from mambify.config import HybridConfig
-from mambify.distill.recipe import dump_recipe, load_recipe, parse_count, parse_recipe
+from mambify.distill.recipe import Data, Recipe, Student, dump_recipe, load_recipe, parse_count, parse_recipe
+from mambify.distill.settings import STAGES, EndToEnd, StageSettings
 from mambify.distill.steps import steps_of
 from mambify.errors import InvalidOptionError, RecipeError
 
@@ -41,6 +42,20 @@ def test_recipes_are_shipped() -> None:
 def test_every_shipped_recipe_parses(path: Path) -> None:
     recipe = load_recipe(path)
     assert parse_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_the_documentation_names_every_key(kind: str) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    own = page.partition(f"\n### {kind}\n")[2].partition("\n### ")[0]
+    assert own, f"docs/recipes.md has no section {kind}"
+    common = {"data"} | (EndToEnd if issubclass(STAGES[kind], EndToEnd) else StageSettings).model_fields.keys()
+    for key in STAGES[kind].model_fields:
+        assert f"`{key}`" in (page if key in common | {"kind"} else own), (
+            f"docs/recipes.md does not name {key} of {kind}"
+        )
+    for key in (*Student.model_fields, *Data.model_fields, *Recipe.model_fields):
+        assert f"`{key}`" in page, f"docs/recipes.md does not name {key}"
 
 
 @pytest.mark.parametrize(("text", "count"), [("1.6M", 1_600_000), ("20k", 20_000), ("3B", 3_000_000_000), (7, 7)])

@@ -82,6 +82,7 @@ def evaluate(
     place = options.pick_device(device)
     load_config(model)
     own, teachers = load_tokenizer(model), None if teacher is None else load_tokenizer(teacher)
+    announce = announcer(quiet=quiet)
     # Texts and questions before models: what cannot be read is known before any weight is loaded.
     blocks = {}
     if sources:
@@ -102,7 +103,6 @@ def evaluate(
 
         with working("loading tasks", quiet=quiet):
             questions = load_tasks(names, data_dir=data_dir, num_fewshot=num_fewshot)
-    announce = announcer(quiet=quiet)
     announce(f"loading {model}")
     student = load(model, dtype=dtype, device=place, with_tokenizer=False)
     reference = None
