@@ -135,6 +135,11 @@ def test_a_stage_may_have_text_of_its_own() -> None:
     given, longer, sft, all_of_it = (recipe.data_of(stage) for stage in recipe.stages)
     assert given == recipe.data
     assert longer == given.model_copy(update={"context_length": 8192})
+    dpo = parse_recipe(
+        MINIMAL
+        | {"data": {"train": "d", "packing": "documents"}, "stages": [{"kind": "dpo", "tokens": 1}, *stages[:1]]}
+    )
+    assert [dpo.data_of(stage).packing for stage in dpo.stages] == ["concat", "documents"]
     assert (sft.train, sft.heldout, sft.answers_only) == ("chat.jsonl", "h", True)
     assert not all_of_it.answers_only
     assert parse_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe
@@ -161,6 +166,8 @@ def test_a_stage_may_have_text_of_its_own() -> None:
         ({"stages": [{"kind": "dpo", "tokens": 1, "betta": 0.1}]}, "did you mean 'beta'"),
         ({"stages": [{"kind": "dpo", "tokens": 1, "reference": "me"}]}, "reference"),
         ({"stages": [{"kind": "on_policy", "tokens": 1, "share": 0}]}, "share"),
+        ({"stages": [{"kind": "on_policy", "tokens": 1, "data": {"packing": "documents"}}]}, "to concat"),
+        ({"stages": [{"kind": "dpo", "tokens": 1, "data": {"train": {"a": 0.5}}}]}, "without weights"),
         ({"stages": [{"kind": "mixing", "tokens": 1, "data": {"context_length": 1024}}]}, "at most 512"),
         ({"stages": [{"kind": "mixing", "tokens": 1, "data": {"packing": "documents"}}]}, "packing"),
     ],

@@ -78,10 +78,10 @@ class Recipe(Section):
                     f"stage mixing compares matrices of context_length² numbers: {data.context_length} is too long, "
                     f"set data.context_length of the stage to at most {MAX_MATRIX_CONTEXT}"
                 )
-            if isinstance(stage, Mixing) and data.packing == "documents":
-                raise ValueError(
-                    "stage mixing compares matrices of whole rows: set data.packing of the stage to concat"
-                )
+            if stage.whole_rows and data.packing == "documents":
+                raise ValueError(f"stage {stage.kind} keeps no documents apart: set data.packing of it to concat")
+            if isinstance(stage, Dpo) and isinstance(data.train, dict):
+                raise ValueError("stage dpo takes every pair once: give data.train as a list, without weights")
         return self
 
 

@@ -31,6 +31,8 @@ class StageSettings(Section):
     rows: ClassVar[int] = 1
     #: takes a backward pass for each layer
     layerwise: ClassVar[bool] = False
+    #: takes each row as one text, and cannot keep packed documents apart
+    whole_rows: ClassVar[bool] = False
 
     tokens: Count
     batch_tokens: Count = 16384
@@ -88,7 +90,9 @@ class Mixing(StageSettings):
     The loss is the Frobenius norm of their difference, averaged over heads and sequences.
     """
 
+    data_defaults: ClassVar[dict[str, Any]] = {"packing": "concat"}
     layerwise: ClassVar[bool] = True
+    whole_rows: ClassVar[bool] = True
 
     kind: Literal["mixing"]
     learning_rate: Positive = 1e-3
@@ -140,7 +144,9 @@ class Dpo(EndToEnd):
     ``kl_weight`` the KL of the student to the reference on all tokens of the pair.
     """
 
+    data_defaults: ClassVar[dict[str, Any]] = {"packing": "concat"}
     rows: ClassVar[int] = 2
+    whole_rows: ClassVar[bool] = True
 
     kind: Literal["dpo"]
     learning_rate: Positive = 5e-7  # arXiv 2408.15237: 5e-7, with beta 0.01 for one epoch, or 0.1 for three
@@ -154,6 +160,9 @@ class Dpo(EndToEnd):
 
 class OnPolicy(EndToEnd):
     """Distillation on texts that the student itself has written (arXiv 2306.13649), a round of them at a time."""
+
+    data_defaults: ClassVar[dict[str, Any]] = {"packing": "concat"}
+    whole_rows: ClassVar[bool] = True
 
     kind: Literal["on_policy"]
     learning_rate: Positive = 2e-4
