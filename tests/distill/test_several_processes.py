@@ -23,12 +23,13 @@ import mambify
 from mambify.distill.align import MixerAligner
 from mambify.distill.arguments import why_no_graphs
 from mambify.distill.batches import StepBatches
+from mambify.distill.checkpoints import trained_parameters
 from mambify.distill.logs import read_metrics
 from mambify.distill.parallel import Processes, Sharding, joined
 from mambify.distill.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
 from mambify.distill.sharding import lent
 from mambify.distill.stages import stage_module
-from mambify.distill.trainer import DistillationStage, trained_parameters
+from mambify.distill.trainer import DistillationStage
 from mambify.errors import InvalidOptionError, RecipeError, UnsupportedError
 from mambify.mixers.mamba2 import Mamba2Mixer
 from mambify.workflows.distill import distill

@@ -179,9 +179,19 @@ def test_the_average_of_weights_is_what_is_kept(make_recipe: MakeRecipe, tmp_pat
 # ---- which text, which models --------------------------------------------------------------------------------------
 
 
-def test_a_long_stage_has_longer_sequences(make_recipe: MakeRecipe) -> None:
-    stages = [_stage("kd", 2), _stage("kd", 2, data={"context_length": 128}, trainer={"logging_steps": 1})]
+def test_a_long_stage_has_longer_sequences(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mambify.distill.kd import KnowledgeDistiller
+
+    forward, shapes = KnowledgeDistiller.forward, []
+
+    def watched(self: KnowledgeDistiller, **batch: torch.Tensor) -> Any:
+        shapes.append(tuple(batch["input_ids"].shape))
+        return forward(self, **batch)
+
+    monkeypatch.setattr(KnowledgeDistiller, "forward", watched)
+    stages = [_stage("kd", 2), _stage("kd", 2, data={"context_length": 128})]
     _, run = distill(make_recipe(stages=stages), device="cpu")
+    assert shapes == [(8, 32)] * 2 + [(2, 128)] * 2
     assert [row["tokens"] for row in summaries(run)] == [2 * STEP, 2 * STEP]
 
 
@@ -324,6 +334,35 @@ def test_broken_off_and_started_again_it_ends_the_same(
         ends.append(distill(recipe, device="cpu")[0].state_dict())
     for name, tensor in ends[0].items():
         assert torch.equal(tensor, ends[1][name]), name
+
+
+def test_killed_after_the_last_checkpoint_the_average_is_still_what_is_kept(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mambify.distill import run as run_module
+
+    ends = []
+    for name in ("whole", "broken"):
+        recipe = make_recipe(stages=[_stage("kd", 4, ema=0.5, learning_rate=1e-2)], output=str(tmp_path / name))
+        if name == "broken":
+            with monkeypatch.context() as patch:
+                patch.setattr(run_module, "save_trained", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+                with pytest.raises(KeyboardInterrupt):
+                    distill(recipe, device="cpu")
+        ends.append(distill(recipe, device="cpu")[0].state_dict())
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+def test_a_student_that_cannot_write_is_refused_before_anything_is_written(
+    make_recipe: MakeRecipe, make_chat_recipe: MakeRecipe
+) -> None:
+    recipe = make_recipe(stages=[_stage("on_policy", 1, prompts="chat")])
+    with pytest.raises(UnsupportedError, match="no chat template"):
+        distill(recipe, device="cpu")
+    recipe = make_chat_recipe(stages=[_stage("on_policy", 1, max_new_tokens=300)])
+    with pytest.raises(InvalidOptionError, match="256 positions"):
+        distill(recipe, device="cpu")
+    assert not Path(recipe.output).exists()
 
 
 @pytest.mark.gpu

@@ -85,7 +85,7 @@ class Sampler:
         self.device = torch.device(model.device)
         self.format: ChatFormat | None = chat_format(tokenizer) if "chat" in settings.kinds else None
         self.start = document_start(tokenizer)
-        if "text" in settings.kinds and self.start is None:
+        if "text" in settings.kinds and self.start is None and not prompts:
             raise UnsupportedError("this tokenizer has no token that begins a document: use --kind chat")
         self.stops = _stop_ids(model, tokenizer) | (
             set() if self.format is None else {self.format.user_end, self.format.answer_end}

@@ -43,75 +43,87 @@ def prompts_of(documents: Iterable[Document], *, longest: int) -> list[list[int]
     return prompts
 
 
-def draw_sequences(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    count: int,
-    length: int,
-    kind: str = "auto",
-    prompts: Sequence[Sequence[int]] | None = None,
-    seed: int = 0,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    max_new_tokens: int = 256,
-    batch_size: int = 64,
-) -> dict[str, Tensor]:
-    """``input_ids`` and ``labels``, each ``[N, T]``: documents that ``model`` writes, end to end.
-
-    The caller's random state is as before afterwards; the same arguments give the same sequences.
+class SequenceWriter:
+    """Has a model write documents, and puts them end to end.
 
     Args:
-        count, length: N and T.
+        tokenizer: the model's.
+        length: T.
         kind: what is written: ``chat``, ``text``, ``mixed``; ``auto``: chat if the tokenizer has a template.
         prompts: answer these instead, in an order drawn from the seed; labels are -100 on the prompts then.
-        seed, temperature, top_k, max_new_tokens, batch_size: see :func:`mambify.data.synthesize.synthesize`.
-
-    Raises:
-        MambifyError: the model writes nothing but empty texts.
+        temperature, top_k, max_new_tokens, batch_size: see :func:`mambify.data.synthesize.synthesize`.
     """
-    if kind == "auto":
-        kind = "chat" if has_chat_template(tokenizer) and prompts is None else "text"
-    settings = Settings(
-        num_tokens=count * length,
-        kind=kind,
-        seed=seed,
-        temperature=temperature,
-        top_k=top_k,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-    )
-    device = torch.device(model.device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        documents = _draw(Sampler(model, tokenizer, settings, prompts=prompts or ()), prompts, count * length, seed)
-    blocks = pack(documents, length, seed=seed, answers_only=prompts is not None)
-    items = [blocks[index] for index in range(count)]
-    return {name: torch.stack([item[name] for item in items]) for name in ("input_ids", "labels")}
 
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        length: int,
+        *,
+        kind: str = "auto",
+        prompts: Sequence[Sequence[int]] | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        max_new_tokens: int = 256,
+        batch_size: int = 64,
+    ) -> None:
+        if kind == "auto":
+            kind = "chat" if has_chat_template(tokenizer) and prompts is None else "text"
+        self.tokenizer, self.length, self.prompts = tokenizer, length, prompts
+        self.settings = Settings(
+            num_tokens=length,
+            kind=kind,
+            temperature=temperature,
+            top_k=top_k,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+        )
 
-def _draw(sampler: Sampler, prompts: Sequence[Sequence[int]] | None, num_tokens: int, seed: int) -> list[Document]:
-    """Documents of at least ``num_tokens`` tokens; two that meet may share a token, which is not counted."""
-    settings = sampler.settings
-    shuffled = _endless(prompts, seed) if prompts is not None else None
-    documents: list[Document] = []
-    tokens = dict.fromkeys(settings.kinds, 0)
-    empty = 0
-    while sum(tokens.values()) < num_tokens:
-        kind = min(settings.kinds, key=lambda kind: tokens[kind])
-        mean = sum(map(len, documents)) / len(documents) if documents else sampler.longest / 2
-        rows = int((num_tokens - sum(tokens.values())) / max(mean, 1)) + 1
-        rows = -(-rows // len(settings.kinds)) if sampler.at_once is None else min(rows, sampler.at_once)
-        if shuffled is None:
-            drawn = sampler.sample(kind, rows)
-        else:
-            drawn = sampler.answer([next(shuffled) for _ in range(rows)])
-        documents += drawn
-        tokens[kind] += sum(max(len(document) - 1, 0) for document in drawn)
-        empty = 0 if drawn else empty + 1
-        if empty == _MAX_EMPTY:
-            raise MambifyError(f"the student writes nothing: the last {empty} batches held only empty texts")
-    return documents
+    def sampler(self, model: PreTrainedModel) -> Sampler:
+        """What draws from ``model``.
+
+        Raises:
+            UnsupportedError: no chat template where one is needed, or one that cannot be taken apart.
+            InvalidOptionError: documents of these lengths do not fit the model.
+        """
+        return Sampler(model, self.tokenizer, self.settings, prompts=self.prompts or ())
+
+    def write(self, model: PreTrainedModel, count: int, *, seed: int) -> dict[str, Tensor]:
+        """``input_ids`` and ``labels``, each ``[N, T]`` with N = ``count``.
+
+        The same arguments give the same sequences; the caller's random state is afterwards as it was before.
+
+        Raises:
+            MambifyError: the model writes nothing but empty texts.
+        """
+        device = torch.device(model.device)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            documents = self._draw(self.sampler(model), count * self.length, seed)
+        blocks = pack(documents, self.length, seed=seed, answers_only=self.prompts is not None)
+        items = [blocks[index] for index in range(count)]
+        return {name: torch.stack([item[name] for item in items]) for name in ("input_ids", "labels")}
+
+    def _draw(self, sampler: Sampler, num_tokens: int, seed: int) -> list[Document]:
+        """Documents of at least ``num_tokens`` tokens; two that meet may share a token, which is not counted."""
+        prompts = None if self.prompts is None else _endless(self.prompts, seed)
+        documents: list[Document] = []
+        tokens = dict.fromkeys(self.settings.kinds, 0)
+        empty = 0
+        while (left := num_tokens - sum(tokens.values())) > 0:
+            kind = min(tokens, key=lambda kind: tokens[kind])
+            mean = sum(map(len, documents)) / len(documents) if documents else sampler.longest / 2
+            rows = -(-int(left / mean + 1) // len(tokens))
+            rows = rows if sampler.at_once is None else min(rows, sampler.at_once)
+            if prompts is None:
+                drawn = sampler.sample(kind, rows)
+            else:
+                drawn = sampler.answer([next(prompts) for _ in range(rows)])
+            documents += drawn
+            tokens[kind] += sum(len(document) - 1 for document in drawn)
+            empty = 0 if drawn else empty + 1
+            if empty == _MAX_EMPTY:
+                raise MambifyError(f"the model writes nothing: the last {empty} batches held only empty texts")
+        return documents
 
 
 def _endless(prompts: Sequence[Sequence[int]], seed: int) -> Iterator[Sequence[int]]:

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mambify.distill.checkpoints import write_tensors
 from mambify.distill.parallel import Processes
 from mambify.distill.settings import OnPolicy
-from mambify.distill.trainer import write_tensors
 from mambify.errors import CheckpointError
 from mambify.model import HybridForCausalLM
 

@@ -27,6 +27,13 @@ from transformers import set_seed
 
 from mambify.conversion import apply_plan, calibrate, plan
 from mambify.distill.arguments import item_tokens, training_arguments, use_bfloat16, why_no_graphs
+from mambify.distill.checkpoints import (
+    copy_trained,
+    last_complete_checkpoint,
+    load_trained,
+    save_trained,
+    trained_parameters,
+)
 from mambify.distill.logs import Listener, MetricsLog, forget_after
 from mambify.distill.parallel import Processes
 from mambify.distill.recipe import Recipe, dump_recipe
@@ -36,13 +43,6 @@ from mambify.distill.settings import Align, OnPolicy, Stage
 from mambify.distill.sharding import lent, shard
 from mambify.distill.stages import build_trainer, frozen_copy, stage_module, train_stage, unshare
 from mambify.distill.steps import Step, steps_of
-from mambify.distill.trainer import (
-    copy_trained,
-    last_complete_checkpoint,
-    load_trained,
-    save_trained,
-    trained_parameters,
-)
 from mambify.errors import OutputExistsError
 from mambify.families.load import LoadedModel, save
 from mambify.io import append_jsonl, atomic_write_text, read_json, write_json
@@ -267,15 +267,19 @@ def _dataset(
     )
 
 
+def calibration_blocks(text: Dataset[Any], num_tokens: int) -> torch.Tensor:
+    """The first blocks of a text ``[N, T]`` that hold this many tokens."""
+    count = min(-(-num_tokens // len(text[0]["input_ids"])), len(text))  # type: ignore[arg-type]
+    return torch.stack([text[i]["input_ids"] for i in range(count)])
+
+
 def _calibrate(work: _Work, student: HybridForCausalLM, stage: Align, name: str) -> None:
     """The align stage's closed-form start; its errors go to the metrics as step 0."""
     if not stage.calibration_tokens:
         return
     text = work.dataset(stage)
     assert text is not None
-    length = item_tokens(stage, work.recipe)
-    count = min(-(-stage.calibration_tokens // length), len(text))  # type: ignore[arg-type]
-    blocks = torch.stack([text[i]["input_ids"] for i in range(count)]).to(work.processes.device)
+    blocks = calibration_blocks(text, stage.calibration_tokens).to(work.processes.device)
     with _within_reach(student, work.base, work.processes):
         errors = calibrate(student, work.base, blocks.split(8))
     rows = []

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from mambify.distill.align import MixerAligner
 from mambify.distill.arguments import item_tokens, optimizer_class
+from mambify.distill.checkpoints import last_complete_checkpoint
 from mambify.distill.dpo import PreferenceTuner
 from mambify.distill.hidden import HiddenAligner
 from mambify.distill.kd import KnowledgeDistiller
@@ -33,7 +34,7 @@ from mambify.distill.settings import (
     StageSettings,
 )
 from mambify.distill.sft import SupervisedTuner
-from mambify.distill.trainer import DistillationStage, StageTrainer, last_complete_checkpoint
+from mambify.distill.trainer import DistillationStage, StageTrainer
 from mambify.errors import CheckpointError, InvalidOptionError
 from mambify.mixers import AttentionMixer, Mixer
 from mambify.model import GatedMLP, HybridBlock, HybridForCausalLM

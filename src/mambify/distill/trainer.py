@@ -14,104 +14,25 @@ import math
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from mambify.distill.average import WeightAverage
 from mambify.distill.batches import StepBatches
+from mambify.distill.checkpoints import COMPLETE, load_named, load_trained, save_named, save_trained, trained_parameters
 from mambify.distill.graphs import GraphedStep, StepResult, Sums
 from mambify.distill.parallel import Processes, part, spread_like, whole
-from mambify.errors import CheckpointError, OutputWriteError, TrainingDivergedError
+from mambify.errors import OutputWriteError, TrainingDivergedError
 from mambify.io import atomic_write_text
 
 _WEIGHTS, _AVERAGE = "trained.safetensors", "average.safetensors"
 _OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
-_COMPLETE = "complete"
-_ALONE = Processes()
-
-
-def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Name → parameter of everything in ``module`` that trains."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
-
-
-def save_trained(module: nn.Module, path: Path, processes: Processes = _ALONE) -> None:
-    """Writes the trained parameters, whole, as one safetensors file; all processes must call it, the first writes."""
-    _save(trained_parameters(module), path, processes)
-
-
-def _save(named: Mapping[str, Tensor], path: Path, processes: Processes) -> None:
-    tensors = {}
-    for name, tensor in named.items():
-        gathered = whole(tensor.detach(), processes.device)
-        if processes.first:
-            tensors[name] = gathered.cpu().contiguous()
-    processes.first_does(lambda: write_tensors(tensors, path))
-
-
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes a safetensors file, whole or not at all.
-
-    Raises:
-        OutputWriteError: the disk refused.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputWriteError(f"cannot write {path}: {error}") from error
-
-
-def load_trained(module: nn.Module, path: Path) -> None:
-    """Puts the parameters of :func:`save_trained` back, on every process that calls it.
-
-    Raises:
-        CheckpointError: unreadable, or not of the parameters that train.
-    """
-    _load(trained_parameters(module), path)
-
-
-def _load(named: Mapping[str, Tensor], path: Path) -> None:
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is missing, truncated or malformed: {error}") from error
-    if tensors.keys() != named.keys():
-        odd = sorted(tensors.keys() ^ named.keys())[0]
-        raise CheckpointError(f"{path} does not hold what this stage trains: '{odd}' is on one side only")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            part(named[name]).copy_(part(spread_like(tensor, named[name])))
-
-
-def copy_trained(source: nn.Module, target: nn.Module, device: str) -> None:
-    """Gives ``target`` what ``source``, which may be sharded, has trained; all processes must call it."""
-    ours = trained_parameters(target)
-    with torch.no_grad():
-        for name, parameter in trained_parameters(source).items():
-            ours[name].copy_(whole(parameter.detach(), device))
-
-
-def last_complete_checkpoint(directory: Path) -> Path | None:
-    """The newest whole checkpoint below ``directory``; those a crash left half-written are removed."""
-    found = []
-    for path in directory.glob("checkpoint-*"):
-        if (path / _COMPLETE).is_file():
-            found.append(path)
-        else:
-            shutil.rmtree(path)
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 class Unit(NamedTuple):
@@ -354,13 +275,13 @@ class StageTrainer(Trainer):  # type: ignore[misc]
                 shutil.rmtree(directory, ignore_errors=True)
             raise
         if self.processes.first:
-            atomic_write_text(directory / _COMPLETE, "")
+            atomic_write_text(directory / COMPLETE, "")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         directory = Path(output_dir or self.args.output_dir)
         save_trained(self.model, directory / _WEIGHTS, self.processes)
         if self.average is not None:
-            _save(self.average.average, directory / _AVERAGE, self.processes)
+            save_named(self.average.average, directory / _AVERAGE, self.processes)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled:
@@ -384,7 +305,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.model, Path(resume_from_checkpoint) / _WEIGHTS)
         if self.average is not None:
-            _load(self.average.average, Path(resume_from_checkpoint) / _AVERAGE)
+            load_named(self.average.average, Path(resume_from_checkpoint) / _AVERAGE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.is_deepspeed_enabled:

@@ -11,14 +11,14 @@ from mambify.distill.logs import Listener
 from mambify.distill.parallel import joined
 from mambify.distill.recipe import Recipe
 from mambify.distill.run import open_run, run_stages
-from mambify.distill.settings import Mixing, OnPolicy
+from mambify.distill.settings import Mixing
 from mambify.distill.steps import schedule, steps_of
 from mambify.errors import InvalidOptionError, TokenizerMismatchError, UnsupportedError
 from mambify.families.load import LoadedModel, load, load_config, require_tokenizer
 from mambify.machine import default_device
 from mambify.model import HybridForCausalLM
 from mambify.tokenization import require_same_tokenizer
-from mambify.workflows.texts import Texts, student_writer
+from mambify.workflows.texts import Texts
 
 
 def distill(
@@ -66,10 +66,7 @@ def distill(
                 require_same_tokenizer(require_tokenizer(loaded), require_tokenizer(base), names=("teacher", "base"))
             say("reading the text")
             texts = Texts(recipe, base, say)
-            for stage in recipe.stages:  # before anything is written
-                texts(stage)
-                if isinstance(stage, OnPolicy):
-                    texts.prompts(stage)
+            texts.read_all(base)
             return loaded, base, texts
 
         loaded, base, texts = processes.all_do(read)
@@ -80,7 +77,7 @@ def distill(
             teacher=loaded,
             base=base,
             dataset=texts,
-            writer=student_writer(texts),
+            writer=texts.write,
             processes=processes,
             save_to=save_to,
             listener=listener,

@@ -13,7 +13,7 @@ from mambify.data.documents import Document, Split, read_documents
 from mambify.data.overlap import check_disjoint
 from mambify.data.packing import pack
 from mambify.data.preferences import PreferenceDataset, Preferences, describe, read_preferences
-from mambify.data.sequences import draw_sequences, prompts_of
+from mambify.data.sequences import SequenceWriter, prompts_of
 from mambify.distill.recipe import Recipe
 from mambify.distill.sections import Data
 from mambify.distill.settings import Dpo, OnPolicy, Stage
@@ -48,13 +48,33 @@ class Texts:
             return None
         return self._once(("blocks", data), lambda: self._blocks(data))
 
-    def prompts(self, stage: OnPolicy) -> list[list[int]] | None:
-        """What the student is to go on from, where the stage takes it from its text."""
-        if stage.prompts != "data":
-            return None
-        data = self.recipe.data_of(stage)
-        longest = data.context_length // 2
-        return self._once(("prompts", data), lambda: prompts_of(self._documents(data), longest=longest))
+    def writer(self, stage: OnPolicy) -> SequenceWriter:
+        """What has a student write the stage's texts."""
+        data, prompts = self.recipe.data_of(stage), None
+        if stage.prompts == "data":
+            longest = data.context_length // 2
+            prompts = self._once(("prompts", data), lambda: prompts_of(self._documents(data), longest=longest))
+        return SequenceWriter(
+            self.tokenizer,
+            data.context_length,
+            kind="auto" if stage.prompts == "data" else stage.prompts,
+            prompts=prompts,
+            temperature=stage.sampling_temperature,
+            top_k=stage.top_k,
+            max_new_tokens=stage.max_new_tokens,
+            batch_size=stage.sampling_batch,
+        )
+
+    def read_all(self, model: LoadedModel) -> None:
+        """Reads the text of every stage, and tries whether ``model`` could write what is to be written."""
+        for stage in self.recipe.stages:
+            self(stage)
+            if isinstance(stage, OnPolicy):
+                self.writer(stage).sampler(model.model)
+
+    def write(self, stage: OnPolicy, student: HybridForCausalLM, seed: int, count: int) -> dict[str, Tensor]:
+        """Has ``student`` write ``count`` sequences for the stage."""
+        return self.writer(stage).write(student, count, seed=seed)
 
     def _once(self, key: tuple[object, ...], read: Callable[[], T]) -> T:
         key = tuple(part.model_dump_json() if isinstance(part, Data) else part for part in key)
@@ -98,24 +118,3 @@ class Texts:
 
     def _preferences(self, source: Any) -> Preferences:
         return self._once(("preferences", repr(source)), lambda: read_preferences(source, self.tokenizer))
-
-
-def student_writer(texts: Texts) -> Callable[[OnPolicy, HybridForCausalLM, int, int], dict[str, Tensor]]:
-    """Has a student write the sequences of an on-policy stage: (stage, student, seed, N) → tensors ``[N, T]``."""
-
-    def write(stage: OnPolicy, student: HybridForCausalLM, seed: int, count: int) -> dict[str, Tensor]:
-        return draw_sequences(
-            student,
-            texts.tokenizer,
-            count=count,
-            length=texts.recipe.data_of(stage).context_length,
-            kind="auto" if stage.prompts == "data" else stage.prompts,
-            prompts=texts.prompts(stage),
-            seed=seed,
-            temperature=stage.sampling_temperature,
-            top_k=stage.top_k,
-            max_new_tokens=stage.max_new_tokens,
-            batch_size=stage.sampling_batch,
-        )
-
-    return write
