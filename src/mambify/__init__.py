@@ -22,6 +22,7 @@ _PUBLIC = {
     "generate": "mambify.decode.generate",
     "load": "mambify.families.load",
     "save": "mambify.families.load",
+    "pack": "mambify.families.pack",
     "synthesize": "mambify.data.synthesize",
 }
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from mambify.decode.generate import generate
     from mambify.errors import MambifyError
     from mambify.families.load import load, save
+    from mambify.families.pack import pack
     from mambify.model import HybridForCausalLM
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "convert",
     "generate",
     "load",
+    "pack",
     "save",
     "synthesize",
 ]
@@ -60,4 +63,4 @@ def _started_as_command() -> bool:
 
 
 if not _started_as_command():
-    importlib.import_module("mambify.model")  # registers with transformers' auto classes
+    importlib.import_module("mambify.families.load")  # registers the model with transformers' auto classes

@@ -33,6 +33,10 @@ class HybridConfig(PreTrainedConfig):  # type: ignore[misc]
             runs where the tensors are, ``reference`` and ``triton`` insist on one.
         teacher_family: the family file that the teacher was read with.
         teacher: the name the teacher was loaded by.
+        teacher_hub_id: where the teacher is on the Hub, if it is known to be there.
+        teacher_license: ``license`` (and ``license_name``, ``license_link``) as the teacher states them.
+        base: of a directory that holds mixers only, the model whose weights complete it: ``name``, ``fingerprint``.
+            A model in memory is whole and has none.
 
     Raises:
         InvalidOptionError: lists of a wrong length, a size below 1, or head counts that do not divide.
@@ -72,6 +76,9 @@ class HybridConfig(PreTrainedConfig):  # type: ignore[misc]
     ops_backend: str = "auto"
     teacher_family: str = ""
     teacher: str = ""
+    teacher_hub_id: str = ""
+    teacher_license: dict[str, str] | None = None
+    base: dict[str, str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"):

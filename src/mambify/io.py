@@ -91,6 +91,9 @@ def atomic_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[P
         os.chmod(temporary, 0o755)
         try:
             yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():  # some libraries write files that only their owner may read
+                    os.chmod(file, 0o644)
             _swap(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -9,12 +9,11 @@ Legend: B batch, T tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import (
     create_causal_mask,
@@ -32,7 +31,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from mambify.cache import RecurrentCache
 from mambify.config import ATTENTION, LINEAR, HybridConfig
 from mambify.errors import InvalidOptionError, UnsupportedError, did_you_mean
-from mambify.io import atomic_write_text
+from mambify.hub import HubModel
 from mambify.mixers import MIXERS, Mixer, MixerContext
 from mambify.mixers.attention import SoftmaxAttention
 from mambify.norm import RMSNorm
@@ -43,18 +42,6 @@ _MASKS = {
     "sliding_attention": create_sliding_window_causal_mask,
     LINEAR: create_recurrent_attention_mask,
 }
-
-#: file beside the weights with their SHA-256, where a directory has one
-CHECKSUMS = "checksums.json"
-#: what a saved directory carries so that ``trust_remote_code=True`` finds the installed package
-_SHIM_NAME = "modeling_mambify"
-_SHIM = '''"""Points transformers' auto classes at the installed package: pip install mambify."""
-
-from mambify.config import HybridConfig
-from mambify.model import HybridForCausalLM
-
-__all__ = ["HybridConfig", "HybridForCausalLM"]
-'''
 
 
 class MixerTrace(NamedTuple):
@@ -138,8 +125,8 @@ class HybridRotaryEmbedding(LlamaRotaryEmbedding):  # type: ignore[misc]
         return self
 
 
-class HybridPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
-    """Weights, saving and loading of hybrid models."""
+class HybridPreTrainedModel(HubModel):
+    """What transformers has to know about hybrid models."""
 
     config: HybridConfig
     config_class = HybridConfig
@@ -166,21 +153,6 @@ class HybridPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         super()._init_weights(module)
         if isinstance(module, Mixer):
             module.init_random()
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
-        """Nothing to register: a saved directory carries a shim that names the installed package."""
-
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Saves sharded safetensors, the config, and the ``auto_map`` shim for ``trust_remote_code=True``."""
-        self.config.auto_map = {
-            "AutoConfig": f"{_SHIM_NAME}.{HybridConfig.__name__}",
-            "AutoModelForCausalLM": f"{_SHIM_NAME}.{HybridForCausalLM.__name__}",
-        }
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            (Path(save_directory) / CHECKSUMS).unlink(missing_ok=True)  # those of weights that were there before
-            atomic_write_text(Path(save_directory) / f"{_SHIM_NAME}.py", _SHIM)
 
 
 class HybridModel(HybridPreTrainedModel):

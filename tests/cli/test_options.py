@@ -10,8 +10,9 @@ from rich.table import Table
 from mambify.cli.console import print_table
 from mambify.cli.distill import StageBars
 from mambify.cli.options import parse_layers, pick_device
-from mambify.cli.plans import layer_map, ranges
+from mambify.cli.plans import layer_map
 from mambify.distill.logs import Progress
+from mambify.layer_map import ranges
 
 
 @pytest.mark.parametrize(

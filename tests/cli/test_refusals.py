@@ -244,7 +244,7 @@ class TestEvaluate:
         assert_refused(run(*ask, "copa", "--data-dir", tmp_path / "none"), "no data directory")
         assert_refused(run(*ask, "copa,,piqa"), "'copa,,piqa' is no list of tasks")
         assert_refused(run("evaluate", student, "--limit", 3), "--limit is for tasks", "--tasks NAMES")
-        assert_refused(run(*ask, "copa", "--limit", 0), "--limit", "x>=1")
+        assert_refused(run(*ask, "copa", "--limit", 0), "'--limit'", "1")
 
     def test_text_that_is_not_there(self, run: Run, student: Path, tmp_path: Path) -> None:
         assert_refused(run("evaluate", student, "--text", tmp_path / "none.txt"), "none.txt")
@@ -351,7 +351,7 @@ class TestOtherErrors:
         def interrupt(_: str) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("mambify.families.load.load_config", interrupt)
+        monkeypatch.setattr("mambify.families.sources.resolve", interrupt)
         assert_refused(run("info", "x"), "interrupted", status=130)
 
     def test_a_mistake_of_ours_keeps_its_traceback(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -273,3 +273,19 @@ def test_converting_nothing_is_refused_before_anything_is_written(make_recipe: M
     with pytest.raises(InvalidOptionError, match="nothing"):
         distill(recipe, device="cpu")
     assert not Path(recipe.output).exists()
+
+
+def test_the_student_tells_where_it_comes_from(make_recipe: MakeRecipe) -> None:
+    _, run = distill(make_recipe(stages=[_align(2), _kd(3)]), device="cpu")
+    provenance = mambify.load(run / "student").model.provenance
+    assert provenance is not None
+    assert provenance.tokens == 5 * STEP
+    assert [stage["stage"] for stage in provenance.stages] == ["01-align", "02-kd"]
+    assert provenance.recipe["stages"][0]["kind"] == "align"
+    assert provenance.environment["torch"] == str(torch.__version__)
+    card = (run / "student" / "README.md").read_text(encoding="utf-8")
+    assert "| 02-kd |" in card
+    assert f"In all {5 * STEP:,} tokens." in card
+    record = (run / "student" / "provenance.json").read_text(encoding="utf-8")
+    assert str(run) not in record  # where it was made is nobody's concern
+    assert "command" not in json.loads(record)["environment"]

@@ -134,8 +134,8 @@ def test_documents(seq_idx: list[list[int]], backend: str, dtype: torch.dtype, m
 @pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")
 @pytest.mark.parametrize("stretch", [16, 64])
 def test_documents_across_stretches(stretch: int, match: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the kernels, that go over 16, 32 or 64 tokens at a time: documents begin at, before and after such places."""
-    monkeypatch.setattr(kernels, "_stretch", lambda *_: stretch)
+    """Of the kernels, that go over 16 to 128 tokens at a time: documents begin at, before and after such places."""
+    monkeypatch.setattr(kernels, "_tiles", lambda *_, backward: kernels._Tiles(4, max(stretch, 32 * backward), 64))
     ids = torch.zeros(2, 70, dtype=torch.int32)
     for row, places in enumerate(((15, 16, 31, 33, 64), (2, 30, 32, 47, 49, 67, 68))):
         for place in places:
@@ -148,8 +148,11 @@ def test_documents_across_stretches(stretch: int, match: Any, monkeypatch: pytes
 @pytest.mark.parametrize("packed", [False, True])
 def test_whole_programs(packed: bool, match: Any) -> None:
     """Where every program has all of its tokens and channels the kernels work without masks."""
-    tokens, channels = 2 * 32 * kernels._ROWS, kernels._BLOCK_C
-    assert kernels._whole(tokens, channels, 32) and not kernels._whole(tokens, channels + 1, 32)
+    tokens, channels = 256, 128
+    for backward in (False, True):
+        tiles = kernels._tiles(2, tokens, channels, backward=backward)
+        assert tiles.whole(tokens, channels) and not tiles.whole(tokens, channels + 1)
+        assert not tiles.whole(tokens + 1, channels)
     ids = (torch.arange(tokens).expand(2, -1) // 50).int() if packed else None
     match(conv(ids, backend="triton"), oracle(ids), inputs(tokens, dtype=torch.float32, channels=channels), 1e-5)
 

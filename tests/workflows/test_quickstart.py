@@ -55,6 +55,7 @@ def test_what_it_leaves(settings: Settings, tmp_path: Path) -> None:
     page = (out / "report.html").read_text()
     assert "<svg" in page and PROMPTS[0] in page
     assert mambify.load(out / "student").model.config.converted_layers == [2]
+    assert "| held-out |" in (out / "student" / "README.md").read_text()
     assert len(said) >= 5
     assert {"sample", "answer"} <= steps
 

@@ -202,7 +202,7 @@ def build_step(case: Case, processes: Processes, *, graph: bool = True) -> tuple
     """
     torch.manual_seed(0)
     device, sharded = processes.device, processes.sharding is not None
-    teacher = _teacher(case, processes.home)
+    teacher = _teacher(case, device).to(processes.home)  # drawn on the device: one CPU thread would take minutes
     module = _module(case, teacher)
     bfloat16 = teacher.dtype == torch.bfloat16
     if sharded:

@@ -65,8 +65,9 @@ def convert(
 
 
 def _show(result: dict[str, Any]) -> None:
-    from mambify.cli.plans import bytes_table, facts_table, layer_map, ranges
+    from mambify.cli.plans import bytes_table, facts_table, layer_map
     from mambify.evaluate.report.quantities import compact
+    from mambify.layer_map import ranges
 
     count = result["parameters"]
     table = facts_table()

@@ -20,11 +20,14 @@ def info(model: options.Model, json: options.Json = False) -> None:
     """
     quiet_libraries()
     from mambify.cli.plans import describe_model
-    from mambify.families.load import load_config
+    from mambify.families.checkpoint import open_checkpoint
     from mambify.families.sources import resolve
 
-    facts: dict[str, Any] = {"model": model} | describe_model(load_config(model))
-    facts["tokenizer"] = _tokenizer_facts(resolve(model))
+    where = resolve(model)
+    config = open_checkpoint(where).config
+    facts: dict[str, Any] = {"model": model} | describe_model(config)
+    facts["base"] = None if config.base is None else config.base["name"]
+    facts["tokenizer"] = _tokenizer_facts(where)
     if json:
         print_json(facts)
     else:
@@ -55,6 +58,8 @@ def _show(facts: dict[str, Any]) -> None:
     table.add_row("model", facts["model"])
     hybrid = f"hybrid, {converted} of {facts['num_layers']} layers converted, from the {facts['family']} family"
     table.add_row("kind", hybrid if converted else f"Transformer of the {facts['family']} family")
+    if facts["base"] is not None:
+        table.add_row("weights", f"of the mixers only; the others are those of {facts['base']}")
     table.add_row("layers", layer_map(facts["layers"]))
     table.add_row("parameters", f"{compact(facts['parameters'])} ({facts['dtype']})")
     table.add_row("hidden size", f"{facts['hidden_size']}, feed-forward {facts['intermediate_size']}")

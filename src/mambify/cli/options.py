@@ -11,7 +11,7 @@ from mambify.errors import InvalidOptionError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-Teacher = Annotated[str, typer.Argument(metavar="TEACHER", help="Hub id, directory, file.gguf, or smollm2.")]
+Teacher = Annotated[str, typer.Argument(metavar="TEACHER", help="Hub id, directory, file.gguf, or an alias: smollm2.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A student's directory, or anything a teacher may be.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; the GPU where there is one by default.")]
 Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -14,16 +13,11 @@ if TYPE_CHECKING:
     from mambify.config import HybridConfig
     from mambify.conversion import ConversionPlan
 
-_ROW = 32
-_LETTERS = {"attention": "A", "sliding": "S", "mamba2": "M", "mamba1": "m"}
-_NAMES = {
-    "attention": "attention", "sliding": "sliding-window attention", "mamba2": "Mamba2", "mamba1": "Mamba1"
-}  # fmt: skip
-
 
 def describe_model(config: HybridConfig) -> dict[str, Any]:
     """The facts of a configuration as plain JSON values."""
     from mambify.conversion import count_parameters, plan
+    from mambify.layer_map import kinds_of_layers
 
     parameters = count_parameters(plan(config, attention=1.0)).total
     return {
@@ -48,6 +42,7 @@ def describe_model(config: HybridConfig) -> dict[str, Any]:
 def describe_plan(planned: ConversionPlan) -> dict[str, Any]:
     """A conversion as plain JSON values."""
     from mambify.conversion import count_parameters, plan
+    from mambify.layer_map import kinds_of_layers
 
     count = count_parameters(planned)
     trained = count_parameters(replace(planned, converted=tuple(planned.student.converted_layers))).new
@@ -64,14 +59,6 @@ def describe_plan(planned: ConversionPlan) -> dict[str, Any]:
     }
 
 
-def kinds_of_layers(config: HybridConfig) -> list[str]:
-    """One name a layer: ``attention``, ``sliding`` (attention with a window), ``mamba2`` …"""
-    return [
-        "sliding" if kind == "sliding_attention" else mixer
-        for mixer, kind in zip(config.layer_mixers or (), config.layer_types or (), strict=True)
-    ]
-
-
 def sequence_bytes(config: HybridConfig) -> dict[str, int]:
     """Context length → bytes of keys, values and recurrent states that one sequence of it holds."""
     from mambify.conversion import state_bytes
@@ -82,26 +69,14 @@ def sequence_bytes(config: HybridConfig) -> dict[str, int]:
 
 def layer_map(kinds: Sequence[str]) -> Text:
     """One letter a layer, eight to a group, with a legend."""
+    from mambify.layer_map import gap_before, legend, letter
+
     text = Text()
     for index, kind in enumerate(kinds):
-        if index and index % _ROW == 0:
-            text.append("\n")
-        elif index and index % 8 == 0:
-            text.append(" ")
-        text.append(_LETTERS.get(kind, kind[0]), style="bold" if kind in ("attention", "sliding") else "cyan")
-    counts = {kind: list(kinds).count(kind) for kind in dict.fromkeys(kinds)}
-    legend = ", ".join(f"{_LETTERS.get(kind, kind[0])} {_NAMES.get(kind, kind)} ×{n}" for kind, n in counts.items())
-    text.append(f"\n{legend}", style="dim")
+        text.append(gap_before(index))
+        text.append(letter(kind), style="bold" if kind in ("attention", "sliding") else "cyan")
+    text.append(f"\n{legend(kinds)}", style="dim")
     return text
-
-
-def ranges(layers: Sequence[int]) -> str:
-    """``[0, 1, 2, 5]`` → ``0-2, 5``."""
-    if not layers:
-        return "none"
-    starts = [layers[0], *(b for a, b in pairwise(layers) if b != a + 1)]
-    ends = [*(a for a, b in pairwise(layers) if b != a + 1), layers[-1]]
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def bytes_table(student: dict[str, int], teacher: dict[str, int] | None = None) -> Table:

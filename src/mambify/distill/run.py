@@ -36,6 +36,7 @@ from mambify.distill.checkpoints import (
 )
 from mambify.distill.logs import Listener, MetricsLog, forget_after
 from mambify.distill.parallel import Processes
+from mambify.distill.provenance import provenance_of
 from mambify.distill.recipe import Recipe, dump_recipe
 from mambify.distill.rounds import FOLDER as ROUNDS
 from mambify.distill.rounds import Rounds, Writer, round_seed, round_sizes
@@ -129,7 +130,7 @@ def run_stages(
     final = _final_student(recipe, base.model, steps[-1], student)
     for model in (teacher.model, base.model):
         model.requires_grad_(True)
-    processes.first_does(lambda: _save_student(final, save_to or run / "student", base))
+    processes.first_does(lambda: _save_student(final, save_to or run / "student", base, run))
     return final
 
 
@@ -149,9 +150,9 @@ class _Work:
     announce: Callable[[str], None]
 
 
-def _save_student(student: HybridForCausalLM, path: Path, base: LoadedModel) -> None:
+def _save_student(student: HybridForCausalLM, path: Path, base: LoadedModel, run: Path) -> None:
     if not path.is_dir():
-        save(student, path, tokenizer=base.tokenizer)
+        save(student, path, tokenizer=base.tokenizer, provenance=provenance_of(run, summaries(run)))
 
 
 def in_dtype(model: HybridForCausalLM, dtype: torch.dtype, device: str) -> HybridForCausalLM:

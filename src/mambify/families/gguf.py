@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,12 @@ class GgufFile:
         """Transformers' names of the special tokens that the file gives ids of."""
         ids = {name: self._field(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL_TOKENS.items()}
         return {name: token_id for name, token_id in ids.items() if token_id is not None}
+
+    def license(self) -> dict[str, str]:
+        """The licence as the metadata gives it, under the names that model cards have for it."""
+        names = {"license": "license", "license_name": "license.name", "license_link": "license.link"}
+        found = {name: self._field(f"general.{key}") for name, key in names.items()}
+        return {name: value for name, value in found.items() if isinstance(value, str) and value}
 
     def _field(self, key: str, default: Any = None) -> Any:
         value = self._container.metadata.get(key)
@@ -144,14 +150,16 @@ class GgufFile:
             raise UnsupportedError(f"{self.path} has RoPE frequency factors that are not Llama-3's")
         return rope
 
-    def stream(self) -> Iterator[tuple[str, Tensor]]:
-        """Yields (Hugging Face name, float32 tensor) for every weight; one is dequantised at a time."""
+    def stream(self, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[tuple[str, Tensor]]:
+        """Yields (Hugging Face name, float32 tensor) for every weight that is ``wanted``, dequantised one at a time."""
         config = self.config()
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         for stored_name in self._container.tensors:
             if stored_name == _ROPE_FREQS:
                 continue
             name = _hugging_face_name(stored_name)
+            if not wanted(name):
+                continue
             value = self._container.read(stored_name)
             projection = name.split(".")[-2]
             if self.family.gguf_permuted and projection in heads:

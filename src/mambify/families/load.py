@@ -5,24 +5,25 @@ Memory stays near one copy of the model: the module is built without storage and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from mambify.config import HybridConfig
 from mambify.errors import CheckpointError, InvalidOptionError, OutputWriteError, UnknownSourceError
 from mambify.families import safetensors
+from mambify.families.checkpoint import Checkpoint, open_checkpoint
 from mambify.families.gguf import GgufFile
-from mambify.families.registry import family_for, hybrid_config
+from mambify.families.mixers_only import completed
 from mambify.families.sources import Source, resolve
-from mambify.io import atomic_directory, read_json
+from mambify.io import atomic_directory
 from mambify.model import HybridForCausalLM, HybridRotaryEmbedding
+from mambify.provenance import Provenance
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -52,7 +53,9 @@ def load(
     device: torch.device | str = "cpu",
     with_tokenizer: bool = True,
 ) -> LoadedModel:
-    """Loads ``source``: a Hub id, a directory (Hugging Face's or ours), a ``.gguf`` file, or ``smollm2``.
+    """Loads ``source``: a Hub id, a directory (Hugging Face's or ours), a ``.gguf`` file, or an alias.
+
+    A directory that holds mixers only is completed by its base, each weight of which is read once, into its place.
 
     Args:
         dtype: ``"auto"`` keeps the checkpoint's own (float32 for GGUF).
@@ -63,23 +66,14 @@ def load(
         UnknownSourceError, UnsupportedError, CheckpointError: see :mod:`mambify.errors`.
     """
     where = resolve(source)
-    if where.gguf is not None:
-        file = GgufFile(where.directory / where.gguf)
-        config = hybrid_config(file.config(), source=where.name)
-        family, weights, stored = file.family, file.stream(), torch.float32
-    else:
-        hf_config = _read_config(where)
-        stored = hf_config.dtype or torch.float32
-        weights = safetensors.stream(where.directory)
-        if isinstance(hf_config, HybridConfig):
-            config, family = hf_config, None
-        else:
-            config = hybrid_config(hf_config, source=where.name)
-            family = family_for(hf_config.model_type, source=where.name)
-    renamed = weights if family is None else _renamed(weights, family.rename)
+    checkpoint = _whole(where)
     tokenizer = load_tokenizer(where) if with_tokenizer else None  # first: what it needs for a moment is free again
-    model = build(config, renamed, dtype=as_dtype(dtype) or stored, device=device, source=where.name)
+    config = checkpoint.config
+    model = build(
+        config, checkpoint.weights(), dtype=as_dtype(dtype) or checkpoint.dtype, device=device, source=where.name
+    )
     model.generation_config = _generation_config(where, config)
+    model.provenance = checkpoint.provenance
     return LoadedModel(model, tokenizer, where.name, config.teacher_family)
 
 
@@ -89,29 +83,13 @@ def load_config(source: str | Path) -> HybridConfig:
     Raises:
         UnknownSourceError, UnsupportedError: as :func:`load`.
     """
-    where = resolve(source)
-    if where.gguf is not None:
-        return hybrid_config(GgufFile(where.directory / where.gguf).config(), source=where.name)
-    hf_config = _read_config(where)
-    return hf_config if isinstance(hf_config, HybridConfig) else hybrid_config(hf_config, source=where.name)
+    return _whole(resolve(source)).config
 
 
-def _read_config(where: Source) -> PreTrainedConfig:
-    """``config.json`` of a directory, of a family we know or of our own.
-
-    Raises:
-        UnsupportedError: its architecture is none of ours.
-        CheckpointError: it cannot be read.
-    """
-    path = where.directory / "config.json"
-    try:
-        model_type = read_json(path)["model_type"]
-        if model_type != HybridConfig.model_type:
-            family_for(model_type, source=where.name)
-        return AutoConfig.from_pretrained(where.directory)
-    except (LookupError, OSError, StrictDataclassError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path} is not a readable model configuration: {reason}") from error
+def _whole(where: Source) -> Checkpoint:
+    """The checkpoint of a whole model, be it that its files hold mixers only."""
+    checkpoint = open_checkpoint(where)
+    return checkpoint if checkpoint.config.base is None else completed(where, checkpoint)
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype | None:
@@ -123,14 +101,6 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype | None:
     if dtype not in _DTYPES:
         raise InvalidOptionError(f"unknown dtype '{dtype}': choose auto, {', '.join(_DTYPES)}")
     return _DTYPES[dtype]
-
-
-def _renamed(weights: Iterable[tuple[str, Tensor]], rename: object) -> Iterator[tuple[str, Tensor]]:
-    assert callable(rename)
-    for name, tensor in weights:
-        ours = rename(name)
-        if ours is not None:
-            yield ours, tensor
 
 
 def empty_model(config: HybridConfig) -> HybridForCausalLM:
@@ -188,8 +158,15 @@ def set_parameter(
         )
     if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():  # isfinite of all would copy the tensor
         raise CheckpointError(f"{source}: '{name}' holds NaN or infinite values")
-    target = torch.float32 if leaf in getattr(owner, "float32_parameters", ()) else dtype
-    setattr(owner, leaf, nn.Parameter(tensor.to(device=device, dtype=target), requires_grad=True))
+    tensor = tensor.to(device=device, dtype=dtype_of(model, name, dtype))
+    setattr(owner, leaf, nn.Parameter(tensor, requires_grad=True))
+
+
+def dtype_of(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
+    """What the parameter ``name`` is kept in, in a model of ``dtype``: float32 where a mixer insists on it."""
+    owner_name, _, leaf = name.rpartition(".")
+    insists = leaf in getattr(model.get_submodule(owner_name), "float32_parameters", ())
+    return torch.float32 if insists else dtype
 
 
 def load_tokenizer(source: Source | str | Path) -> PreTrainedTokenizerBase | None:
@@ -237,14 +214,20 @@ def save(
     path: str | Path,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    provenance: Provenance | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Saves model, tokenizer and checksums as one directory, whole or not at all.
+    """Saves model, tokenizer, model card and checksums as one directory, whole or not at all.
+
+    Args:
+        provenance: how the model came to be, for its card; what it was loaded with by default.
 
     Raises:
         OutputExistsError: the path is taken.
         OutputWriteError: the disk refused; what stood there is intact.
     """
+    if provenance is not None:
+        model.provenance = provenance
     with atomic_directory(path, overwrite=overwrite) as directory:
         try:
             model.save_pretrained(directory)

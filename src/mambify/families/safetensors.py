@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from mambify.errors import CheckpointError
+from mambify.errors import CheckpointError, OutputWriteError
+from mambify.hub import CHECKSUMS
 from mambify.io import read_json, write_json
-from mambify.model import CHECKSUMS
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -32,25 +33,50 @@ def shards(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def stream(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, tensor) for every weight; one tensor is in memory at a time.
+def stream(directory: Path, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[tuple[str, Tensor]]:
+    """Yields (name, tensor) for every weight that is ``wanted``; one tensor is in memory at a time.
 
     Raises:
         CheckpointError: a file is missing, truncated, malformed, or differs from its recorded checksum.
     """
     verify_checksums(directory)
     for path in shards(directory):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (a safetensors handle is no dict)
+        yield from read_file(path, wanted)
+
+
+def read_file(path: Path, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[tuple[str, Tensor]]:
+    """Yields (name, tensor) for every weight of one file that is ``wanted``.
+
+    Raises:
+        CheckpointError: it is missing, truncated or malformed.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (a safetensors handle is no dict)
+                if wanted(name):
                     yield name, file.get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is truncated or malformed: {error}") from error
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent} lacks {path.name}") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is truncated or malformed: {error}") from error
 
 
-def record_checksums(directory: Path) -> None:
+def write_file(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Writes one weight file.
+
+    Raises:
+        OutputWriteError: the disk refused.
+    """
+    try:
+        save_file(dict(weights), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OutputWriteError(f"cannot write the weights of {path}: {error}") from error
+
+
+def record_checksums(directory: Path, files: Sequence[Path] | None = None) -> None:
     """Writes ``checksums.json``: the SHA-256 of every weight file, so that a changed one is noticed on loading."""
-    write_json(directory / CHECKSUMS, {path.name: _sha256(path) for path in shards(directory)})
+    paths = shards(directory) if files is None else files
+    write_json(directory / CHECKSUMS, {path.name: _sha256(path) for path in paths})
 
 
 def verify_checksums(directory: Path) -> None:

@@ -31,6 +31,7 @@ from mambify.errors import OutputExistsError
 from mambify.evaluate.compare import compare
 from mambify.evaluate.report import render_report
 from mambify.families.load import LoadedModel, load, require_tokenizer
+from mambify.hub import update_card
 from mambify.io import atomic_write_text, read_json, require_new, write_json
 from mambify.machine import default_device, environment
 from mambify.model import HybridForCausalLM
@@ -166,6 +167,7 @@ def quickstart(
             max_tokens=settings.evaluation_tokens,
             progress=lambda name, done, total: tell(f"score {name}", done, total),
         )
+    update_card(out / "student", [scores])
     with _timed(seconds, "generate"):
         say("asking both three questions")
         samples = [_ask(prompt, teacher.model, student, tokenizer, tell, i) for i, prompt in enumerate(PROMPTS)]

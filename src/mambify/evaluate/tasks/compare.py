@@ -153,8 +153,8 @@ def _with_intervals(roles: Sequence[str], value_M: Array, resampled_RM: Array) -
 def task_table(result: Mapping[str, Any], *, title: str | None = None) -> Table:
     """A table of what :func:`compare_on_tasks` returned, a metric a row, in percent."""
     caption = (
-        "in percent, in brackets: 95% bootstrap interval over questions, of the difference paired; acc: the likeliest\n"
-        "choice is right; acc_norm: the likeliest by log likelihood a character of the choice is right"
+        "percent of the questions, in brackets the 95% bootstrap interval over questions, paired for the difference. "
+        "acc takes the choice of the largest log likelihood; acc_norm divides it by the choice's length in characters."
     )
     table = Table(title=title, caption=caption)
     rows = [

@@ -16,7 +16,7 @@ Letters: B batch, T tokens, C channels, K width, L = K − 1; in kernels R = ROW
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,9 +24,41 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_ROWS = 4  # stretches of a program, one a warp
-_BLOCK_C = 64  # two channels a thread: a warp reads 128 bytes of bfloat16 at a time
 _FULL = 132 * 32  # warps that keep an H100 busy: 132 multiprocessors, half of the 64 warps that each can hold
+
+
+class _Tiles(NamedTuple):
+    """How the work is cut: ROWS stretches of TOKENS tokens and BLOCK_C channels a program, one warp a stretch."""
+
+    ROWS: int
+    TOKENS: int
+    BLOCK_C: int
+
+    @property
+    def span(self) -> int:
+        """Tokens of a program."""
+        return self.ROWS * self.TOKENS
+
+    def grid(self, batch: int, tokens: int, channels: int) -> tuple[int, int]:
+        """Channel blocks come first: programs that run together read neighbouring memory."""
+        return triton.cdiv(channels, self.BLOCK_C) * triton.cdiv(tokens, self.span), batch
+
+    def whole(self, tokens: int, channels: int) -> bool:
+        """Whether every program has all of its tokens and channels, so that nothing needs a mask."""
+        return tokens % self.span == 0 and channels % self.BLOCK_C == 0
+
+
+def _tiles(batch: int, tokens: int, channels: int, *, backward: bool) -> _Tiles:
+    """Stretches are short where the work would not fill the GPU; long ones reread fewer tokens (K − 1 each).
+
+    A thread has two channels, so that a warp reads 128 bytes of bfloat16 at a time, or four where they divide. Two is
+    enough for the backward pass, whose registers are full; its stretches are longer, for they go K − 1 over their end.
+    """
+    rows, block_c = (2, 128) if channels % 128 == 0 and not backward else (4, 64)
+    lengths = (128, 64, 32) if backward else (64, 32, 16)
+    blocks_c = triton.cdiv(channels, block_c)
+    fills = (n for n in lengths if batch * triton.cdiv(tokens, n) * blocks_c >= _FULL)
+    return _Tiles(rows, next(fills, lengths[-1]), block_c)
 
 
 def supports(x_BTC: Tensor, weight_CK: Tensor, *others: Tensor | None) -> bool:
@@ -65,12 +97,12 @@ class _CausalConv(torch.autograd.Function):
         bias_C = None if bias_C is None else bias_C.contiguous()
         y_BTC = torch.empty_like(x_BTC, memory_format=torch.contiguous_format)
         final_BCL = x_BTC.new_empty((batch, channels, width - 1))
-        stretch = _stretch(batch, tokens, channels)
-        _forward[_grid(batch, tokens, channels, stretch)](
+        tiles = _tiles(batch, tokens, channels, backward=False)
+        _forward[tiles.grid(batch, tokens, channels)](
             x_BTC, weight_CK, bias_C, initial_BCL, seq_idx_BT, y_BTC, final_BCL,
             tokens, channels, x_BTC.stride(0), *weight_CK.stride(), *_strides(initial_BCL, 3), *_strides(seq_idx_BT, 2),
-            X_TOKEN=x_BTC.stride(1), K=width, SILU=silu, ROWS=_ROWS, TOKENS=stretch, UNROLL=16 if stretch == 16 else 8,
-            BLOCK_C=_BLOCK_C, WHOLE=_whole(tokens, channels, stretch), num_warps=_ROWS,
+            X_TOKEN=x_BTC.stride(1), K=width, SILU=silu, **tiles._asdict(), UNROLL=16 if tiles.TOKENS == 16 else 8,
+            WHOLE=tiles.whole(tokens, channels), num_warps=tiles.ROWS,
         )  # fmt: skip
         ctx.save_for_backward(x_BTC, weight_CK, bias_C, initial_BCL, seq_idx_BT)
         ctx.silu = silu
@@ -86,18 +118,17 @@ class _CausalConv(torch.autograd.Function):
         dy_BTC = torch.zeros_like(x_BTC) if dy_BTC is None else _channels_last(dy_BTC)
         dx_BTC = torch.empty_like(x_BTC, memory_format=torch.contiguous_format)
         dinitial_BCL = None if initial_BCL is None else initial_BCL.new_empty(initial_BCL.shape)
-        stretch = max(32, _stretch(batch, tokens, channels))  # longer: it goes K − 1 tokens over its end
-        grid = _grid(batch, tokens, channels, stretch)
+        tiles = _tiles(batch, tokens, channels, backward=True)
         partial = None
         if any(ctx.needs_input_grad[1:3]):
-            parts = triton.cdiv(tokens, _ROWS * stretch)
+            parts = triton.cdiv(tokens, tiles.span)
             partial = x_BTC.new_empty((batch * parts, width + 1, channels), dtype=torch.float32)
-        _backward[grid](
+        _backward[tiles.grid(batch, tokens, channels)](
             x_BTC, weight_CK, bias_C, initial_BCL, seq_idx_BT, dy_BTC, dfinal_BCL, dx_BTC, dinitial_BCL, partial,
             tokens, channels, x_BTC.stride(0), *weight_CK.stride(), *_strides(initial_BCL, 3), *_strides(seq_idx_BT, 2),
             dy_BTC.stride(0), *_strides(dfinal_BCL, 3),
-            X_TOKEN=x_BTC.stride(1), DY_TOKEN=dy_BTC.stride(1), K=width, SILU=ctx.silu, ROWS=_ROWS, TOKENS=stretch,
-            UNROLL=8, BLOCK_C=_BLOCK_C, WHOLE=_whole(tokens, channels, stretch), num_warps=_ROWS,
+            X_TOKEN=x_BTC.stride(1), DY_TOKEN=dy_BTC.stride(1), K=width, SILU=ctx.silu, **tiles._asdict(),
+            UNROLL=8, WHOLE=tiles.whole(tokens, channels), num_warps=tiles.ROWS,
         )  # fmt: skip
         dweight_CK = dbias_C = None
         if partial is not None:
@@ -117,25 +148,6 @@ def _channels_last(x_BTC: Tensor) -> Tensor:
 
 def _strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
     return (0,) * dims if tensor is None else tensor.stride()
-
-
-def _stretch(batch: int, tokens: int, channels: int) -> int:
-    """Tokens of a stretch: few where the work would not fill the GPU; long ones reread fewer tokens (K − 1 each)."""
-    blocks_c = triton.cdiv(channels, _BLOCK_C)
-    for stretch in (64, 32):
-        if batch * triton.cdiv(tokens, stretch) * blocks_c >= _FULL:
-            return stretch
-    return 16
-
-
-def _whole(tokens: int, channels: int, stretch: int) -> bool:
-    """Whether every program has all of its tokens and channels, so that nothing needs a mask."""
-    return tokens % (_ROWS * stretch) == 0 and channels % _BLOCK_C == 0
-
-
-def _grid(batch: int, tokens: int, channels: int, stretch: int) -> tuple[int, int]:
-    """Channel blocks come first: programs that run together read neighbouring memory."""
-    return triton.cdiv(channels, _BLOCK_C) * triton.cdiv(tokens, _ROWS * stretch), batch
 
 
 @triton.jit

@@ -1,0 +1,230 @@
+"""The model card of a student: what it is, how it was made, how it scored, how to load it.
+
+Only what is known is said. A training, a licence or a figure that nobody recorded is left out, not guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mambify.config import HybridConfig
+from mambify.layer_map import kinds_of_layers, legend, name, plain_map, ranges
+from mambify.provenance import Provenance
+
+CARD = "README.md"
+
+
+def render_card(config: HybridConfig, provenance: Provenance | None = None) -> str:
+    """The card of the model that ``config`` describes, as Markdown with the Hub's YAML header.
+
+    Args:
+        config: with ``base`` set, the card of a directory that holds mixers only.
+        provenance: how the model came to be; ``None`` where nothing is recorded.
+    """
+    sections = [
+        _header(config, provenance),
+        f"# {_title(config)}\n\n{_what_it_is(config)}",
+        f"## Layers\n\n{_layers(config)}",
+        f"## Use\n\n{_use(config)}",
+    ]
+    if provenance is not None and (provenance.stages or provenance.recipe):
+        sections.append(f"## Training\n\n{_training(provenance)}")
+    if provenance is not None and provenance.results:
+        sections.append(f"## Results\n\n{_results(provenance.results)}")
+    sections.append(f"## Limits\n\n{_limits(config, provenance)}")
+    return "\n\n".join(sections) + "\n"
+
+
+def _header(config: HybridConfig, provenance: Provenance | None) -> str:
+    trained = provenance is not None and bool(provenance.stages)
+    mixers = sorted({kind for kind in config.layer_mixers or () if kind != "attention"})
+    fields: dict[str, Any] = dict(config.teacher_license or {})
+    if config.teacher_hub_id:
+        fields["base_model"] = config.teacher_hub_id
+    fields["library_name"] = "transformers"
+    fields["pipeline_tag"] = "text-generation"
+    fields["tags"] = ["mambify", *(["hybrid"] if mixers else []), *mixers, *(["distillation"] if trained else [])]
+    return "---\n" + yaml.safe_dump(fields, sort_keys=False, allow_unicode=True) + "---"
+
+
+def _teacher(config: HybridConfig) -> str:
+    """The teacher's name for people: its Hub id, or what it was loaded by without the way there."""
+    return config.teacher_hub_id or (
+        Path(config.teacher).name if Path(config.teacher).is_absolute() else config.teacher
+    )
+
+
+def _title(config: HybridConfig) -> str:
+    teacher = _teacher(config).rpartition("/")[2] or "A hybrid model"
+    if not config.converted_layers:
+        return teacher
+    mixers = " and ".join(sorted({name(kind) for kind in config.layer_mixers or () if kind != "attention"}))
+    return f"{teacher}, {len(config.converted_layers)} of {config.num_hidden_layers} layers as {mixers}"
+
+
+def _what_it_is(config: HybridConfig) -> str:
+    teacher = _teacher(config)
+    linked = f"[{teacher}](https://huggingface.co/{teacher})" if config.teacher_hub_id else teacher or "a Transformer"
+    if not config.converted_layers:
+        return f"The weights of {linked}, as mambify saves them; no layer is converted."
+    read_as = _without_way(config.teacher)
+    loaded_as = f" (read as `{read_as}`)" if read_as not in ("", teacher) else ""
+    lines = (
+        f"A hybrid of attention and Mamba layers made from {linked}{loaded_as} with mambify, by the method of "
+        "[The Mamba in the Llama](https://arxiv.org/abs/2408.15237): some attention layers are replaced by Mamba "
+        "mixers, everything else is kept from the teacher. A converted layer carries a state of fixed size instead of "
+        "keys and values that grow with the text."
+    )
+    if config.base is not None:
+        lines += (
+            f"\n\nThis directory holds only the weights that are not the teacher's. On loading they are put into "
+            f"`{_base_name(config)}`, whose kept weights are checked against a fingerprint."
+        )
+    return lines
+
+
+def _base_name(config: HybridConfig) -> str:
+    assert config.base is not None
+    return _without_way(config.base["name"])
+
+
+def _without_way(name: str) -> str:
+    """A name without the folders of the machine that it comes from."""
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def _layers(config: HybridConfig) -> str:
+    kinds = kinds_of_layers(config)
+    rows = [
+        ("layers that keep attention", ranges(config.attention_layers)),
+        ("layers converted", ranges(config.converted_layers)),
+        ("hidden size, feed-forward size", f"{config.hidden_size:,}, {config.intermediate_size:,}"),
+        (
+            "heads (query, key/value, dimension)",
+            f"{config.num_attention_heads}, {config.num_key_value_heads}, {config.head_dim}",
+        ),
+        ("vocabulary", f"{config.vocab_size:,}"),
+        ("positions of the teacher", f"{config.max_position_embeddings:,}"),
+    ]
+    return f"```\n{plain_map(kinds)}\n{legend(kinds)}\n```\n\n" + _table(("", ""), rows)
+
+
+def _use(config: HybridConfig) -> str:
+    base = "" if config.base is None else f" and the base model `{_base_name(config)}`"
+    return f"""With `pip install mambify`{base}:
+
+```python
+import mambify
+
+loaded = mambify.load("PATH_OR_HUB_ID")
+loaded.model, loaded.tokenizer
+```
+
+or with transformers alone, mambify being installed:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("PATH_OR_HUB_ID", trust_remote_code=True)
+```
+
+or on the command line: `mambify chat PATH_OR_HUB_ID`."""
+
+
+def _training(provenance: Provenance) -> str:
+    recipe = provenance.recipe
+    parts = []
+    if provenance.stages:
+        rows = [
+            (
+                stage["stage"],
+                f"{stage['attention']:.1%}" if "attention" in stage else "",
+                f"{stage['steps']:,}" if "steps" in stage else "",
+                f"{stage['tokens']:,}",
+                f"{stage['seconds']:,.0f}" if "seconds" in stage else "",
+            )
+            for stage in provenance.stages
+        ]
+        parts.append(_table(("stage", "layers with attention", "steps", "tokens", "seconds"), rows))
+        parts.append(f"In all {provenance.tokens:,} tokens.")
+    made = [
+        f"{key} {provenance.environment[key]}"
+        for key in ("device", "mambify", "torch", "transformers")
+        if provenance.environment.get(key)
+    ]
+    if made:
+        parts.append(f"Made with {', '.join(made)}.")
+    if recipe:
+        text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).strip()
+        parts.append(f"<details><summary>The recipe</summary>\n\n```yaml\n{text}\n```\n\n</details>")
+    return "\n\n".join(parts)
+
+
+def _results(results: Mapping[str, Any]) -> str:
+    sources: Mapping[str, Mapping[str, Any]] = results["sources"]
+    beside_teacher = any("teacher" in source for source in sources.values())
+    headings = ["text", "tokens", "perplexity"]
+    if beside_teacher:
+        headings += ["teacher's", "ratio", "KL", "top-1 agreement"]
+    rows = []
+    for text, source in sources.items():
+        cells = [text, f"{source['num_tokens']:,}", _figure(source["student"], "perplexity", ".2f")]
+        if beside_teacher:
+            cells += [
+                _figure(source.get("teacher", {}), "perplexity", ".2f"),
+                _figure(source["student"], "perplexity_ratio", ".3f"),
+                _figure(source["student"], "kl", ".4f"),
+                _figure(source["student"], "top1_agreement", ".1%"),
+            ]
+        rows.append(cells)
+    length = f" of {results['context_length']} tokens" if "context_length" in results else ""
+    return (
+        _table(headings, rows)
+        + f"\n\nMeasured by `mambify evaluate` on blocks{length}; in brackets 95% bootstrap intervals over blocks."
+    )
+
+
+def _figure(figures: Mapping[str, Any], key: str, form: str) -> str:
+    if key not in figures:
+        return ""
+    text = f"{figures[key]:{form}}"
+    if f"{key}_interval" in figures:
+        low, high = figures[f"{key}_interval"]
+        text += f" ({low:{form}}–{high:{form}})"
+    return text
+
+
+def _limits(config: HybridConfig, provenance: Provenance | None) -> str:
+    return "\n".join(f"- {line}" for line in _limit_lines(config, provenance))
+
+
+def _limit_lines(config: HybridConfig, provenance: Provenance | None) -> Iterator[str]:
+    yield "It knows what its teacher knows, and has its teacher's errors and biases."
+    if not config.converted_layers:
+        return
+    if provenance is None or not provenance.stages:
+        yield "No training is recorded: a model that was converted and not distilled does not speak sensibly."
+    elif length := provenance.recipe.get("data", {}).get("context_length"):
+        yield f"It was trained on sequences of {length:,} tokens; longer text was not part of the training."
+    yield (
+        "A state of fixed size cannot hold everything: the fewer layers keep attention, the weaker is exact recall of "
+        "details from far back."
+    )
+    if provenance is None or not provenance.results:
+        yield "No evaluation is recorded."
+    else:
+        yield "What the table above does not measure was not measured."
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Text that cannot end its cell or its row."""
+    return " ".join(text.replace("|", "\\|").split())

@@ -1,0 +1,186 @@
+"""What a saved model brings along for the Hub and for transformers, and how it gets there and back.
+
+A directory carries the ``auto_map`` shim for ``trust_remote_code=True`` and a model card; what is known of the training
+travels with the model, from one directory to the next.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from huggingface_hub import HfApi, snapshot_download
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from mambify.card import CARD, render_card
+from mambify.config import HybridConfig
+from mambify.errors import CheckpointError
+from mambify.io import atomic_write_text
+from mambify.provenance import Provenance, forget_provenance, read_provenance
+
+#: file beside the weights with their SHA-256, where a directory has one
+CHECKSUMS = "checksums.json"
+#: what a saved directory carries so that ``trust_remote_code=True`` finds the installed package
+_SHIM_NAME = "modeling_mambify"
+_SHIM = '''"""Points transformers' auto classes at the installed package: pip install mambify."""
+
+from mambify.config import HybridConfig
+from mambify.model import HybridForCausalLM
+
+__all__ = ["HybridConfig", "HybridForCausalLM"]
+'''
+_AUTO_MAP = {
+    "AutoConfig": f"{_SHIM_NAME}.HybridConfig",
+    "AutoModelForCausalLM": f"{_SHIM_NAME}.HybridForCausalLM",
+}
+_FROM_THE_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+
+#: (directory that holds mixers only, its configuration) → every weight, as (name, tensor)
+Completion = Callable[[Path, HybridConfig], Iterator[tuple[str, Tensor]]]
+
+
+class HubModel(PreTrainedModel):  # type: ignore[misc]
+    """A model that saves itself with card and shim, and that may be read from a directory of mixers only."""
+
+    #: how the weights came to be; forgotten when training begins, for then they become others
+    provenance: Provenance | None = None
+    #: reads a directory that holds mixers only; set by what knows where its base is to be found
+    completion: ClassVar[Completion | None] = None
+
+    def train(self, mode: bool = True) -> Self:
+        """As every module's; a model in training no longer has the recorded results."""
+        if mode:
+            self.provenance = None
+        super().train(mode)
+        return self
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing to register: a saved directory carries a shim that names the installed package."""
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Saves sharded safetensors, the config, the model card, and the shim for ``trust_remote_code=True``."""
+        self.config.auto_map = dict(_AUTO_MAP)
+        self.config.base = None
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            (Path(save_directory) / CHECKSUMS).unlink(missing_ok=True)  # those of weights that were there before
+            write_companions(Path(save_directory), self.config, self.provenance)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+    ) -> str:
+        """Uploads what :meth:`save_pretrained` writes, and returns the commit's address.
+
+        transformers' own would put a card without content in the place of ours. A card that stands in the repository
+        already is kept, for someone may have edited it.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory, max_shard_size=max_shard_size)
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=directory,
+                commit_message=commit_message or "Upload model",
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+                ignore_patterns=[CARD] if api.file_exists(repo_id, CARD, revision=revision) else None,
+            )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path | None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; of a directory that holds mixers only, the base's weights with the mixers put in.
+
+        Raises:
+            CheckpointError: the base is not the one that the mixers were made with.
+            UnknownSourceError: the base cannot be found.
+        """
+        path = pretrained_model_name_or_path
+        config = None if path is None else _config_on_base(path, kwargs)
+        if path is None or config is None:
+            loaded = super().from_pretrained(path, *args, **kwargs)
+            directory = None if path is None else Path(path) / (kwargs.get("subfolder") or "")
+        else:
+            assert cls.completion is not None, "mambify.families.load is imported with the package"
+            directory = _fetch(path, kwargs)
+            kwargs = {key: value for key, value in kwargs.items() if key not in (*_FROM_THE_HUB, "subfolder", "config")}
+            whole = copy.deepcopy(config)
+            whole.base = None
+            weights = dict(cls.completion(directory, config))
+            loaded = super().from_pretrained(None, *args, config=whole, state_dict=weights, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if config is not None and model.can_generate():
+            model.generation_config = GenerationConfig.from_pretrained(directory)
+        if directory is not None and directory.is_dir():
+            model.provenance = read_provenance(directory)
+        return loaded
+
+
+def _config_on_base(path: str | Path, arguments: Mapping[str, Any]) -> HybridConfig | None:
+    """The configuration of a directory that holds mixers only; ``None`` of any other."""
+    config = arguments.get("config")
+    if not isinstance(config, PreTrainedConfig):
+        options = {key: value for key, value in arguments.items() if key in (*_FROM_THE_HUB, "subfolder")}
+        facts, _ = PreTrainedConfig.get_config_dict(config or path, **options)
+        if not facts.get("base"):
+            return None
+        config = HybridConfig.from_dict(facts)
+    return config if getattr(config, "base", None) else None
+
+
+def _fetch(path: str | Path, arguments: Mapping[str, Any]) -> Path:
+    """The directory of a model's files, downloaded where it is a Hub id."""
+    root = Path(path)
+    if not root.is_dir():
+        options = {key: value for key, value in arguments.items() if key in _FROM_THE_HUB}
+        root = Path(snapshot_download(str(path), **options))
+    return root / (arguments.get("subfolder") or "")
+
+
+def prepare_config(config: HybridConfig, *, base: dict[str, str] | None = None) -> HybridConfig:
+    """A copy as it is written beside weights: with the shim's ``auto_map``, and the base of mixers that need one."""
+    written = copy.deepcopy(config)
+    written.auto_map = dict(_AUTO_MAP)
+    written.architectures = ["HybridForCausalLM"]
+    written.base = base
+    return written
+
+
+def write_companions(directory: Path, config: HybridConfig, provenance: Provenance | None) -> None:
+    """Writes what stands beside weights and configuration: shim, model card, and the provenance where there is one."""
+    atomic_write_text(directory / f"{_SHIM_NAME}.py", _SHIM)
+    atomic_write_text(directory / CARD, render_card(config, provenance))
+    if provenance is not None:
+        provenance.write(directory)
+    else:
+        forget_provenance(directory)  # that of weights that were there before
+
+
+def update_card(directory: Path, results: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Writes the card of a saved model again, with further results where given.
+
+    Raises:
+        CheckpointError: the directory is no saved model of ours.
+    """
+    facts, _ = PreTrainedConfig.get_config_dict(directory)
+    if facts.get("model_type") != HybridConfig.model_type:
+        raise CheckpointError(f"{directory} is no model that mambify saved: it has no card of ours")
+    provenance = read_provenance(directory)
+    for result in results:
+        provenance = (provenance or Provenance()).with_results(result)
+    write_companions(directory, HybridConfig.from_dict(facts), provenance)

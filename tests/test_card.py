@@ -1,0 +1,163 @@
+"""A model card says what is known, in a form that the Hub reads, and nothing that nobody recorded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from mambify.card import render_card
+from mambify.config import HybridConfig
+from mambify.errors import CheckpointError, InvalidOptionError
+from mambify.provenance import Provenance, read_provenance, read_results
+
+RESULTS: dict[str, Any] = {
+    "model": "student",
+    "context_length": 512,
+    "sources": {
+        "book|1.txt": {
+            "num_tokens": 32768,
+            "student": {
+                "perplexity": 13.25, "perplexity_interval": [13.0, 13.5], "kl": 0.0512, "kl_interval": [0.05, 0.053],
+                "top1_agreement": 0.885, "top1_agreement_interval": [0.88, 0.89], "perplexity_ratio": 1.034,
+            },
+            "teacher": {"perplexity": 12.81, "perplexity_interval": [12.6, 13.0]},
+        }
+    },
+}  # fmt: skip
+PROVENANCE = Provenance(
+    recipe={"teacher": "smollm2", "data": {"context_length": 512}, "stages": [{"kind": "align"}]},
+    stages=[
+        {"stage": "01-align", "attention": 0.5, "steps": 100, "tokens": 1_600_000, "seconds": 12.3},
+        {"stage": "02-kd", "attention": 0.5, "steps": 150, "tokens": 2_400_000, "seconds": 45.6},
+    ],
+    environment={"device": "NVIDIA H100", "torch": "2.13.0", "commit": None},
+    results=RESULTS,
+)
+
+
+def config(**changes: Any) -> HybridConfig:
+    facts: dict[str, Any] = {
+        "num_hidden_layers": 4,
+        "layer_mixers": ["mamba2", "attention", "mamba2", "attention"],
+        "teacher": "smollm2",
+        "teacher_hub_id": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "teacher_license": {"license": "apache-2.0"},
+    }
+    return HybridConfig(**facts | changes)
+
+
+def header(card: str) -> dict[str, Any]:
+    return dict(yaml.safe_load(card.split("---\n")[1]))
+
+
+def test_the_header_is_the_hubs() -> None:
+    card = render_card(config(), PROVENANCE)
+    assert header(card) == {
+        "license": "apache-2.0",
+        "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["mambify", "hybrid", "mamba2", "distillation"],
+    }
+    assert ModelCard(card).data.license == "apache-2.0"
+
+
+def test_what_is_known_is_said() -> None:
+    card = render_card(config(), PROVENANCE)
+    assert "# SmolLM2-135M-Instruct, 2 of 4 layers as Mamba2\n" in card
+    assert "MAMA\nM Mamba2 ×2, A attention ×2" in card
+    assert "read as `smollm2`" in card
+    assert "| 01-align | 50.0% | 100 | 1,600,000 | 12 |" in card
+    assert "In all 4,000,000 tokens." in card
+    assert "Made with device NVIDIA H100, torch 2.13.0." in card
+    assert "kind: align" in card
+    row = "| book\\|1.txt | 32,768 | 13.25 (13.00–13.50) | 12.81 (12.60–13.00) | 1.034 | 0.0512 (0.0500–0.0530) |"
+    assert row in card
+    assert "88.5% (88.0%–89.0%)" in card
+    assert "sequences of 512 tokens" in card
+    assert "No " not in card.split("## Limits")[1]
+
+
+def test_what_is_not_known_is_left_out() -> None:
+    card = render_card(config(teacher="", teacher_hub_id="", teacher_license=None))
+    assert header(card).keys() == {"library_name", "pipeline_tag", "tags"}
+    assert header(card)["tags"] == ["mambify", "hybrid", "mamba2"]
+    for heading in ("## Training", "## Results"):
+        assert heading not in card
+    assert "No training is recorded" in card
+    assert "No evaluation is recorded" in card
+    assert "None" not in card
+
+
+def test_folders_of_the_machine_are_not_told() -> None:
+    card = render_card(
+        config(
+            teacher="/home/someone/models/llama", teacher_hub_id="", base={"name": "/home/someone/x", "fingerprint": ""}
+        )
+    )
+    assert "someone" not in card
+    assert "# llama, 2 of 4" in card
+
+
+def test_a_licence_of_its_own_is_given_as_the_teacher_gives_it() -> None:
+    terms = {"license": "other", "license_name": "some-terms", "license_link": "LICENSE.md"}
+    assert header(render_card(config(teacher_license=terms))).items() >= terms.items()
+
+
+def test_an_unconverted_model_is_not_called_a_hybrid() -> None:
+    card = render_card(config(layer_mixers=["attention"] * 4))
+    assert header(card)["tags"] == ["mambify"]
+    assert "# SmolLM2-135M-Instruct\n" in card
+    assert "no layer is converted" in card
+
+
+def test_mixers_only_say_what_they_need() -> None:
+    card = render_card(config(base={"name": "smollm2", "fingerprint": "0" * 64}))
+    assert "they are put into `smollm2`" in card
+
+
+def test_results_of_a_model_alone() -> None:
+    alone = {"sources": {"t": {"num_tokens": 10, "student": {"perplexity": 2.0, "perplexity_interval": [1.0, 3.0]}}}}
+    card = render_card(config(), Provenance(results=alone))
+    assert "| text | tokens | perplexity |\n| --- | --- | --- |\n| t | 10 | 2.00 (1.00–3.00) |" in card
+
+
+def test_provenance_survives_the_disk(tmp_path: Path) -> None:
+    assert read_provenance(tmp_path) is None
+    PROVENANCE.write(tmp_path)
+    again = read_provenance(tmp_path)
+    assert again is not None
+    assert dataclasses.asdict(again) == dataclasses.asdict(PROVENANCE)
+    assert again.tokens == 4_000_000
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"recipy": {}}'])
+def test_a_provenance_that_is_none(content: str, tmp_path: Path) -> None:
+    (tmp_path / "provenance.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"provenance\.json is not a readable provenance"):
+        read_provenance(tmp_path)
+
+
+def test_new_results_join_the_former_ones() -> None:
+    other = {"context_length": 256, "sources": {"other": RESULTS["sources"]["book|1.txt"]}}
+    both = PROVENANCE.with_results(other).results
+    assert set(both["sources"]) == {"book|1.txt", "other"}
+    assert both["context_length"] == 256
+    assert set(RESULTS["sources"]) == {"book|1.txt"}
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"sources": 3}'])
+def test_results_that_are_none(content: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InvalidOptionError, match=r"results\.json"):
+        read_results(path)
+    path.write_text(json.dumps(RESULTS))
+    assert read_results(path) == RESULTS
