@@ -82,6 +82,7 @@ def evaluate(
     place = options.pick_device(device)
     load_config(model)
     own, teachers = load_tokenizer(model), None if teacher is None else load_tokenizer(teacher)
+    announce = announcer(quiet=quiet)
     # Texts and questions before models: what cannot be read is known before any weight is loaded.
     blocks = {}
     if sources:
