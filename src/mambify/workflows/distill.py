@@ -60,9 +60,10 @@ def distill(
             if teacher is None:
                 say(f"loading {recipe.teacher}")
             loaded = base = teacher or load(recipe.teacher)
-            if recipe.student.base is not None:
-                say(f"loading {recipe.student.base}")
-                base = load(recipe.student.base)
+            other = recipe.student.base
+            if other is not None and other != recipe.teacher:
+                say(f"loading {other}")
+                base = load(other)
                 require_same_tokenizer(require_tokenizer(loaded), require_tokenizer(base), names=("teacher", "base"))
             say("reading the text")
             texts = Texts(recipe, base, say)

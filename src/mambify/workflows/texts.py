@@ -22,6 +22,8 @@ from mambify.model import HybridForCausalLM
 
 T = TypeVar("T")
 
+_KEPT = ("blocks", "pairs", "prompts")
+
 
 class Texts:
     """What each stage trains on; stages that ask for the same text share it.
@@ -71,6 +73,8 @@ class Texts:
             self(stage)
             if isinstance(stage, OnPolicy):
                 self.writer(stage).sampler(model.model)
+        # The documents themselves are no longer needed, and there may be gigabytes of them.
+        self._known = {key: known for key, known in self._known.items() if key[0] in _KEPT}
 
     def write(self, stage: OnPolicy, student: HybridForCausalLM, seed: int, count: int) -> dict[str, Tensor]:
         """Has ``student`` write ``count`` sequences for the stage."""
