@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mambify
 from mambify.distill.logs import read_metrics
@@ -363,6 +364,45 @@ def test_a_student_that_cannot_write_is_refused_before_anything_is_written(
     with pytest.raises(InvalidOptionError, match="256 positions"):
         distill(recipe, device="cpu")
     assert not Path(recipe.output).exists()
+
+
+class _NoWaiting(TorchDispatchMode):
+    """Fails at an operation whose result the host must see: with it a step could not be recorded."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal"), name
+        masks = [x for x in (args[1] if name in ("index", "index_put_") else ()) if x is not None]
+        assert all(mask.dtype not in (torch.bool, torch.uint8) for mask in masks), f"{name} by a mask"
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_waits_is_seen() -> None:
+    x = torch.ones(3, requires_grad=True)
+    for wait in (lambda: float(x.sum()), lambda: x[x > 0], lambda: x.nonzero()):
+        with _NoWaiting(), pytest.raises(AssertionError):
+            wait()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "kd", "align"])
+def test_a_step_never_waits_for_the_device(
+    make_chat_recipe: MakeRecipe, chat_teacher: Path, pairs_file: Path, kind: str
+) -> None:
+    """Every operation of a step and of its backward pass keeps its result on the device."""
+    from mambify.distill.stages import collate, stage_module
+    from mambify.workflows.texts import Texts
+
+    teacher = mambify.load(chat_teacher)
+    recipe = make_chat_recipe(stages=[_of_kind(kind, pairs_file, 1), _stage("kd", 1)])
+    module = stage_module(recipe.stages[0], mambify.convert(teacher.model, attention=0.5), teacher.model)
+    stage = recipe.stages[1 if kind == "on_policy" else 0]
+    text: Any = Texts(recipe, teacher, lambda _: None)(stage)
+    batch = collate([text[0], text[1]])
+    with _NoWaiting():
+        sums = module.accumulate_gradients(module, batch, torch.Tensor.backward).sums
+        module.finish_gradients(sums)
+        module.loss(sums)
+    assert any(p.grad is not None for p in module.parameters())
 
 
 @pytest.mark.gpu
