@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,11 @@ def plot_ops(result: dict[str, Any], path: Path) -> None:
         labels.append(f"{row['operation']} {row['pass']}\n{row['shape']}")
         ratios.append(others[best] / row["ms"])
         names.append(best)
-    figure, axes = _figure(7.5, 0.42 * len(labels) + 1.2)
-    axes.barh(labels[::-1], ratios[::-1], color=_OURS)
-    for place, (ratio, name) in enumerate(zip(ratios[::-1], names[::-1], strict=True)):
+    figure, axes = _figure(7.5, 0.3 * len(labels) + 1.2)
+    axes.barh(range(len(labels)), ratios, color=_OURS)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    for place, (ratio, name) in enumerate(zip(ratios, names, strict=True)):
         axes.text(ratio, place, f" {ratio:.2f}× {name}", va="center", fontsize=7)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_xscale("log")
@@ -45,36 +47,78 @@ def plot_ops(result: dict[str, Any], path: Path) -> None:
 
 def plot_train(result: dict[str, Any], path: Path) -> None:
     """Tokens a second and peak memory, a column for each growth curve."""
-    curves: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in result["results"]:
-        if row["fits"]:
-            curves[row["curve"]].append(row)
-    axis_of = {"batch": "sequences", "context": "context", "converted": "attention"}
-    shown = [name for name in axis_of if len(curves[name]) > 1]
-    if not shown:  # a machine on which only the headline was run
-        shown, axis_of["headline"] = ["headline"], "context"
-    figure, grid = _figure(3.2 * len(shown) + 0.6, 5.0, rows=2, columns=len(shown))
-    for column, name in enumerate(shown):
-        key = axis_of[name]
-        rows = sorted(curves[name], key=lambda row: float(row[key]))
-        places = [1 - row[key] if key == "attention" else row[key] for row in rows]
-        for line, (heading, values) in enumerate(
-            (
-                ("tokens a second", [row["tokens_per_second"] for row in rows]),
-                ("peak memory, GB", [(row["peak_bytes"] or 0) / 1e9 for row in rows]),
-            )
+    rows = [row for row in result["results"] if row["fits"]]
+    panels = {label: found for label, (choose, _) in _GROWTH.items() if len(found := choose(rows)) > 1}
+    if not panels:  # a machine on which only the headline was run
+        panels = {"stage": [row for row in rows if row["curve"] == "headline"]}
+    figure, grid = _figure(2.7 * len(panels) + 0.6, 4.6, rows=2, columns=len(panels))
+    for column, (label, points) in enumerate(panels.items()):
+        name = _GROWTH[label][1] if label in _GROWTH else lambda row: str(row["stage"])
+        names = [name(row) for row in points]
+        for line, (heading, unit, key) in enumerate(
+            (("thousand tokens a second", 1e3, "tokens_per_second"), ("peak memory, GB", 1e9, "peak_bytes"))
         ):
-            axes = grid[line][column]
-            axes.plot(places, values, marker="o", color=_OURS)
-            axes.set_ylim(0, 1.1 * max(values) or 1)
-            if key != "attention":
-                axes.set_xscale("log", base=2)
+            axes, values = grid[line][column], [(row[key] or 0) / unit for row in points]
+            axes.plot(names, values, marker="o", color=_OURS)
+            axes.margins(0.12)
+            if label == "shape" and all(values):
+                axes.set_yscale("log")
+                axes.set_ylim(min(values) / 2, 2.5 * max(values))
+                axes.yaxis.set_ticks([], minor=True)
+                axes.yaxis.set_ticks([])
+                for place, value in enumerate(values):
+                    axes.annotate(
+                        f"{value:.3g}",
+                        (place, value),
+                        xytext=(0, 6),
+                        textcoords="offset points",
+                        fontsize=7,
+                        ha="center",
+                    )
+            else:
+                axes.set_ylim(0, 1.12 * max(values) or 1)
             if line:
-                axes.set_xlabel({"attention": "share of layers converted"}.get(key, key))
+                axes.set_xlabel(label)
             if column == 0:
                 axes.set_ylabel(heading)
-    figure.suptitle(f"{curves[shown[0]][0]['shape']}, kd, {result['machine']['device']}", fontsize=9)
+    figure.suptitle(f"kd on {result['machine']['device']}; {rows[0]['shape']} where no shape is named", fontsize=9)
     _save(figure, path)
+
+
+Rows = list[dict[str, Any]]
+
+
+def _curve(name: str, key: str) -> Callable[[Rows], Rows]:
+    """Chooses the points of one growth curve, in order."""
+    return lambda rows: sorted((row for row in rows if row["curve"] == name), key=lambda row: float(row[key]))
+
+
+def _shapes(rows: Rows) -> Rows:
+    """The best kd row of every shape, smallest shape first."""
+    best: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row["curve"] in ("headline", "size") and row["stage"] == "kd" and row["mixer"] == "mamba2":
+            best.setdefault(row["shape"], row)
+            if row["tokens_per_second"] > best[row["shape"]]["tokens_per_second"]:
+                best[row["shape"]] = row
+    return list(best.values())
+
+
+#: label of a growth curve → its points among all rows, and what a point is called
+_GROWTH: dict[str, tuple[Callable[[Rows], Rows], Callable[[dict[str, Any]], str]]] = {
+    "sequences of 512": (_curve("batch", "sequences"), lambda row: str(row["sequences"])),
+    "context": (_curve("context", "context"), lambda row: thousands(row["context"])),
+    "layers converted": (
+        lambda rows: _curve("converted", "attention")(rows)[::-1],
+        lambda row: f"{1 - row['attention']:.0%}",
+    ),
+    "shape": (_shapes, lambda row: f"{row['shape']}\n{row['sequences']} × {row['context']}"),
+}
+
+
+def thousands(count: int) -> str:
+    """512, 2k, 32k: powers of two as they are spoken of."""
+    return f"{count // 1024}k" if count >= 1024 else str(count)
 
 
 def plot_synthesize(result: dict[str, Any], path: Path) -> None:
