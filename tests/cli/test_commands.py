@@ -212,6 +212,22 @@ class TestEvaluate:
         assert figures["kl"] == pytest.approx(0.0, abs=1e-6)
         assert figures["top1_agreement"] == 1.0
 
+    def test_pairs_of_answers(self, run: Run, teacher: Path, student: Path, tmp_path: Path) -> None:
+        pairs, file = tmp_path / "pairs.jsonl", tmp_path / "figures.json"
+        rows = [{"prompt": f"Question {i}", "chosen": "A fox.", "rejected": f"A dog, {i}."} for i in range(6)]
+        rows.append({"prompt": "Question", "chosen": "A fox.", "rejected": "A fox."})
+        pairs.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        command = ["evaluate", student, "--teacher", teacher, "--preferences", pairs, "--context-length", 64]
+        result = run(*command, "--json", file)
+        assert result.status == 0, result.err
+        assert "6 pairs, 1 dropped (1 identical)" in " ".join(result.err.split())
+        assert "reward" in result.out
+        figures = parse(file.read_text())["preferences"][str(pairs)]
+        assert (figures["num_pairs"], figures["dropped"]) == (6, {"identical": 1})
+        assert len(figures["reward_accuracy_interval"]) == 2
+        alone = parse(run(*command[:2], *command[4:], "--json", "-").out)["preferences"][str(pairs)]
+        assert alone["accuracy"] == figures["accuracy"] and "reward_accuracy" not in alone
+
     @pytest.fixture
     def questions(self, tmp_path: Path) -> Path:
         pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'mambify[eval]'")

@@ -250,6 +250,10 @@ class TestEvaluate:
         assert_refused(run("evaluate", student, "--text", tmp_path / "none.txt"), "none.txt")
         assert_refused(run("evaluate", student, "--data", tmp_path / "none"), "none", "synthesize")
 
+    def test_pairs_that_are_none(self, run: Run, student: Path, text: Path, tmp_path: Path) -> None:
+        assert_refused(run("evaluate", student, "--preferences", tmp_path / "none.jsonl"), "none.jsonl")
+        assert_refused(run("evaluate", student, "--preferences", text), "known file types are .jsonl and .json")
+
     def test_text_that_is_not_text(self, run: Run, student: Path, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_bytes(b"\xff\xff")
         assert_refused(run("evaluate", student, "--text", tmp_path / "a.txt"), "not UTF-8")

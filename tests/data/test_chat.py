@@ -79,7 +79,8 @@ def test_documents_begin_and_end_where_the_tokenizer_says(new_tokenizer: MakeTok
 
 def test_an_encoded_conversation_knows_where_its_answer_begins(tokenizer: PreTrainedTokenizerFast) -> None:
     messages = [{"role": "user", "content": "w3 w4"}, {"role": "assistant", "content": "w5 w6"}]
-    ids, loss_start, text = encode_conversation(tokenizer, messages)
+    ids, ((loss_start, end),), text = encode_conversation(tokenizer, messages)
+    assert end == len(ids)
     assert tokenizer.convert_ids_to_tokens(ids[loss_start:]) == ["w5", "w6", "<|im_end|>"]
     assert tokenizer.convert_ids_to_tokens(ids[:loss_start])[-2:] == ["<|im_start|>", "assistant"]
     assert text.endswith("w5 w6<|im_end|>")

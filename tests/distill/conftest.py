@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mambify.distill.recipe import Recipe, parse_recipe
-from tiny import llama
+from tiny import byte_tokenizer, llama
 
 NUM_LAYERS = 4
 CONTEXT = 32
@@ -39,6 +39,51 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [" ".join(f"w{i}" for i in torch.randint(0, 62, (40,), generator=generator).tolist()) for _ in range(120)]
     path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def chat_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher whose tokenizer has a chat template."""
+    path = tmp_path_factory.mktemp("chat-teacher")
+    tokenizer = byte_tokenizer()
+    llama(len(tokenizer), num_hidden_layers=NUM_LAYERS).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Questions and answers, every tenth of them with a second exchange."""
+    path = tmp_path_factory.mktemp("chat") / "chat.jsonl"
+    rows = []
+    for i in range(60):
+        turns = [f"How are you, {i}?", f"I am well, number {i}.", "And the weather?", "The weather is good."]
+        roles = ["user", "assistant"] * 2
+        messages = [{"role": role, "content": words} for role, words in zip(roles, turns, strict=True)]
+        rows.append({"messages": messages if i % 10 == 0 else messages[:2]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs in which the better answer says fox and the worse one says dog; two of them of no use."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    rows = [{"prompt": f"Say it, {i}", "chosen": f"fox {i}", "rejected": f"lazy dog {i}"} for i in range(24)]
+    rows += [{"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "a", "chosen": "b", "rejected": " "}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def make_chat_recipe(make_recipe: Callable[..., Recipe], chat_teacher: Path, chat_file: Path) -> Callable[..., Recipe]:
+    """As ``make_recipe``, with the teacher that chats and conversations as text, in blocks of 64."""
+
+    def make(**changes: Any) -> Recipe:
+        data = {"train": str(chat_file), "context_length": 64}
+        return make_recipe(**{"teacher": str(chat_teacher), "data": data} | changes)
+
+    return make
 
 
 @pytest.fixture

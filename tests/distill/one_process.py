@@ -24,9 +24,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from mambify.cli.main import main as command
-from mambify.distill import trainer as trainer_module
+from mambify.distill import checkpoints
+from mambify.distill.checkpoints import trained_parameters
 from mambify.distill.recipe import load_recipe
-from mambify.distill.trainer import StageTrainer, trained_parameters
+from mambify.distill.trainer import StageTrainer
 from mambify.workflows.distill import distill
 
 RANK = int(os.environ["RANK"])
@@ -48,7 +49,7 @@ def _command(job: dict[str, Any]) -> dict[str, Any]:
 def _run(job: dict[str, Any]) -> dict[str, Any]:
     sharding = {"ACCELERATE_USE_FSDP": str(job.get("sharded", False)).lower(), "FSDP_VERSION": "2"}
     os.environ |= sharding | {"FSDP_OFFLOAD_PARAMS": "false"} | job.get("environment", {})
-    step, save = StageTrainer.training_step, trainer_module.save_file
+    step, save = StageTrainer.training_step, checkpoints.save_file
     held: list[float] = []
     saved = 0
 
@@ -72,14 +73,14 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
 
     StageTrainer.training_step = watched  # type: ignore[method-assign]
     if "full_disk" in job and RANK == 0:
-        trainer_module.save_file = limited
+        checkpoints.save_file = limited
     try:
         distill(load_recipe(job["recipe"]), device=job.get("device", "cpu"))
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}", "held": held}
     finally:
         StageTrainer.training_step = step  # type: ignore[method-assign]
-        trainer_module.save_file = save
+        checkpoints.save_file = save
     return {"held": held}
 
 

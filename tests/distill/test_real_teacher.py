@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mambify.conversion import calibrate, convert
+from mambify.data.preferences import PreferenceDataset, as_blocks, read_preferences
 from mambify.decode.stream import generate_text
 from mambify.distill.kd import KnowledgeDistiller
 from mambify.distill.logs import read_metrics
 from mambify.distill.recipe import parse_recipe
+from mambify.evaluate import preference_accuracy
 from mambify.workflows.distill import distill
 
 if TYPE_CHECKING:
@@ -39,6 +41,47 @@ def test_calibration_brings_a_fresh_student_near_the_teacher(smollm2: LoadedMode
     errors = calibrate(student, smollm2.model, [train])
     assert all(after < 1 < fresh for fresh, after in errors.values())
     assert kl() < 0.25 * before
+
+
+def test_answers_and_preferences_train_the_real_teacher(
+    smollm2: LoadedModel, shared_data: Path, tmp_path: Path
+) -> None:
+    """A few steps of sft on real conversations, then of dpo on real pairs: from chance to a preference."""
+    align = {"kind": "align", "tokens": 128, "batch_tokens": 128, "calibration_tokens": 1024}
+    sft = {"kind": "sft", "tokens": 2 * 128, "batch_tokens": 128, "learning_rate": 1e-4}
+    dpo = {"kind": "dpo", "tokens": 4 * 256, "batch_tokens": 256, "learning_rate": 1e-4, "reference": "student"}
+    pairs = tmp_path / "pairs.jsonl"
+    rows = (shared_data / "train_pref" / "ultrafeedback_binarized_train1000.jsonl").read_text("utf-8").splitlines()
+    short = [row for row in rows if len(row) < 700][:1]
+    pairs.write_text("\n".join(short) + "\n", encoding="utf-8")
+    recipe = parse_recipe(
+        {
+            "teacher": "smollm2",
+            "student": {"attention_layers": [i for i in range(30) if i not in (10, 20)]},
+            "data": {
+                "train": str(shared_data / "train_instruct" / "dolly_hhrlhf_train_small.jsonl"),
+                "context_length": 128,
+            },
+            "stages": [align, sft, {**dpo, "data": {"train": str(pairs)}}],
+            "output": str(tmp_path / "run"),
+            "report_to": [],
+            "log_every": 1,
+        }
+    )
+    student, run = distill(recipe, device="cpu", teacher=smollm2)
+    figures = read_metrics(run / "metrics.jsonl")
+    ce = [row["ce"] for row in figures if row["stage"] == "02-sft"]
+    assert len(ce) == 2 and all(0.5 < value < 4 for value in ce)
+    margins = [row["rewards/margins"] for row in figures if row["stage"] == "03-dpo"]
+    assert abs(margins[0]) < 0.05 and margins[-1] > 0.1
+    score = preference_accuracy(student, smollm2.model, _as_blocks(pairs, smollm2), batch_size=2, resamples=10)
+    assert score.num_pairs == 1 and score.margin is not None
+
+
+def _as_blocks(path: Path, teacher: LoadedModel) -> list[Any]:
+    assert teacher.tokenizer is not None
+    read = read_preferences(path, teacher.tokenizer)
+    return list(as_blocks(PreferenceDataset(read.pairs, 128, dropped=read.dropped)))
 
 
 def test_align_and_kd_train_the_real_teacher_and_it_still_speaks(smollm2: LoadedModel, tmp_path: Path) -> None:

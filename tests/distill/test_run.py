@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import mambify
-from mambify.distill import trainer as trainer_module
+from mambify.distill import checkpoints as checkpoint_files
 from mambify.distill.logs import read_metrics
 from mambify.distill.recipe import Recipe, dump_recipe
 from mambify.distill.run import summaries
@@ -245,7 +245,7 @@ def test_a_diverging_loss_stops_and_keeps_the_last_good_checkpoint(
 def test_a_full_disk_stops_with_earlier_checkpoints_intact(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, calls = trainer_module.save_file, 0
+    save, calls = checkpoint_files.save_file, 0
 
     def full(*args: object, **kwargs: object) -> None:
         nonlocal calls
@@ -254,7 +254,7 @@ def test_a_full_disk_stops_with_earlier_checkpoints_intact(
             raise OSError(errno.ENOSPC, "No space left on device")
         save(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(trainer_module, "save_file", full)
+    monkeypatch.setattr(checkpoint_files, "save_file", full)
     recipe = make_recipe()
     with pytest.raises(OutputWriteError, match="No space left"):
         distill(recipe, device="cpu")

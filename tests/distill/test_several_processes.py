@@ -21,13 +21,15 @@ from safetensors.torch import load_file
 
 import mambify
 from mambify.distill.align import MixerAligner
+from mambify.distill.arguments import why_no_graphs
 from mambify.distill.batches import StepBatches
+from mambify.distill.checkpoints import trained_parameters
 from mambify.distill.logs import read_metrics
 from mambify.distill.parallel import Processes, Sharding, joined
 from mambify.distill.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
 from mambify.distill.sharding import lent
-from mambify.distill.stages import stage_module, why_no_graphs
-from mambify.distill.trainer import DistillationStage, trained_parameters
+from mambify.distill.stages import stage_module
+from mambify.distill.trainer import DistillationStage
 from mambify.errors import InvalidOptionError, RecipeError, UnsupportedError
 from mambify.mixers.mamba2 import Mamba2Mixer
 from mambify.workflows.distill import distill
@@ -60,6 +62,24 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
+def tuning(chat_teacher: Path, chat_file: Path, pairs_file: Path) -> dict[str, Any]:
+    """A recipe of the stages beside align and kd, and of kd with all that may train before one with less."""
+    stage = {"tokens": 3 * 4 * 64, "batch_tokens": 4 * 64, "ema": 0.5}
+    return {
+        "teacher": str(chat_teacher),
+        "data": {"train": str(chat_file), "context_length": 64},
+        "stages": [
+            {"kind": "mixing", **stage},
+            {"kind": "hidden", **stage},
+            {"kind": "kd", "rest_learning_rate": 1e-4, "mlp_learning_rate": 1e-4, **stage},
+            {"kind": "sft", "learning_rate": 1e-3, **stage},
+            {"kind": "dpo", "learning_rate": 1e-3, "kl_weight": 0.1, "data": {"train": str(pairs_file)}, **stage},
+            {"kind": "dpo", "reference": "student", "data": {"train": str(pairs_file)}, **stage},
+        ],
+    }
+
+
+@pytest.fixture(scope="module")
 def write_recipe(
     teacher_directory: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
@@ -89,13 +109,17 @@ def write_recipe(
 
 
 @pytest.fixture(scope="module")
-def runs(write_recipe: Callable[..., Path]) -> Runs:
+def runs(write_recipe: Callable[..., Path], tuning: dict[str, Any]) -> Runs:
     """One start of two processes, after what one process did before them and before what one does after them."""
     jobs: dict[str, dict[str, Any]] = {
         "replicated": {"sharded": False},
         "sharded": {"sharded": True},
         "accumulated": {"sharded": False, "changes": ACCUMULATED},
         "mlps": {"sharded": True, "changes": {"stages": _kd_with_mlps()}},
+        "tuned": {"sharded": False, "changes": tuning},
+        "tuned-shards": {"sharded": True, "changes": tuning},
+        "written": {"sharded": False, "changes": tuning | {"stages": _on_policy()}},
+        "half-shards": {"sharded": True, "changes": tuning | {"precision": "bfloat16"}},
         "two-then-one": {"sharded": False, "break_off": ["02-kd", 3]},
         "shards-then-one": {"sharded": True, "break_off": ["01-align", 5]},
         "one-then-two": {"sharded": False},
@@ -119,6 +143,8 @@ def runs(write_recipe: Callable[..., Path]) -> Runs:
         ("one", {}),
         ("one-accumulated", {"micro_batch": 2}),
         ("one-mlps", {"stages": _kd_with_mlps()}),
+        ("one-tuned", tuning),
+        ("one-written", tuning | {"stages": _on_policy()}),
     ):
         distill(load_recipe(write_recipe(name, **changes)), device="cpu")
     return Runs(folder, outcomes, stdout)
@@ -138,6 +164,11 @@ def _launch(path: Path, script: list[dict[str, Any]]) -> tuple[list[list[dict[st
 def _kd_with_mlps() -> list[dict[str, Any]]:
     stage = {"tokens": 3 * SEQUENCES * CONTEXT, "batch_tokens": SEQUENCES * CONTEXT}
     return [{"kind": "kd", "mlp_learning_rate": 1e-4, "gradient_checkpointing": True, **stage}]
+
+
+def _on_policy() -> list[dict[str, Any]]:
+    stage = {"tokens": 4 * 4 * 64, "batch_tokens": 4 * 64, "tokens_per_round": 4 * 4 * 64, "share": 0.75}
+    return [{"kind": "on_policy", "max_new_tokens": 24, **stage}]
 
 
 def _break_off(patch: pytest.MonkeyPatch, recipe: Path, place: list[Any]) -> None:
@@ -177,6 +208,25 @@ def test_two_processes_are_one(runs: Runs, name: str) -> None:
 
 def test_trained_mlps_and_checkpointing_under_sharding(runs: Runs) -> None:
     _same(runs, "mlps", "one-mlps")
+
+
+@pytest.mark.parametrize("name", ["tuned", "tuned-shards"])
+def test_the_other_stages_on_two_processes(runs: Runs, name: str) -> None:
+    """Matrices, blocks, all that may train, answers, and pairs against either reference; each with averaged weights."""
+    assert [outcome.get("error") for outcome in runs.outcomes[name]] == [None, None]
+    _same(runs, name, "one-tuned")
+
+
+def test_what_the_student_writes_is_shared(runs: Runs) -> None:
+    assert [outcome.get("error") for outcome in runs.outcomes["written"]] == [None, None]
+    _same(runs, "written", "one-written")
+
+
+def test_half_precision_shards_of_what_trained_before(runs: Runs) -> None:
+    """Weights that one stage trained in float32 and the next one freezes, beside a teacher in bfloat16."""
+    assert [outcome.get("error") for outcome in runs.outcomes["half-shards"]] == [None, None]
+    losses = [row["loss"] for row in runs.metrics("half-shards")]
+    assert losses == pytest.approx([row["loss"] for row in runs.metrics("one-tuned")], rel=0.1)
 
 
 def test_a_step_is_the_same_however_it_is_cut(runs: Runs) -> None:
@@ -281,7 +331,11 @@ def _stages(teacher_directory: Path) -> list[DistillationStage]:
     teacher = mambify.load(teacher_directory).model
     student = mambify.convert(teacher, attention=0.5)
     recipe = {"teacher": "t", "data": {"train": "d"}, "output": "o"}
-    kinds = [{"kind": "align", "tokens": 1}, {"kind": "kd", "tokens": 1, "ce_weight": 0.5}]
+    kinds = [
+        {"kind": "align", "tokens": 1},
+        {"kind": "align", "tokens": 1, "loss": "l2"},
+        {"kind": "kd", "tokens": 1, "ce_weight": 0.5, "reverse_kl_weight": 0.5, "temperature": 2.0},
+    ]
     return [stage_module(s, student, teacher) for s in parse_recipe(recipe | {"stages": kinds}).stages]
 
 
@@ -352,6 +406,9 @@ def test_micro_batches_divide_what_a_process_takes(make_recipe: MakeRecipe, as_o
         distill(make_recipe(stages=[stage]), device="cpu")
 
 
+_DEEPSPEED = {"ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_DEEPSPEED": "true"}
+
+
 @pytest.mark.parametrize(
     ("environment", "stage", "message"),
     [
@@ -359,8 +416,10 @@ def test_micro_batches_divide_what_a_process_takes(make_recipe: MakeRecipe, as_o
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {}, "gradient_checkpointing of the stage"),
         ({}, {"trainer": {"torch_compile": True}}, "torch_compile does not go with sharded weights"),
         ({}, {"trainer": {"optim": "adamw_bnb_8bit"}}, "adamw_bnb_8bit does not go with sharded weights"),
-        ({"ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed"),
+        (_DEEPSPEED, {}, "DeepSpeed"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {}, "trainer.torch_compile of stage kd"),
+        ({}, {"kind": "on_policy"}, "takes whole weights"),
+        (_DEEPSPEED, {"kind": "dpo", "batch_tokens": 192}, "counts pairs"),
     ],
 )
 def test_what_does_not_go_with_sharding_is_refused(

@@ -33,12 +33,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from mambify.bench.clock import matmul_peak, seconds_of
 from mambify.config import HybridConfig
 from mambify.conversion import apply_plan, plan
+from mambify.distill.arguments import use_bfloat16
+from mambify.distill.checkpoints import trained_parameters
 from mambify.distill.graphs import GraphedStep, StepResult, Sums
 from mambify.distill.parallel import Processes, joined
 from mambify.distill.recipe import Align, Kd
 from mambify.distill.sharding import shard
-from mambify.distill.stages import stage_module, use_bfloat16
-from mambify.distill.trainer import DistillationStage, scale_gradients, trained_parameters
+from mambify.distill.stages import stage_module
+from mambify.distill.trainer import DistillationStage, scale_gradients
 from mambify.model import HybridForCausalLM
 
 _WARM_UP, _STEPS = 3, 10  # of processes together

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from mambify.distill.logs import Progress
 
+_PREFERRED = "rewards/accuracies"
 EXAMPLE = "mambify distill recipes/smollm2-50-probe.yaml stages.1.tokens=8M output=runs/longer"
 
 
@@ -73,13 +74,17 @@ class StageBars:
     def __call__(self, progress: Progress) -> None:
         if progress.stage not in self.tasks:
             self.tasks[progress.stage] = self.bars.add_task(progress.stage, total=progress.num_steps, note="")
-        shown = {name: value for name, value in _final_figures(progress.figures).items() if name != "top1_agreement"}
+        shown = {
+            name: value
+            for name, value in _final_figures(progress.figures).items()
+            if name not in ("top1_agreement", _PREFERRED)
+        }
         note = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         self.bars.update(self.tasks[progress.stage], completed=progress.step, note=note)
 
 
 def _final_figures(row: dict[str, Any]) -> dict[str, float]:
-    return {name: row[name] for name in ("loss", "kl", "top1_agreement") if name in row}
+    return {name: row[name] for name in ("loss", "kl", "top1_agreement", _PREFERRED) if name in row}
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -87,7 +92,7 @@ def _show(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(box=SIMPLE, pad_edge=False)
-    for heading in ("stage", "attention", "steps", "tokens", "seconds", "loss", "KL", "agreement"):
+    for heading in ("stage", "attention", "steps", "tokens", "seconds", "loss", "KL", "agreement", "preferred"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
     for stage in result["stages"]:
         table.add_row(
@@ -97,7 +102,7 @@ def _show(result: dict[str, Any]) -> None:
             f"{stage['tokens']:,}",
             f"{stage['seconds']:.0f}",
             *(f"{stage[name]:.4f}" if name in stage else "" for name in ("loss", "kl")),
-            f"{stage['top1_agreement']:.1%}" if "top1_agreement" in stage else "",
+            *(f"{stage[name]:.1%}" if name in stage else "" for name in ("top1_agreement", _PREFERRED)),
         )
     print_table(table)
     stdout().print(f"student saved in {result['student']}", markup=False)

@@ -1,4 +1,4 @@
-"""``mambify evaluate``: perplexity, tasks, and beside a teacher KL divergence, agreement and paired differences."""
+"""``mambify evaluate``: perplexity, preferences, tasks, and beside a teacher KL, agreement and paired differences."""
 
 from __future__ import annotations
 
@@ -23,9 +23,12 @@ from mambify.errors import InvalidOptionError, UnknownSourceError, UsageError
 from mambify.io import write_json
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from mambify.data.preferences import PreferenceDataset
     from mambify.evaluate.tasks import TaskSet
     from mambify.families.load import LoadedModel
 
@@ -41,6 +44,7 @@ def evaluate(
     data: Annotated[list[Path] | None, typer.Option(help="Synthesized text: its held-out side.")] = None,
     context_length: Annotated[int, typer.Option(help="Tokens of a block; the first of each is only context.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(help="Of each text at most about so many tokens.")] = None,
+    preferences: Annotated[list[Path] | None, typer.Option(help="Pairs of answers, of which one is preferred.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, by name: arc_easy,piqa,openbookqa.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Read the tasks' questions from jsonl files here.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Of each task only so many questions.")] = None,
@@ -58,13 +62,14 @@ def evaluate(
     """Measure a model on held-out text or on tasks, alone or beside a teacher.
 
     On text: perplexity; with --teacher also the KL divergence to it and how often the likeliest tokens agree.
+    On pairs of answers: how often the preferred one comes first, by log-probability and by its gain on the teacher.
     On tasks: accuracies; with --teacher also the differences, question by question.
-    Each figure comes with a 95% bootstrap interval, over blocks of text or over questions.
+    Each figure comes with a 95% bootstrap interval, over blocks of text, pairs or questions.
     """
     sources = _sources(text or [], data or [])
     names = _task_names(tasks, data_dir=data_dir, limit=limit, num_fewshot=num_fewshot, chat_template=chat_template)
-    if not sources and not names:
-        raise UsageError("nothing to evaluate on: give --text FILE, --data DIR or --tasks NAMES")
+    if not sources and not names and not preferences:
+        raise UsageError("nothing to evaluate on: give --text FILE, --data DIR, --preferences FILE or --tasks NAMES")
     if json is not None and json != _STDOUT:
         require_writable_file(json)
     quiet = json == _STDOUT
@@ -77,6 +82,7 @@ def evaluate(
     place = options.pick_device(device)
     load_config(model)
     own, teachers = load_tokenizer(model), None if teacher is None else load_tokenizer(teacher)
+    announce = announcer(quiet=quiet)
     # Texts and questions before models: what cannot be read is known before any weight is loaded.
     blocks = {}
     if sources:
@@ -85,6 +91,10 @@ def evaluate(
             name: read_blocks(path, shared, context_length=context_length, max_tokens=max_tokens)
             for name, path in sources.items()
         }
+    pairs = {}
+    if preferences:
+        shared = _shared_tokenizer(own, teachers)
+        pairs = {str(path): _read_pairs(path, shared, context_length, announce) for path in preferences}
     questions = None
     if names:
         if own is None and teachers is None:
@@ -93,7 +103,6 @@ def evaluate(
 
         with working("loading tasks", quiet=quiet):
             questions = load_tasks(names, data_dir=data_dir, num_fewshot=num_fewshot)
-    announce = announcer(quiet=quiet)
     announce(f"loading {model}")
     student = load(model, dtype=dtype, device=place, with_tokenizer=False)
     reference = None
@@ -103,6 +112,8 @@ def evaluate(
     result: dict[str, Any] = {"model": model, "teacher": teacher}
     if blocks:
         result |= _on_text(student, reference, blocks, context_length, batch_size or _BLOCKS, quiet=quiet)
+    if pairs:
+        result |= _on_pairs(student, reference, pairs, batch_size or _BLOCKS, quiet=quiet)
     if questions is not None:
         tokenizers = own or teachers, teachers or own
         result |= _on_tasks(
@@ -147,6 +158,43 @@ def _on_text(
         )
 
 
+def _read_pairs(
+    path: Path, tokenizer: PreTrainedTokenizerBase, context_length: int, announce: Callable[[str], None]
+) -> PreferenceDataset:
+    from mambify.data.preferences import PreferenceDataset, describe, read_preferences
+
+    read = read_preferences(path, tokenizer)
+    pairs = PreferenceDataset(read.pairs, context_length, dropped=read.dropped)
+    announce(f"{path}: {describe(len(pairs), pairs.dropped)}")
+    return pairs
+
+
+def _on_pairs(
+    student: LoadedModel,
+    teacher: LoadedModel | None,
+    pairs: dict[str, PreferenceDataset],
+    batch_size: int,
+    *,
+    quiet: bool,
+) -> dict[str, Any]:
+    from mambify.data.preferences import as_blocks
+    from mambify.evaluate.preferences import as_json, preference_accuracy
+
+    results = {}
+    with progress_bar(quiet=quiet) as progress:
+        for name, dataset in pairs.items():
+            bar = progress.add_task(name, total=2 * len(dataset), note="answers")
+            score = preference_accuracy(
+                student.model,
+                None if teacher is None else teacher.model,
+                as_blocks(dataset),
+                batch_size=batch_size,
+                progress=lambda done, total, bar=bar: progress.update(bar, completed=done, total=total),  # type: ignore[misc]
+            )
+            results[name] = as_json(score) | {"dropped": dict(dataset.dropped)}
+    return {"preferences": results}
+
+
 def _on_tasks(
     student: LoadedModel,
     teacher: LoadedModel | None,
@@ -185,6 +233,10 @@ def _print(result: dict[str, Any]) -> None:
         from mambify.evaluate import comparison_table
 
         print_table(comparison_table(result))
+    if "preferences" in result:
+        from mambify.evaluate import preference_table
+
+        print_table(preference_table(result["preferences"]))
     if "tasks" in result:
         from mambify.evaluate.tasks import task_table
 

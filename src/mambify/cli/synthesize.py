@@ -47,8 +47,8 @@ def synthesize(
     quiet_libraries()
     from mambify.data.sampler import Settings
     from mambify.data.synthesize import synthesize as sample
+    from mambify.distill.arguments import use_bfloat16
     from mambify.distill.recipe import parse_count
-    from mambify.distill.stages import use_bfloat16
     from mambify.families.load import as_dtype, load, require_tokenizer
 
     num_tokens = parse_count(tokens)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from mambify.errors import UnsupportedError
 
@@ -135,25 +135,49 @@ def chat_format(tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
     )
 
 
-def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[int], int, str]:
-    """Token ids of a finished conversation, the index where its first answer begins, and its text.
+class EncodedConversation(NamedTuple):
+    """A finished conversation as tokens.
 
-    Prompt and answer are tokenized apart, as a model meets them in use; what the template writes after
+    Attributes:
+        input_ids: all of it.
+        answers: where each answer stands, ``(start, end)``; the token that ends its turn belongs to it.
+        text: as the template wrote it.
+    """
+
+    input_ids: list[int]
+    answers: tuple[tuple[int, int], ...]
+    text: str
+
+
+def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> EncodedConversation:
+    """A finished conversation as token ids, with the places of its answers.
+
+    Prompts and answers are tokenized apart, as a model meets them in use; what the template writes after
     the last turn's end (ChatML: a newline) is left out, so that the document ends where a sampled one does.
 
     Raises:
         UnsupportedError: no template, no answer, or a template that writes prompt and answer inseparably.
     """
-    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers:
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
         raise UnsupportedError("a conversation without an assistant turn has nothing to learn from")
-    prompt = render(tokenizer, messages[: answers[0]], add_generation_prompt=True)
-    prompt = prompt.rstrip(" ")
     whole = render(tokenizer, messages).rstrip()
-    if not whole.startswith(prompt):
-        raise UnsupportedError("the chat template writes a finished answer differently from one being asked for")
-    prompt_ids = encode_text(tokenizer, prompt)
-    return prompt_ids + encode_text(tokenizer, whole[len(prompt) :]), len(prompt_ids), whole
+    ids: list[int] = []
+    starts: list[int] = []
+    done = 0
+    for turn in turns:
+        prompt = render(tokenizer, messages[:turn], add_generation_prompt=True).rstrip(" ")
+        if not whole.startswith(prompt) or len(prompt) < done:
+            raise UnsupportedError("the chat template writes a finished answer differently from one being asked for")
+        ids += encode_text(tokenizer, whole[done : len(prompt)])
+        starts.append(len(ids))
+        done = len(prompt)
+    ids += encode_text(tokenizer, whole[done:])
+    ends = [len(ids)] if turns[-1] == len(messages) - 1 else []
+    if len(ends) < len(starts):  # something follows an answer: it ends with its turn
+        stop = chat_format(tokenizer).answer_end
+        ends = [ids.index(stop, start) + 1 for start in starts[: len(starts) - len(ends)]] + ends
+    return EncodedConversation(ids, tuple(zip(starts, ends, strict=True)), whole)
 
 
 def _ids_before_words(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:

@@ -46,7 +46,8 @@ class Document:
     """One text as token ids; the ids are the truth, ``text`` is for people and for the id.
 
     ``loss_start`` is the index of the first token that an answers-only loss counts: where the first answer
-    begins in a conversation, the first token after the document start in plain text.
+    begins in a conversation, the first token after the document start in plain text. ``answers`` are the places
+    ``(start, end)`` of all answers of a conversation, where there is more than one or something follows.
     """
 
     id: str
@@ -55,6 +56,7 @@ class Document:
     input_ids: npt.NDArray[np.int32]
     loss_start: int = 1
     messages: tuple[Message, ...] | None = field(default=None, repr=False)
+    answers: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         ids = np.array(self.input_ids, dtype=np.int32)
@@ -64,9 +66,14 @@ class Document:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    @property
+    def answer_spans(self) -> tuple[tuple[int, int], ...]:
+        """What an answers-only loss counts, as places ``(start, end)``."""
+        return self.answers or ((self.loss_start, len(self)),)
+
     def to_json(self) -> dict[str, Any]:
         """The row that stands for this document in a synthesized file."""
-        return {
+        row = {
             "id": self.id,
             "kind": self.kind,
             "messages": None if self.messages is None else [dict(message) for message in self.messages],
@@ -74,6 +81,7 @@ class Document:
             "input_ids": self.input_ids.tolist(),
             "loss_start": self.loss_start,
         }
+        return row | ({"answers": self.answers} if self.answers else {})
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Document:
@@ -86,7 +94,17 @@ class Document:
             input_ids=np.asarray(row["input_ids"], dtype=np.int32),
             loss_start=row["loss_start"],
             messages=None if messages is None else tuple(messages),
+            answers=tuple((start, end) for start, end in row.get("answers", ())),
         )
+
+
+def conversation_document(
+    text: str, input_ids: npt.NDArray[np.int32], answers: tuple[tuple[int, int], ...], messages: tuple[Message, ...]
+) -> Document:
+    """A conversation whose answers stand at these places; without any, an answers-only loss counts nothing of it."""
+    start = answers[0][0] if answers else len(input_ids)
+    places = () if answers in ((), ((start, len(input_ids)),)) else answers
+    return Document(document_id(text), "chat", text, input_ids, start, messages, places)
 
 
 def document_id(text: str) -> str:
@@ -192,7 +210,7 @@ def _iterate_one(
     source: Source, tokenizer: PreTrainedTokenizerBase, split: Split, heldout: float
 ) -> Iterator[Document]:
     if isinstance(source, str) and source.startswith("hf:"):
-        rows: Iterator[tuple[str, Row]] = _hub_rows(source)
+        rows: Iterator[tuple[str, Row]] = _interpreted(_hub_rows(source))
     else:
         path = Path(source)
         if path.is_dir():
@@ -203,7 +221,7 @@ def _iterate_one(
         if path.suffix == ".txt":
             rows = _text_rows(path, whole=split == "all")
         elif path.suffix in (".jsonl", ".json"):
-            rows = _json_rows(path)
+            rows = _interpreted(_json_rows(path))
         else:
             raise UsageError(f"cannot read {path}: known file types are .jsonl, .json and .txt")
     for where, row in rows:
@@ -215,10 +233,10 @@ def _iterate_one(
 def _encode(tokenizer: PreTrainedTokenizerBase, row: Row, where: str) -> Document:
     if isinstance(row, Conversation):
         try:
-            ids, loss_start, text = encode_conversation(tokenizer, row.messages)
+            encoded = encode_conversation(tokenizer, row.messages)
         except UsageError as error:
             raise type(error)(f"{where}: {error}") from error
-        return Document(document_id(text), "chat", text, np.asarray(ids), loss_start, row.messages)
+        return conversation_document(encoded.text, np.asarray(encoded.input_ids), encoded.answers, row.messages)
     start, end = document_start(tokenizer), document_end(tokenizer)
     ids = [*([] if start is None else [start]), *encode_text(tokenizer, row), *([] if end is None else [end])]
     return Document(document_id(row), "text", row, np.asarray(ids), loss_start=int(start is not None))
@@ -259,7 +277,28 @@ def _text_rows(path: Path, *, whole: bool) -> Iterator[tuple[str, Row]]:
         yield str(path), "\n\n".join(passage)
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
+def raw_rows(source: Source) -> Iterator[tuple[str, Any]]:
+    """The rows of a ``.jsonl``, a ``.json`` list or a data set ``hf:name[:split]`` as they are, each with its place.
+
+    Raises:
+        UnknownSourceError, UsageError, MissingDependencyError: see :func:`read_documents`.
+    """
+    if isinstance(source, str) and source.startswith("hf:"):
+        return _hub_rows(source)
+    path = Path(source)
+    if not path.is_file():
+        raise UnknownSourceError(f"no data at {source}: give a .jsonl, a .json list or hf:name")
+    if path.suffix not in (".jsonl", ".json"):
+        raise UsageError(f"cannot read {path}: known file types are .jsonl and .json")
+    return _json_rows(path)
+
+
+def _interpreted(rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Row]]:
+    for where, row in rows:
+        yield where, interpret_row(row, where)
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     text = _read_text(path)
     if path.suffix == ".json":
         rows = _parse(text, str(path))
@@ -269,8 +308,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
     else:
         lines = ((f"{path}, line {i}", line) for i, line in enumerate(text.split("\n"), 1))
         numbered = ((where, _parse(line, where)) for where, line in lines if line.strip())
-    for where, row in numbered:
-        yield where, interpret_row(row, where)
+    yield from numbered
 
 
 def _parse(text: str, where: str) -> Any:
@@ -287,7 +325,7 @@ def _read_text(path: Path) -> str:
         raise UsageError(f"{path} is not UTF-8 text (byte {error.start})") from error
 
 
-def _hub_rows(source: str) -> Iterator[tuple[str, Row]]:
+def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
     name, _, hub_split = source.removeprefix("hf:").partition(":")
     try:
         from datasets import load_dataset
@@ -298,5 +336,4 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Row]]:
     except (OSError, ValueError) as error:
         raise UnknownSourceError(f"cannot load {source}: {str(error).splitlines()[0]}") from error
     for index, row in enumerate(rows):
-        where = f"{source}, row {index}"
-        yield where, interpret_row(row, where)
+        yield f"{source}, row {index}", row

@@ -98,7 +98,7 @@ def pack(
         context_length: Tokens of a block.
         seed: Decides the order of the documents.
         mode: ``concat`` or ``documents``.
-        answers_only: Counts no loss on what stands before a document's ``loss_start``.
+        answers_only: Counts no loss outside a document's answers; in plain text, on its start token.
 
     Raises:
         InvalidOptionError: an unknown mode, or a context length below 2.
@@ -132,8 +132,9 @@ def pack(
 def _with_loss(document: Document, answers_only: bool) -> npt.NDArray[np.int32]:
     if not answers_only:
         return document.input_ids
-    stored = document.input_ids.copy()
-    stored[: document.loss_start] = ~stored[: document.loss_start]
+    stored = ~document.input_ids
+    for start, end in document.answer_spans:
+        stored[start:end] = document.input_ids[start:end]
     return stored
 
 

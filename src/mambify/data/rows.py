@@ -33,7 +33,7 @@ def interpret_row(row: Any, where: str) -> Row:
     if not isinstance(row, Mapping):
         raise UsageError(f"{where}: expected an object with {KNOWN_ROWS}, found {type(row).__name__}")
     if "messages" in row or "conversations" in row:
-        return _conversation(row.get("messages", row.get("conversations")), where)
+        return Conversation(interpret_messages(row.get("messages", row.get("conversations")), where))
     if "text" in row:
         return _words(row, "text", where)
     if "instruction" in row:
@@ -71,7 +71,12 @@ def _words(row: Mapping[str, Any], name: str, where: str) -> str:
     return words
 
 
-def _conversation(messages: Any, where: str) -> Conversation:
+def interpret_messages(messages: Any, where: str) -> tuple[Message, ...]:
+    """The turns of a conversation, ShareGPT's names among them; ``where`` names it in errors.
+
+    Raises:
+        UsageError: no list of turns with role and content.
+    """
     if not isinstance(messages, list) or not messages:
         raise UsageError(f"{where}: 'messages' must be a list of turns and not empty")
     turns: list[Message] = []
@@ -82,4 +87,4 @@ def _conversation(messages: Any, where: str) -> Conversation:
         if not isinstance(role, str) or not isinstance(content, str):
             raise UsageError(f"{where}: a turn needs 'role' and 'content' as text")
         turns.append({"role": _ROLES.get(role, role), "content": content})
-    return Conversation(tuple(turns))
+    return tuple(turns)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from mambify.data.chat import ChatFormat, Message, chat_format, decode, document_end, document_start
-from mambify.data.documents import DEFAULT_HELDOUT, Document, Kind, document_id
+from mambify.data.documents import DEFAULT_HELDOUT, Document, Kind, conversation_document, document_id
 from mambify.data.sample import sample_continuations
 from mambify.engine import DecodeEngine, Drawing, Turn
 from mambify.errors import InvalidOptionError, UnsupportedError, did_you_mean
@@ -66,14 +66,26 @@ class Settings:
 
 
 class Sampler:
-    """Draws documents of one kind: on a GPU through the decode engine's slots, elsewhere a batch at a time."""
+    """Draws documents of one kind: on a GPU through the decode engine's slots, elsewhere a batch at a time.
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
+    Args:
+        prompts: those that :meth:`answer` will be asked to go on from, for their lengths.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Settings,
+        *,
+        prompts: Sequence[Sequence[int]] = (),
+    ) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.longest_prompt = max(map(len, prompts), default=0)
         self.device = torch.device(model.device)
         self.format: ChatFormat | None = chat_format(tokenizer) if "chat" in settings.kinds else None
         self.start = document_start(tokenizer)
-        if "text" in settings.kinds and self.start is None:
+        if "text" in settings.kinds and self.start is None and not prompts:
             raise UnsupportedError("this tokenizer has no token that begins a document: use --kind chat")
         self.stops = _stop_ids(model, tokenizer) | (
             set() if self.format is None else {self.format.user_end, self.format.answer_end}
@@ -98,7 +110,7 @@ class Sampler:
                 self.model,
                 num_slots=s.batch_size,
                 max_length=self.longest + 1,
-                max_given=max(map(len, given), default=1),
+                max_given=max([self.longest_prompt, *map(len, given)], default=1),
                 drawing=Drawing(s.temperature, s.top_k, s.top_p),
                 stop_ids=sorted(self.stops),
             )
@@ -119,10 +131,16 @@ class Sampler:
 
     def sample(self, kind: Kind, rows: int, progress: Callable[[int], None] | None = None) -> list[Document]:
         """Up to ``rows`` documents (empty ones are dropped), in a fixed order; ``progress`` hears of their tokens."""
-        writers: list[_Writer] = [self._writer(kind, progress) for _ in range(rows)]
+        return self._write([self._writer(kind, progress) for _ in range(rows)])
+
+    def answer(self, prompts: Sequence[Sequence[int]]) -> list[Document]:
+        """A document for each prompt, which goes on from it; those to which nothing is said are dropped."""
+        return self._write([_Answer(self, prompt) for prompt in prompts])
+
+    def _write(self, writers: Sequence[_Writer]) -> list[Document]:
         with _evaluating(self.model):
             if self.in_slots:
-                seeds = torch.randint(2**62, (rows,)).tolist()
+                seeds = torch.randint(2**62, (len(writers),)).tolist()
                 for writer, seed in zip(writers, seeds, strict=True):
                     writer.seed = seed
                 self.engine.run(writers)
@@ -137,7 +155,7 @@ class Sampler:
 
     def _longest(self) -> int:
         answer = self.settings.max_new_tokens
-        text = 1 + answer
+        text = max(1, self.longest_prompt) + answer
         if self.format is None:
             return text
         turn = self.settings.max_user_tokens + len(self.format.before_answer) + answer
@@ -207,11 +225,29 @@ class _Text(_Writer):
         return None
 
 
+class _Answer(_Writer):
+    """What follows a given prompt."""
+
+    def __init__(self, sampler: Sampler, prompt: Sequence[int]) -> None:
+        super().__init__(sampler, None)
+        self.ids = list(prompt)
+
+    def begin(self) -> Turn:
+        return Turn(self.ids, self.sampler.settings.max_new_tokens)
+
+    def hear(self, ids: list[int]) -> Turn | None:
+        if self.sampler.words(ids).strip():
+            whole = [*self.ids, *ids]
+            text = decode(self.sampler.tokenizer, whole, specials=True)
+            self._finish(Document(document_id(text), "text", text, np.asarray(whole), loss_start=len(self.ids)))
+        return None
+
+
 class _Conversation(_Writer):
     """Questions and answers in turns.
 
-    ``loss_start`` is 0 until the first answer begins; ``finished`` counts the tokens and the turns of the
-    exchanges that are over.
+    ``answer_start`` is where the latest answer begins, ``answers`` where those stand that have been heard;
+    ``finished`` counts the tokens and the turns of the exchanges that are over.
     """
 
     def __init__(self, sampler: Sampler, progress: Callable[[int], None] | None) -> None:
@@ -219,7 +255,8 @@ class _Conversation(_Writer):
         assert sampler.format is not None
         self.format = sampler.format
         self.messages: list[Message] = []
-        self.loss_start = 0
+        self.answer_start = 0
+        self.answers: list[tuple[int, int]] = []
         self.finished = (0, 0)
 
     def begin(self) -> Turn:
@@ -234,12 +271,14 @@ class _Conversation(_Writer):
             return None
         self.ids += ids
         self.messages.append({"role": "user" if asked else "assistant", "content": words.strip()})
+        if not asked:
+            self.answers.append((self.answer_start, len(self.ids)))
         if ids[-1] not in self.sampler.stops:
             self._write()
             return None
         if asked:
             turn = self._go_on(self.format.before_answer, self.sampler.settings.max_new_tokens)
-            self.loss_start = self.loss_start or len(self.ids)
+            self.answer_start = len(self.ids)
             return turn
         self.finished = (len(self.ids), len(self.messages))
         if len(self.messages) == 2 * self.sampler.settings.turns:
@@ -260,9 +299,8 @@ class _Conversation(_Writer):
             self._write()
 
     def _write(self) -> None:
-        text = decode(self.sampler.tokenizer, self.ids, specials=True)
-        loss_start = self.loss_start or len(self.ids)
-        self._finish(Document(document_id(text), "chat", text, np.asarray(self.ids), loss_start, tuple(self.messages)))
+        text, ids = decode(self.sampler.tokenizer, self.ids, specials=True), np.asarray(self.ids)
+        self._finish(conversation_document(text, ids, tuple(self.answers), tuple(self.messages)))
 
 
 def _plain(form: ChatFormat) -> dict[str, Any]:

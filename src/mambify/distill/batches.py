@@ -23,6 +23,7 @@ class StepBatches(Sampler[list[int]]):
         num_steps: optimizer steps of the stage.
         seed: of the order.
         rank, count: which process this is, of how many.
+        in_order: take the sequences as they stand, from the first on.
     """
 
     def __init__(
@@ -35,10 +36,11 @@ class StepBatches(Sampler[list[int]]):
         seed: int,
         rank: int = 0,
         count: int = 1,
+        in_order: bool = False,
     ) -> None:
         assert num_sequences > 0 and share % micro_batch == 0
         self.num_sequences, self.share, self.micro_batch, self.num_steps = num_sequences, share, micro_batch, num_steps
-        self.seed, self.rank, self.count = seed, rank, count
+        self.seed, self.rank, self.count, self.in_order = seed, rank, count, in_order
 
     def __len__(self) -> int:
         return self.num_steps * (self.share // self.micro_batch)
@@ -54,4 +56,7 @@ class StepBatches(Sampler[list[int]]):
     def _stream(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed)
         while True:
-            yield from torch.randperm(self.num_sequences, generator=generator).tolist()
+            if self.in_order:
+                yield from range(self.num_sequences)
+            else:
+                yield from torch.randperm(self.num_sequences, generator=generator).tolist()

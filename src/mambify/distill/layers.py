@@ -8,10 +8,13 @@ Legend: B batch, T tokens, D hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
-from mambify.mixers import MixerContext
+from mambify.distill.trainer import Unit
+from mambify.mixers import Mixer, MixerContext
 from mambify.model import HybridBlock
 
 
@@ -35,23 +38,46 @@ class TeacherLayer(nn.Module):
 
 
 class LayerPair(nn.Module):
-    """One layer of the teacher and the student's layer in its place."""
+    """One layer of the teacher and one of the student; where one of the two has no more layers, the other's alone."""
 
-    def __init__(self, teacher: HybridBlock, student: HybridBlock) -> None:
+    def __init__(self, teacher: HybridBlock | None, student: HybridBlock | None) -> None:
         super().__init__()
         self.teacher, self.student = teacher, student
 
     def forward(
-        self, teacher_BTD: Tensor, student_BTD: Tensor, teacher_context: MixerContext, student_context: MixerContext
-    ) -> tuple[Tensor, Tensor]:
-        """Both outputs, ``[B, T, D]``; gradients are kept of the student's side only."""
-        with torch.no_grad():
-            teacher_BTD = self.teacher(teacher_BTD, teacher_context)
-        return teacher_BTD, self.student(student_BTD, student_context)
+        self,
+        teacher_BTD: Tensor | None,
+        student_BTD: Tensor,
+        teacher_context: MixerContext | None,
+        student_context: MixerContext | None,
+    ) -> tuple[Tensor | None, Tensor]:
+        """Both outputs, ``[B, T, D]`` of each one's own width; gradients are kept of the student's side only."""
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher_BTD = self.teacher(teacher_BTD, teacher_context)
+        if self.student is not None:
+            student_BTD = self.student(student_BTD, student_context)
+        return teacher_BTD, student_BTD
 
     def train(self, mode: bool = True) -> LayerPair:
         """Sets the student's side; the teacher is never in training mode."""
         super().train(mode)
-        self.teacher.eval()
-        self.student.train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        if self.student is not None:
+            self.student.train(mode)
         return self
+
+
+def student_units(block: HybridBlock, *, backward_follows: bool = False) -> Iterator[Unit]:
+    """What of a student's layer trains, in units apart from what is frozen; a mixer's matrices each alone."""
+    for child in (block.mixer, block.mlp, block.input_layernorm, block.post_attention_layernorm):
+        if any(p.requires_grad for p in child.parameters()):
+            yield from mixer_units(child, backward_follows=backward_follows)
+
+
+def mixer_units(mixer: nn.Module, *, backward_follows: bool = False) -> Iterator[Unit]:
+    """A module and before it its own matrices, if it is a mixer: decays and biases are gathered in float32."""
+    if isinstance(mixer, Mixer):
+        yield from (Unit(child, backward_follows) for child in mixer.children() if isinstance(child, nn.Linear))
+    yield Unit(mixer, backward_follows)

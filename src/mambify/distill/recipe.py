@@ -2,118 +2,49 @@
 
 from __future__ import annotations
 
-import itertools
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from mambify.distill.sections import Data, Section, Student, parse_count
+from mambify.distill.settings import (
+    MAX_MATRIX_CONTEXT,
+    STAGES,
+    Align,
+    Dpo,
+    Hidden,
+    Kd,
+    Mixing,
+    OnPolicy,
+    Sft,
+    Stage,
+    StageSettings,
+)
 from mambify.errors import RecipeError, did_you_mean
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+__all__ = [
+    "Align",
+    "Data",
+    "Dpo",
+    "Hidden",
+    "Kd",
+    "Mixing",
+    "OnPolicy",
+    "Recipe",
+    "Sft",
+    "Stage",
+    "Student",
+    "dump_recipe",
+    "load_recipe",
+    "parse_count",
+    "parse_recipe",
+]
 
 
-def parse_count(value: object) -> object:
-    """``"1.6M"`` → 1600000; integers pass. (k, M and B are powers of ten.)"""
-    if isinstance(value, str):
-        match = re.fullmatch(r"([\d.]+)\s*([kKmMbB]?)", value.strip().replace("_", ""))
-        if match:
-            return round(float(match[1]) * _UNITS[match[2].lower()])
-    return value
-
-
-Count = Annotated[int, BeforeValidator(parse_count), Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Student(_Section):
-    """What the teacher becomes.
-
-    ``attention`` may be a list of falling shares: a progressive schedule, all stages at each share in turn.
-    """
-
-    mixer: str = "mamba2"
-    attention: Share | list[Share] = 0.5
-    attention_layers: list[int] | None = None
-    init: str = "identity"
-
-    @property
-    def schedule(self) -> list[float]:
-        """The attention shares in turn; one where the conversion is done at once."""
-        return list(self.attention) if isinstance(self.attention, list) else [self.attention]
-
-    @model_validator(mode="after")
-    def _falls(self) -> Student:
-        shares = self.schedule
-        if not shares or any(b >= a for a, b in itertools.pairwise(shares)):
-            raise ValueError(f"attention {shares} must fall from step to step")
-        if self.attention_layers is not None and len(shares) > 1:
-            raise ValueError("attention_layers and a progressive attention schedule exclude each other")
-        return self
-
-
-class Data(_Section):
-    """The text: a directory made by ``mambify synthesize``, files, Hub data sets, or a weighted list of them."""
-
-    train: str | list[str] | dict[str, float]
-    heldout: str | None = None
-    context_length: Annotated[int, Field(ge=8)] = 512
-    packing: Literal["concat", "documents"] = "concat"
-    answers_only: bool = False
-
-
-class _Stage(_Section):
-    """What all stages have: ``batch_tokens`` of a step are shared by all processes; ``micro_batch`` sequences are in
-    memory at once in each of them, and divide its share.
-    """
-
-    tokens: Count
-    batch_tokens: Count = 16384
-    learning_rate: Annotated[float, Field(gt=0)]
-    warmup: Annotated[float, Field(ge=0)] = 0.05
-    schedule: str = "cosine_with_min_lr"
-    min_learning_rate: Annotated[float, Field(ge=0, le=1)] = 0.1
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: Annotated[float, Field(ge=0)] = 1.0
-    micro_batch: Annotated[int, Field(gt=0)] | None = None
-    trainer: dict[str, Any] = {}
-
-
-class Align(_Stage):
-    """Each new mixer learns to give what the attention at its place gave, on the teacher's own hidden states.
-
-    ``calibration_tokens`` of the same text first set its output projection by least squares; 0 leaves that out.
-    """
-
-    kind: Literal["align"]
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
-    calibration_tokens: Annotated[int, BeforeValidator(parse_count), Field(ge=0)] = 16384
-
-
-class Kd(_Stage):
-    """End to end: kl_weight · KL(teacher ‖ student) + ce_weight · cross-entropy on the text."""
-
-    kind: Literal["kd"]
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    kl_weight: Annotated[float, Field(ge=0)] = 1.0
-    ce_weight: Annotated[float, Field(ge=0)] = 0.0
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    mlp_learning_rate: Annotated[float, Field(ge=0)] = 0.0
-    gradient_checkpointing: bool = False
-
-
-Stage = Annotated[Align | Kd, Field(discriminator="kind")]
-
-
-class Recipe(_Section):
+class Recipe(Section):
     """Everything ``mambify distill`` needs; unknown keys are errors.
 
     ``output`` becomes the run directory. ``precision`` is that of the arithmetic: trained weights are float32.
@@ -131,7 +62,27 @@ class Recipe(_Section):
     cuda_graphs: bool = True
     checkpoint_every: Annotated[int, Field(gt=0)] = 100
     log_every: Annotated[int, Field(gt=0)] = 10
-    report_to: list[str] = ["tensorboard"]
+    report_to: list[str] = Field(default_factory=lambda: ["tensorboard"])
+
+    def data_of(self, stage: StageSettings) -> Data:
+        """The text of ``stage``: the recipe's, but for what the stage says itself."""
+        changes = {name: value for name, value in stage.data if value is not None}
+        return self.data.model_copy(update=stage.data_defaults | changes)
+
+    @model_validator(mode="after")
+    def _stages_have_usable_text(self) -> Recipe:
+        for stage in self.stages:
+            data = self.data_of(stage)
+            if isinstance(stage, Mixing) and data.context_length > MAX_MATRIX_CONTEXT:
+                raise ValueError(
+                    f"stage mixing compares matrices of context_length² numbers: {data.context_length} is too long, "
+                    f"set data.context_length of the stage to at most {MAX_MATRIX_CONTEXT}"
+                )
+            if stage.whole_rows and data.packing == "documents":
+                raise ValueError(f"stage {stage.kind} keeps no documents apart: set data.packing of it to concat")
+            if isinstance(stage, Dpo) and isinstance(data.train, dict):
+                raise ValueError("stage dpo takes every pair once: give data.train as a list, without weights")
+        return self
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -190,7 +141,7 @@ def _index(items: list[Any], key: str, override: str) -> int:
     return int(key)
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {"student": Student, "data": Data, "align": Align, "kd": Kd}
+_SECTIONS: dict[str, type[BaseModel]] = {"student": Student, "data": Data, **STAGES}
 
 
 def _explain(error: ValidationError) -> str:
@@ -199,7 +150,7 @@ def _explain(error: ValidationError) -> str:
     where = [str(part) for part in problem["loc"] if not (isinstance(part, str) and "[" in part)]
     if problem["type"] == "extra_forbidden":
         section = next((_SECTIONS[part] for part in reversed(where[:-1]) if part in _SECTIONS), Recipe)
-        shown = [part for part in where if part not in ("align", "kd")]
+        shown = [part for part in where if part not in STAGES]
         return f"unknown key '{'.'.join(shown)}': {did_you_mean(where[-1], section.model_fields)}"
-    place = ".".join(part for part in where if part not in ("align", "kd")) or "recipe"
+    place = ".".join(part for part in where if part not in STAGES) or "recipe"
     return f"{place}: {problem['msg']}"

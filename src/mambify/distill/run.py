@@ -26,27 +26,24 @@ from torch.utils.data import Dataset
 from transformers import set_seed
 
 from mambify.conversion import apply_plan, calibrate, plan
-from mambify.distill.logs import Listener, MetricsLog, forget_after
-from mambify.distill.parallel import Processes
-from mambify.distill.provenance import provenance_of
-from mambify.distill.recipe import Align, Recipe, Stage, dump_recipe
-from mambify.distill.sharding import lent, shard
-from mambify.distill.stages import (
-    build_trainer,
-    stage_module,
-    train_stage,
-    training_arguments,
-    unshare_mlps,
-    use_bfloat16,
-    why_no_graphs,
-)
-from mambify.distill.trainer import (
+from mambify.distill.arguments import item_tokens, training_arguments, use_bfloat16, why_no_graphs
+from mambify.distill.checkpoints import (
     copy_trained,
     last_complete_checkpoint,
     load_trained,
     save_trained,
     trained_parameters,
 )
+from mambify.distill.logs import Listener, MetricsLog, forget_after
+from mambify.distill.parallel import Processes
+from mambify.distill.provenance import provenance_of
+from mambify.distill.recipe import Recipe, dump_recipe
+from mambify.distill.rounds import FOLDER as ROUNDS
+from mambify.distill.rounds import Rounds, Writer, round_seed, round_sizes
+from mambify.distill.settings import Align, OnPolicy, Stage
+from mambify.distill.sharding import lent, shard
+from mambify.distill.stages import build_trainer, frozen_copy, stage_module, train_stage, unshare
+from mambify.distill.steps import Step, steps_of
 from mambify.errors import OutputExistsError
 from mambify.families.load import LoadedModel, save
 from mambify.io import append_jsonl, atomic_write_text, read_json, write_json
@@ -54,27 +51,6 @@ from mambify.machine import environment
 from mambify.model import HybridForCausalLM
 
 _TRAINED, _SUMMARY = "trained.safetensors", "summary.json"
-
-
-@dataclass(frozen=True)
-class Step:
-    """One entry of the work list: a stage at one attention share.
-
-    Attributes:
-        name: directory name, ``01-align``.
-        stage: the recipe's stage.
-        attention: share of layers that keep attention from here on.
-    """
-
-    name: str
-    stage: Stage
-    attention: float
-
-
-def steps_of(recipe: Recipe) -> list[Step]:
-    """The recipe's stages, repeated at each share of a progressive schedule."""
-    pairs = [(share, stage) for share in recipe.student.schedule for stage in recipe.stages]
-    return [Step(f"{i:02d}-{stage.kind}", stage, share) for i, (share, stage) in enumerate(pairs, start=1)]
 
 
 def open_run(recipe: Recipe, processes: Processes, *, overwrite: bool = False) -> Path:
@@ -109,7 +85,9 @@ def run_stages(
     run: Path,
     *,
     teacher: LoadedModel,
-    dataset: Dataset[Any],
+    base: LoadedModel | None = None,
+    dataset: Callable[[Stage], Dataset[Any] | None],
+    writer: Writer | None = None,
     processes: Processes,
     save_to: Path | None = None,
     listener: Listener | None = None,
@@ -117,13 +95,16 @@ def run_stages(
 ) -> HybridForCausalLM:
     """Converts and trains through every stage, skipping those that are done; saves and returns the student.
 
-    What is frozen is computed in the recipe's precision; where that is not the teacher's own dtype, a copy in it is
-    made for the run, and the student that is saved keeps the teacher's weights as they were.
+    What is frozen is computed in the recipe's precision; where that is not a model's own dtype, a copy in it is made
+    for the run, and the student that is saved keeps the weights as they were.
 
     Args:
         run: what :func:`open_run` gave.
         teacher: anywhere; it is only read.
-        dataset: blocks of ``recipe.data.context_length`` tokens.
+        base: the model that is converted, where it is not the teacher; of the same vocabulary, only read as well.
+        dataset: a stage's text: blocks, or pairs of them for preferences, of its context length. ``None`` where an
+            on-policy stage takes no text but the student's.
+        writer: has the student write texts, for on-policy stages.
         processes: those that share the work, and where this one trains.
         save_to: where the student is saved; the run's ``student`` folder by default.
         listener: told of every step, in the first process.
@@ -133,36 +114,45 @@ def run_stages(
         TrainingDivergedError: the loss became NaN or infinite.
         OutputWriteError: the disk refused a write; what was written before is whole.
     """
+    base = teacher if base is None else base
     bfloat16 = use_bfloat16(recipe.precision, processes.device)
-    working = in_dtype(teacher.model, torch.bfloat16 if bfloat16 else torch.float32, processes.home)
-    work = _Work(recipe, run, working, dataset, processes, bfloat16, listener, announce or (lambda _: None))
-    student = working
-    for step in steps_of(recipe):
-        student = _converted(student, recipe, step.attention)
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    working = in_dtype(teacher.model, dtype, processes.home)
+    origin = working if base is teacher else in_dtype(base.model, dtype, processes.home)
+    say = announce or (lambda _: None)
+    work = _Work(recipe, run, working, origin, dataset, writer, processes, bfloat16, listener, say)
+    steps = steps_of(recipe, base.model.config)
+    student, reached = origin, None
+    for step in steps:
+        if step.attention_layers != reached:
+            student, reached = _converted(student, recipe, step), step.attention_layers
         _run_step(work, step, student)
-    final = _final_student(recipe, teacher.model, student)
-    teacher.model.requires_grad_(True)
-    processes.first_does(lambda: _save_student(final, save_to or run / "student", teacher, run))
+    final = _final_student(recipe, base.model, steps[-1], student)
+    for model in (teacher.model, base.model):
+        model.requires_grad_(True)
+    processes.first_does(lambda: _save_student(final, save_to or run / "student", base, run))
     return final
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What all steps of a run have in common."""
+    """What all steps of a run have in common: teacher and base as they compute, and the arguments of the run."""
 
     recipe: Recipe
     run: Path
     teacher: HybridForCausalLM
-    dataset: Dataset[Any]
+    base: HybridForCausalLM
+    dataset: Callable[[Stage], Dataset[Any] | None]
+    writer: Writer | None
     processes: Processes
     bfloat16: bool
     listener: Listener | None
     announce: Callable[[str], None]
 
 
-def _save_student(student: HybridForCausalLM, path: Path, teacher: LoadedModel, run: Path) -> None:
+def _save_student(student: HybridForCausalLM, path: Path, base: LoadedModel, run: Path) -> None:
     if not path.is_dir():
-        save(student, path, tokenizer=teacher.tokenizer, provenance=provenance_of(run, summaries(run)))
+        save(student, path, tokenizer=base.tokenizer, provenance=provenance_of(run, summaries(run)))
 
 
 def in_dtype(model: HybridForCausalLM, dtype: torch.dtype, device: str) -> HybridForCausalLM:
@@ -171,14 +161,14 @@ def in_dtype(model: HybridForCausalLM, dtype: torch.dtype, device: str) -> Hybri
     return model if model.dtype == dtype and same_place else copy.deepcopy(model).to(device=device, dtype=dtype)
 
 
-def _final_student(recipe: Recipe, teacher: HybridForCausalLM, trained: HybridForCausalLM) -> HybridForCausalLM:
-    """The teacher's kept weights as they are, with what was trained put in: what a user gets."""
-    final = teacher
-    for share in recipe.student.schedule:
-        final = _converted(final, recipe, share)
-    if any(getattr(stage, "mlp_learning_rate", 0) for stage in recipe.stages):
-        unshare_mlps(final, teacher)
-    kept = {p.data_ptr() for p in teacher.parameters()}
+def _final_student(
+    recipe: Recipe, base: HybridForCausalLM, last: Step, trained: HybridForCausalLM
+) -> HybridForCausalLM:
+    """The base's kept weights as they are, with what was trained put in: what a user gets."""
+    final = _converted(base, recipe, last)
+    for part in {part for stage in recipe.stages for part in stage.learning_rates}:
+        unshare(final, base, part)
+    kept = {p.data_ptr() for p in base.parameters()}
     source = dict(trained.named_parameters())
     with torch.no_grad():
         for name, parameter in final.named_parameters():
@@ -188,19 +178,15 @@ def _final_student(recipe: Recipe, teacher: HybridForCausalLM, trained: HybridFo
     return final
 
 
-def _converted(model: HybridForCausalLM, recipe: Recipe, attention: float) -> HybridForCausalLM:
-    """``model`` with the layers of this attention share converted; new mixers are float32 masters."""
+def _converted(model: HybridForCausalLM, recipe: Recipe, step: Step) -> HybridForCausalLM:
+    """A student around ``model``'s weights, with attention in the layers of this step only."""
     planned = plan(
         model.config,
         mixer=recipe.student.mixer,
-        attention=attention,
-        attention_layers=recipe.student.attention_layers,
+        attention_layers=step.attention_layers,
         init=recipe.student.init,
     )
-    student = apply_plan(model, planned, seed=recipe.seed) if planned.converted else model
-    for index in planned.converted:
-        student.model.layers[index].mixer.float()
-    return student
+    return apply_plan(model, planned, seed=recipe.seed)
 
 
 def _run_step(work: _Work, step: Step, student: HybridForCausalLM) -> None:
@@ -208,27 +194,20 @@ def _run_step(work: _Work, step: Step, student: HybridForCausalLM) -> None:
     recipe, processes = work.recipe, work.processes
     set_seed(recipe.seed)
     directory = work.run / "stages" / step.name
-    module = stage_module(step.stage, student, work.teacher)
+    module = stage_module(step.stage, student, work.teacher, work.base)
     if processes.first_does(lambda: (directory / _SUMMARY).is_file()):
         processes.all_do(lambda: load_trained(module, directory / _TRAINED))
         return
-    arguments = training_arguments(
-        step.stage,
-        recipe,
-        directory,
-        context_length=recipe.data.context_length,
-        device=processes.device,
-        count=processes.count,
-    )
+    arguments = training_arguments(step.stage, recipe, directory, device=processes.device, count=processes.count)
     start = time.perf_counter()
     begun = processes.first_does(lambda: last_complete_checkpoint(directory) is not None)
     if isinstance(step.stage, Align) and not begun:
-        _calibrate(work, student, step.stage.calibration_tokens, step.name)
+        _calibrate(work, student, step.stage, step.name)
     processes.share(trained_parameters(module).values())
     training = module if processes.sharding is None else shard(module, processes, bfloat16=work.bfloat16)
 
-    sequences = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * processes.count
-    tokens_per_step = sequences * recipe.data.context_length
+    step_items = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * processes.count
+    tokens_per_step = step_items * item_tokens(step.stage, recipe)
     no_graphs = why_no_graphs(recipe, step.stage, processes)
     how = {"processes": processes.count, "sharded": processes.sharding is not None, "cuda_graphs": no_graphs is None}
     log = MetricsLog(work.run / "metrics.jsonl", step.name, tokens_per_step, work.listener)
@@ -237,9 +216,10 @@ def _run_step(work: _Work, step: Step, student: HybridForCausalLM) -> None:
         work.announce(f"{step.name}: {processes.describe()}; each step {graphs}")
     trainer = build_trainer(
         step.stage,
+        recipe,
         training,
         arguments,
-        work.dataset,
+        _dataset(work, step.stage, student, directory, arguments.max_steps, step_items),
         [log] if processes.first else [],
         processes=processes,
         cuda_graphs=no_graphs is None,
@@ -254,29 +234,63 @@ def _run_step(work: _Work, step: Step, student: HybridForCausalLM) -> None:
 
     def conclude() -> None:
         write_json(directory / _SUMMARY, summary | {"attention": step.attention} | how)
-        for checkpoint in directory.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+        for left in (*directory.glob("checkpoint-*"), *directory.glob(ROUNDS)):
+            shutil.rmtree(left)
 
     processes.first_does(conclude)
 
 
-def _calibrate(work: _Work, student: HybridForCausalLM, num_tokens: int, stage: str) -> None:
+def _dataset(
+    work: _Work, stage: Stage, student: HybridForCausalLM, directory: Path, num_steps: int, step_items: int
+) -> Dataset[Any]:
+    """What the stage trains on: given text, or what the student writes as it goes."""
+    given = work.dataset(stage)
+    if not isinstance(stage, OnPolicy):
+        assert given is not None
+        return given
+    writer = work.writer
+    assert writer is not None
+    seed, dtype = work.recipe.seed, torch.bfloat16 if work.bfloat16 else torch.float32
+
+    def write(number: int, count: int) -> dict[str, torch.Tensor]:
+        return writer(stage, frozen_copy(student, dtype), round_seed(seed, number), count)
+
+    per_round, written = round_sizes(stage, item_tokens(stage, work.recipe), step_items)
+    return Rounds(
+        write,
+        given,
+        num_items=num_steps * step_items,
+        per_round=per_round,
+        written=written,
+        seed=seed,
+        directory=directory,
+        processes=work.processes,
+    )
+
+
+def calibration_blocks(text: Dataset[Any], num_tokens: int) -> torch.Tensor:
+    """The first blocks of a text ``[N, T]`` that hold this many tokens."""
+    count = min(-(-num_tokens // len(text[0]["input_ids"])), len(text))  # type: ignore[arg-type]
+    return torch.stack([text[i]["input_ids"] for i in range(count)])
+
+
+def _calibrate(work: _Work, student: HybridForCausalLM, stage: Align, name: str) -> None:
     """The align stage's closed-form start; its errors go to the metrics as step 0."""
-    if not num_tokens:
+    if not stage.calibration_tokens:
         return
-    length = len(work.dataset[0]["input_ids"])
-    count = min(-(-num_tokens // length), len(work.dataset))  # type: ignore[arg-type]
-    blocks = torch.stack([work.dataset[i]["input_ids"] for i in range(count)]).to(work.processes.device)
-    with _within_reach(student, work.teacher, work.processes):
-        errors = calibrate(student, work.teacher, blocks.split(8))
+    text = work.dataset(stage)
+    assert text is not None
+    blocks = calibration_blocks(text, stage.calibration_tokens).to(work.processes.device)
+    with _within_reach(student, work.base, work.processes):
+        errors = calibrate(student, work.base, blocks.split(8))
     rows = []
     for step, column in ((-1, 0), (0, 1)):
         row = {f"layer_{i:02d}": error[column] for i, error in errors.items()}
-        rows.append({"stage": stage, "step": step, "tokens": 0, "loss": sum(row.values()) / len(row)} | row)
+        rows.append({"stage": name, "step": step, "tokens": 0, "loss": sum(row.values()) / len(row)} | row)
 
     def write() -> None:
         path = work.run / "metrics.jsonl"
-        forget_after(path, stage, -1)
+        forget_after(path, name, -1)
         for row in rows:
             append_jsonl(path, row)
 
@@ -284,17 +298,17 @@ def _calibrate(work: _Work, student: HybridForCausalLM, num_tokens: int, stage: 
 
 
 @contextmanager
-def _within_reach(student: HybridForCausalLM, teacher: HybridForCausalLM, processes: Processes) -> Iterator[None]:
-    """While open, models in host memory compute on the device: the teacher part by part, the new mixers at once."""
+def _within_reach(student: HybridForCausalLM, base: HybridForCausalLM, processes: Processes) -> Iterator[None]:
+    """While open, models in host memory compute on the device: the base part by part, the new mixers at once."""
     if processes.home == processes.device:
         yield
         return
-    parts = [child for block in teacher.model.layers for child in block.children()]
+    parts = [child for block in base.model.layers for child in block.children()]
     mixers = [student.model.layers[i].mixer for i in student.config.converted_layers]
     for mixer in mixers:
         mixer.to(processes.device)
     try:
-        with lent([teacher.model.embed_tokens, *parts], processes.device):
+        with lent([base.model.embed_tokens, *parts], processes.device):
             yield
     finally:
         for mixer in mixers:

@@ -1,73 +1,125 @@
-"""From one stage of a recipe to the module that trains, its parameters, and the Trainer's arguments."""
+"""From one stage of a recipe to the module that trains, its parameters, and the Trainer."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
-import importlib.util
-import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from mambify.distill.align import MixerAligner
-from mambify.distill.kd import KnowledgeDistiller, collate
-from mambify.distill.parallel import Processes, process_count, sharding_asked_for, uses_deepspeed
-from mambify.distill.recipe import Align, Kd, Recipe, Stage
-from mambify.distill.trainer import DistillationStage, StageTrainer, last_complete_checkpoint
-from mambify.errors import (
-    CheckpointError,
-    InvalidOptionError,
-    MissingDependencyError,
-    RecipeError,
-    UnsupportedError,
-    did_you_mean,
+from mambify.distill.arguments import item_tokens, optimizer_class
+from mambify.distill.checkpoints import last_complete_checkpoint
+from mambify.distill.dpo import PreferenceTuner
+from mambify.distill.hidden import HiddenAligner
+from mambify.distill.kd import KnowledgeDistiller
+from mambify.distill.losses import IGNORE
+from mambify.distill.mixing import MatrixAligner
+from mambify.distill.parallel import Processes
+from mambify.distill.recipe import Recipe
+from mambify.distill.settings import (
+    Align,
+    Dpo,
+    EndToEnd,
+    Hidden,
+    Kd,
+    Mixing,
+    OnPolicy,
+    Sft,
+    Stage,
+    StageSettings,
 )
-from mambify.model import HybridForCausalLM
+from mambify.distill.sft import SupervisedTuner
+from mambify.distill.trainer import DistillationStage, StageTrainer
+from mambify.errors import CheckpointError, InvalidOptionError
+from mambify.mixers import AttentionMixer, Mixer
+from mambify.model import GatedMLP, HybridBlock, HybridForCausalLM
 
-_MLP = "mlp"
-
-#: what a stage's ``trainer`` may not hold, and where it is said instead
-_ELSEWHERE = {
-    "gradient_checkpointing": "is a key of the stage itself",
-    "activation_checkpointing": "is the stage's own gradient_checkpointing",
-    "average_tokens_across_devices": "is always so: a step's tokens count alike on all processes",
-} | dict.fromkeys(
-    ("fsdp", "fsdp_config", "deepspeed", "parallelism_config"),
-    "is said when a run is started: accelerate launch --config_file FILE",
-)
-#: optimizers that step inside the backward pass, choose layers by themselves, or train other weights than they keep
-_OWN_WAYS = ("adalomo", "apollo", "galore", "lomo", "schedule_free")
-#: those whose state PyTorch can spread over processes
-_SPREADABLE = ("adamw_torch", "adamw_torch_fused", "sgd")
+# ---- kind → module -------------------------------------------------------------------------------------------------
 
 
-def stage_module(stage: Stage, student: HybridForCausalLM, teacher: HybridForCausalLM) -> DistillationStage:
-    """The module that this stage trains, with ``requires_grad`` set on what it trains and on nothing else."""
-    layers = student.config.converted_layers
+def stage_module(
+    stage: Stage, student: HybridForCausalLM, teacher: HybridForCausalLM, base: HybridForCausalLM | None = None
+) -> DistillationStage:
+    """The module that this stage trains, with ``requires_grad`` set on what it trains and on nothing else.
+
+    Args:
+        teacher: whose distribution the student learns.
+        base: what the student was made from, which stages learn from that go layer by layer; the teacher by default.
+    """
+    base = teacher if base is None else base
+    layers = _layers_to_learn(student, base) if stage.layerwise else student.config.converted_layers
     if not layers:
         raise InvalidOptionError(f"stage {stage.kind} has nothing to train: no layer of the student is converted")
-    teacher.requires_grad_(False)
-    student.requires_grad_(False)
-    for index in layers:
-        student.model.layers[index].mixer.requires_grad_(True)
-    if isinstance(stage, Align):
-        return MixerAligner(student, teacher, layers)
-    _set_checkpointing(student, stage.gradient_checkpointing)
-    if stage.mlp_learning_rate:
-        unshare_mlps(student, teacher)
-        for block in student.model.layers:
-            block.mlp.float().requires_grad_(True)
+    for model in (teacher, base, student):
+        model.requires_grad_(False)
+    for part in stage.learning_rates:
+        unshare(student, base, part)
+        for module in modules_of(student, part):
+            module.float().requires_grad_(True)
+    _set_checkpointing(student, isinstance(stage, EndToEnd) and stage.gradient_checkpointing)
+    return _MODULES[type(stage)](stage, student, base if stage.layerwise else teacher)
+
+
+def _layers_to_learn(student: HybridForCausalLM, base: HybridForCausalLM) -> list[int]:
+    """The converted layers whose place in the base is held by attention, which they can learn from."""
+    layers = student.config.converted_layers
+    return [i for i in layers if isinstance(base.model.layers[i].mixer, AttentionMixer)]
+
+
+def _align(stage: Align, student: HybridForCausalLM, base: HybridForCausalLM) -> DistillationStage:
+    return MixerAligner(student, base, _layers_to_learn(student, base), l2=stage.loss == "l2")
+
+
+def _mixing(stage: Mixing, student: HybridForCausalLM, base: HybridForCausalLM) -> DistillationStage:
+    return MatrixAligner(student, base, _layers_to_learn(student, base))
+
+
+def _hidden(stage: Hidden, student: HybridForCausalLM, base: HybridForCausalLM) -> DistillationStage:
+    return HiddenAligner(student, base, _layers_to_learn(student, base))
+
+
+def _distil(stage: Kd | OnPolicy, student: HybridForCausalLM, teacher: HybridForCausalLM) -> DistillationStage:
     return KnowledgeDistiller(
         student,
         teacher,
         kl_weight=stage.kl_weight,
+        reverse_kl_weight=stage.reverse_kl_weight,
         ce_weight=stage.ce_weight,
         temperature=stage.temperature,
     )
+
+
+def _sft(stage: Sft, student: HybridForCausalLM, teacher: HybridForCausalLM) -> DistillationStage:
+    if stage.kl_weight:
+        return KnowledgeDistiller(student, teacher, kl_weight=stage.kl_weight, ce_weight=1.0)
+    return SupervisedTuner(student)
+
+
+def _dpo(stage: Dpo, student: HybridForCausalLM, teacher: HybridForCausalLM) -> DistillationStage:
+    return PreferenceTuner(
+        student,
+        teacher if stage.reference == "teacher" else frozen_copy(student),
+        beta=stage.beta,
+        label_smoothing=stage.label_smoothing,
+        sft_weight=stage.sft_weight,
+        kl_weight=stage.kl_weight,
+    )
+
+
+_MODULES: dict[type[StageSettings], Callable[[Any, HybridForCausalLM, HybridForCausalLM], DistillationStage]] = {
+    Align: _align,
+    Mixing: _mixing,
+    Hidden: _hidden,
+    Kd: _distil,
+    OnPolicy: _distil,
+    Sft: _sft,
+    Dpo: _dpo,
+}
 
 
 def _set_checkpointing(student: HybridForCausalLM, wanted: bool) -> None:
@@ -79,209 +131,84 @@ def _set_checkpointing(student: HybridForCausalLM, wanted: bool) -> None:
     (renamed or getattr(student, f"gradient_checkpointing_{action}"))()
 
 
-def unshare_mlps(student: HybridForCausalLM, teacher: HybridForCausalLM) -> None:
-    """Gives the student MLPs of its own, before they are trained; the teacher's must stay what they are."""
-    for ours, theirs in zip(student.model.layers, teacher.model.layers, strict=True):
-        if ours.mlp is theirs.mlp:
-            ours.mlp = copy.deepcopy(theirs.mlp)
+# ---- what trains ---------------------------------------------------------------------------------------------------
+
+
+def modules_of(student: HybridForCausalLM, part: str) -> Iterator[nn.Module]:
+    """``mixer``: the new mixers. ``mlp``: the MLPs. ``rest``: kept attention and norms.
+
+    Embeddings and head belong to no part: they stay the base's, often as one tensor, and the losses count on it.
+    """
+    if part == "rest":
+        yield student.model.norm
+    for block in student.model.layers:
+        assert isinstance(block, HybridBlock)
+        kept = isinstance(block.mixer, AttentionMixer)
+        if part == "mlp":
+            yield block.mlp
+        if part == "rest":
+            yield from (block.input_layernorm, block.post_attention_layernorm)
+        if part == ("rest" if kept else "mixer"):
+            yield block.mixer
+
+
+def unshare(student: HybridForCausalLM, base: HybridForCausalLM, part: str) -> None:
+    """Gives the student modules of its own where it has the base's, before they train: the base must not change."""
+    theirs = set(base.modules())
+    wanted = {child for module in modules_of(student, part) for child in module.modules()}
+    for parent in list(student.modules()):
+        for name, child in list(parent.named_children()):
+            if child in wanted and child in theirs:
+                setattr(parent, name, copy.deepcopy(child))
+
+
+def frozen_copy(student: HybridForCausalLM, dtype: torch.dtype | None = None) -> HybridForCausalLM:
+    """The student as it is now, for a while: what trains is copied, what is frozen is the same modules.
+
+    Args:
+        dtype: cast to it; a frozen module of another dtype is copied as well.
+    """
+    memo: dict[int, object] = {}
+    for module in student.modules():
+        parameters = list(module.parameters(recurse=False))
+        leaf = bool(parameters) and not any(True for _ in module.children())
+        if leaf and all(not p.requires_grad and dtype in (None, p.dtype) for p in parameters):
+            memo[id(module)] = module
+    twin: HybridForCausalLM = copy.deepcopy(student, memo).requires_grad_(False).eval()
+    return twin if dtype is None else twin.to(dtype=dtype)
 
 
 def parameter_groups(stage: Stage, module: nn.Module) -> list[dict[str, Any]]:
     """What trains, by learning rate; weight decay on matrices only."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    modules = dict(module.named_modules())
     for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        in_mlp = isinstance(stage, Kd) and f".{_MLP}." in name
-        rate = stage.mlp_learning_rate if isinstance(stage, Kd) and in_mlp else stage.learning_rate
-        decay = stage.weight_decay if parameter.dim() == 2 else 0.0
-        groups.setdefault((rate, decay), []).append(parameter)
+        if parameter.requires_grad:
+            rate = stage.learning_rates[_part_of(name, modules)]
+            decay = stage.weight_decay if parameter.dim() == 2 else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
     return [{"params": ps, "lr": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()]
 
 
-def micro_batches(stage: Stage, context_length: int, count: int) -> tuple[int, int]:
-    """How a step is cut: sequences of a micro-batch, and micro-batches of each of ``count`` processes.
-
-    Raises:
-        RecipeError: it cannot be cut evenly.
-    """
-    sequences = max(stage.batch_tokens // context_length, 1)
-    share, rest = divmod(sequences, count)
-    if rest or not share:
-        nearest = max(round(sequences / count), 1) * count * context_length
-        raise RecipeError(
-            f"stage {stage.kind}: batch_tokens {stage.batch_tokens} is {sequences} sequences of {context_length}, "
-            f"which {count} processes cannot share evenly: the nearest that they can is {nearest}"
-        )
-    micro = min(stage.micro_batch or share, share)
-    if share % micro:
-        nearest = min((n for n in range(1, share + 1) if share % n == 0), key=lambda n: abs(n - micro))
-        each = "" if count == 1 else " of each process"
-        raise RecipeError(
-            f"stage {stage.kind}: micro_batch {micro} does not divide the {share} sequences{each} in a step: "
-            f"the nearest that does is {nearest}"
-        )
-    return micro, share // micro
+def _part_of(name: str, modules: dict[str, nn.Module]) -> str:
+    """The part that a parameter belongs to, by the module it is in."""
+    while name:
+        name = name.rpartition(".")[0]
+        if isinstance(modules[name], AttentionMixer):
+            return "rest"
+        if isinstance(modules[name], Mixer):
+            return "mixer"
+        if isinstance(modules[name], GatedMLP):
+            return "mlp"
+    return "rest"
 
 
-def training_arguments(
-    stage: Stage, recipe: Recipe, directory: Path, *, context_length: int, device: str, count: int = 1
-) -> TrainingArguments:
-    """The Trainer's arguments; ``stage.trainer`` may set most of them by name.
-
-    Args:
-        device: ``cpu`` or a GPU.
-        count: processes that share each step.
-
-    Raises:
-        RecipeError: a step that cannot be cut evenly; ``trainer`` holds a key that TrainingArguments has not, or one
-            that is said elsewhere.
-    """
-    micro, accumulation = micro_batches(stage, context_length, count)
-    steps = max(stage.tokens // (micro * accumulation * count * context_length), 1)
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
-    for key in stage.trainer:
-        if key not in known:
-            raise RecipeError(f"unknown key 'trainer.{key}': {did_you_mean(key, known)}")
-        if key in _ELSEWHERE:
-            raise RecipeError(f"key 'trainer.{key}' has no place there: it {_ELSEWHERE[key]}")
-    on_cpu = device == "cpu"
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(directory / "tensorboard")
-    settings: dict[str, Any] = {
-        "output_dir": str(directory),
-        "max_steps": steps,
-        "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": accumulation,
-        "learning_rate": stage.learning_rate,
-        "warmup_steps": int(stage.warmup if stage.warmup >= 1 else stage.warmup * steps),
-        "lr_scheduler_type": stage.schedule,
-        "weight_decay": stage.weight_decay,
-        "adam_beta1": stage.betas[0],
-        "adam_beta2": stage.betas[1],
-        "max_grad_norm": stage.clip,
-        "bf16": use_bfloat16(recipe.precision, device),
-        "use_cpu": on_cpu,
-        "seed": recipe.seed,
-        "logging_steps": recipe.log_every,
-        "logging_nan_inf_filter": False,
-        "save_steps": recipe.checkpoint_every,
-        "save_total_limit": 2,
-        "report_to": available_reporters(recipe.report_to),
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": not on_cpu,
-        "label_names": ["labels"],
-        "optim": "adamw_torch" if on_cpu else "adamw_torch_fused",
-    }
-    if stage.schedule == "cosine_with_min_lr":
-        settings["lr_scheduler_kwargs"] = {"min_lr_rate": stage.min_learning_rate}
-    arguments = TrainingArguments(**settings | stage.trainer)
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # else the Trainer would spread each step over all GPUs by nn.DataParallel
-    arguments.mixed_precision = "bf16" if arguments.bf16 else "no"  # the recipe's word, not the launcher's
-    return arguments
-
-
-def check_launch(recipe: Recipe) -> None:
-    """Refuses, before any process waits for another, what this number of processes cannot do with the recipe.
-
-    Raises:
-        RecipeError: a step that cannot be cut evenly.
-        UnsupportedError: a kind of sharding, a stage under it, or a way of compiling that is not offered.
-    """
-    count = process_count()
-    for stage in recipe.stages:
-        micro_batches(stage, recipe.data.context_length, count)
-    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
-        raise UnsupportedError("torch.compile is for the recipe to ask for: trainer.torch_compile of stage kd")
-    sharding = sharding_asked_for() if count > 1 else None
-    for stage in recipe.stages:
-        if uses_deepspeed() and isinstance(stage, Align):
-            raise UnsupportedError(
-                "stage align takes a backward pass for each layer, which DeepSpeed's engine does not: use FSDP"
-            )
-        if sharding is not None and stage.trainer.get("torch_compile"):
-            raise UnsupportedError(f"stage {stage.kind}: torch_compile does not go with sharded weights")
-        if sharding is not None and stage.trainer.get("optim", "adamw_torch") not in _SPREADABLE:
-            raise UnsupportedError(
-                f"stage {stage.kind}: optimizer {stage.trainer['optim']} does not go with sharded weights: "
-                f"choose one of {', '.join(_SPREADABLE)}"
-            )
-
-
-def check_training_arguments(recipe: Recipe, processes: Processes) -> None:
-    """Refuses settings that the Trainer would refuse later, before anything is written.
-
-    Raises:
-        RecipeError: see :func:`training_arguments`; or a value that TrainingArguments does not take.
-        MissingDependencyError: an optimizer of a package that is not installed.
-    """
-    for stage in recipe.stages:
-        try:
-            arguments = training_arguments(
-                stage,
-                recipe,
-                Path(recipe.output),
-                context_length=recipe.data.context_length,
-                device=processes.device,
-                count=processes.count,
-            )
-            optimizer_class(arguments)
-        except (TypeError, ValueError) as error:
-            raise RecipeError(f"stage {stage.kind}: {str(error).splitlines()[0]}") from error
-        except ImportError as error:
-            raise MissingDependencyError(f"stage {stage.kind}: {str(error).splitlines()[0]}") from error
-        if arguments.torch_compile and isinstance(stage, Align):
-            raise RecipeError("stage align: torch_compile is for stage kd; a layer at a time leaves it little to do")
-
-
-def optimizer_class(arguments: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """The optimizer that ``optim`` names, and its arguments.
-
-    Raises:
-        ValueError: one that goes its own ways with layers or steps.
-        ImportError: its package is not installed.
-    """
-    name = str(arguments.optim.value)
-    if name.startswith(_OWN_WAYS):
-        raise ValueError(f"optimizer {name} is not supported: choose one that steps once all gradients are in")
-    found: tuple[type[torch.optim.Optimizer], dict[str, Any]] = Trainer.get_optimizer_cls_and_kwargs(arguments)
-    return found
-
-
-def why_no_graphs(recipe: Recipe, stage: Stage, processes: Processes) -> str | None:
-    """Why this stage's step is not recorded as a CUDA graph; ``None`` where it is."""
-    reasons = {
-        "the recipe says so": not recipe.cuda_graphs,
-        "they need a GPU": not processes.device.startswith("cuda"),
-        "weights are sharded": processes.sharding is not None,
-        "documents are packed": recipe.data.packing == "documents",
-        "gradient checkpointing is on": bool(getattr(stage, "gradient_checkpointing", False)),
-        "torch_compile is on": bool(stage.trainer.get("torch_compile")),
-        "DeepSpeed is used": uses_deepspeed(),
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-def use_bfloat16(precision: str, device: str) -> bool:
-    """Whether matrix products run in bfloat16: as asked, or where the hardware has instructions for it."""
-    if precision != "auto":
-        return precision == "bfloat16"
-    if device == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    return bool(torch.cuda.is_bf16_supported())
-
-
-def available_reporters(wanted: list[str]) -> list[str]:
-    """``wanted`` without TensorBoard where that is the default and not installed; all else is the user's word."""
-    if wanted == ["tensorboard"] and importlib.util.find_spec("tensorboard") is None:
-        return []
-    return wanted
+# ---- training ------------------------------------------------------------------------------------------------------
 
 
 def build_trainer(
     stage: Stage,
+    recipe: Recipe,
     module: DistillationStage,
     arguments: TrainingArguments,
     dataset: Any,
@@ -300,11 +227,21 @@ def build_trainer(
         callbacks=callbacks,
         optimizers=(optimizer(parameter_groups(stage, module), **options), None),
         processes=processes,
+        item_tokens=item_tokens(stage, recipe),
+        in_order=isinstance(stage, OnPolicy),
+        ema=stage.ema,
         cuda_graphs=cuda_graphs,
     )
     for callback in (c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"):
         trainer.remove_callback(callback)
     return trainer
+
+
+def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Stacks items; the first label of a row is never predicted, so it is not counted either."""
+    batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+    batch["labels"][..., 0] = IGNORE
+    return batch
 
 
 def train_stage(trainer: StageTrainer) -> None:
@@ -314,6 +251,8 @@ def train_stage(trainer: StageTrainer) -> None:
     trainer.processes.all_do(lambda: _require_readable(checkpoint))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.require_finite()
+    if trainer.average is not None:
+        trainer.average.put()
 
 
 def _require_readable(checkpoint: Path | None) -> None:

@@ -19,85 +19,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
+from mambify.distill.average import WeightAverage
 from mambify.distill.batches import StepBatches
+from mambify.distill.checkpoints import COMPLETE, load_named, load_trained, save_named, save_trained, trained_parameters
 from mambify.distill.graphs import GraphedStep, StepResult, Sums
 from mambify.distill.parallel import Processes, part, spread_like, whole
-from mambify.errors import CheckpointError, OutputWriteError, TrainingDivergedError
+from mambify.errors import OutputWriteError, TrainingDivergedError
 from mambify.io import atomic_write_text
 
-_WEIGHTS, _OPTIMIZER, _SCHEDULER = "trained.safetensors", "optimizer.pt", "scheduler.pt"
-_COMPLETE = "complete"
-_ALONE = Processes()
-
-
-def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Name → parameter of everything in ``module`` that trains."""
-    return {name: p for name, p in module.named_parameters() if p.requires_grad}
-
-
-def save_trained(module: nn.Module, path: Path, processes: Processes = _ALONE) -> None:
-    """Writes the trained parameters, whole, as one safetensors file; all processes must call it, the first writes."""
-    tensors = {}
-    for name, parameter in trained_parameters(module).items():
-        gathered = whole(parameter.detach(), processes.device)
-        if processes.first:
-            tensors[name] = gathered.cpu().contiguous()
-    processes.first_does(lambda: _write_tensors(tensors, path))
-
-
-def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputWriteError(f"cannot write {path}: {error}") from error
-
-
-def load_trained(module: nn.Module, path: Path) -> None:
-    """Puts the parameters of :func:`save_trained` back, on every process that calls it.
-
-    Raises:
-        CheckpointError: unreadable, or not of the parameters that train.
-    """
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is missing, truncated or malformed: {error}") from error
-    parameters = trained_parameters(module)
-    if tensors.keys() != parameters.keys():
-        odd = sorted(tensors.keys() ^ parameters.keys())[0]
-        raise CheckpointError(f"{path} does not hold what this stage trains: '{odd}' is on one side only")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            part(parameters[name]).copy_(part(spread_like(tensor, parameters[name])))
-
-
-def copy_trained(source: nn.Module, target: nn.Module, device: str) -> None:
-    """Gives ``target`` what ``source``, which may be sharded, has trained; all processes must call it."""
-    ours = trained_parameters(target)
-    with torch.no_grad():
-        for name, parameter in trained_parameters(source).items():
-            ours[name].copy_(whole(parameter.detach(), device))
-
-
-def last_complete_checkpoint(directory: Path) -> Path | None:
-    """The newest whole checkpoint below ``directory``; those a crash left half-written are removed."""
-    found = []
-    for path in directory.glob("checkpoint-*"):
-        if (path / _COMPLETE).is_file():
-            found.append(path)
-        else:
-            shutil.rmtree(path)
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+_WEIGHTS, _AVERAGE = "trained.safetensors", "average.safetensors"
+_OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
 
 
 class Unit(NamedTuple):
@@ -171,12 +106,27 @@ class StageTrainer(Trainer):  # type: ignore[misc]
 
     Args:
         processes: those of the run.
+        item_tokens: tokens of an item of the data set, for the figures.
+        in_order: whether the data set is to be read as it stands, and not in an order drawn from the seed.
+        ema: decay of the average of weights that the stage ends with; 0 for the last step's weights.
         cuda_graphs: record the forward and backward pass once and replay it; on a GPU, with replicated weights.
     """
 
-    def __init__(self, *args: Any, processes: Processes, cuda_graphs: bool = False, **kwargs: Any) -> None:
-        self.processes = processes
+    def __init__(
+        self,
+        *args: Any,
+        processes: Processes,
+        item_tokens: int,
+        in_order: bool = False,
+        ema: float = 0.0,
+        cuda_graphs: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.processes, self.item_tokens, self.in_order = processes, item_tokens, in_order
         super().__init__(*args, **kwargs)
+        self.average = WeightAverage(trained_parameters(self.model), ema) if ema else None
+        if self.average is not None:
+            self.add_callback(_Averaging(self.average))
         # Only DeepSpeed needs the step's count beforehand: its engine steps by itself, before we could divide.
         self.model_accepts_loss_kwargs = self.is_deepspeed_enabled
         self._cuda_graphs = cuda_graphs
@@ -213,6 +163,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
             seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
             rank=self.processes.rank,
             count=self.processes.count,
+            in_order=self.in_order,
         )
         return DataLoader(
             self.train_dataset,
@@ -301,7 +252,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
         since, first = self._logged_at or (now, step)
         self._logged_at = now, step
         sequences = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.processes.count
-        tokens = (step - first) * sequences * len(self.train_dataset[0]["input_ids"])
+        tokens = (step - first) * sequences * self.item_tokens
         peaks = self.processes.gather(_peak_memory(self.args.device))
         figures = {f"peak_memory_gib_{rank}": round(peak / 2**30, 3) for rank, peak in enumerate(peaks)}
         return {"tokens_per_second": round(tokens / max(now - since, 1e-9), 1), **figures}
@@ -324,10 +275,13 @@ class StageTrainer(Trainer):  # type: ignore[misc]
                 shutil.rmtree(directory, ignore_errors=True)
             raise
         if self.processes.first:
-            atomic_write_text(directory / _COMPLETE, "")
+            atomic_write_text(directory / COMPLETE, "")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        save_trained(self.model, Path(output_dir or self.args.output_dir) / _WEIGHTS, self.processes)
+        directory = Path(output_dir or self.args.output_dir)
+        save_trained(self.model, directory / _WEIGHTS, self.processes)
+        if self.average is not None:
+            save_named(self.average.average, directory / _AVERAGE, self.processes)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled:
@@ -350,6 +304,8 @@ class StageTrainer(Trainer):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.model, Path(resume_from_checkpoint) / _WEIGHTS)
+        if self.average is not None:
+            load_named(self.average.average, Path(resume_from_checkpoint) / _AVERAGE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.is_deepspeed_enabled:
@@ -363,6 +319,16 @@ class StageTrainer(Trainer):  # type: ignore[misc]
                     values[name] = spread_like(value, parameters[index])
         self.optimizer.load_state_dict(state)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / _SCHEDULER, weights_only=True))
+
+
+class _Averaging(TrainerCallback):  # type: ignore[misc]
+    """Takes every step's weights into the average."""
+
+    def __init__(self, average: WeightAverage) -> None:
+        self.average = average
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.average.update(state.global_step)
 
 
 def _add(totals: Sums, sums: Sums) -> None:

@@ -86,7 +86,7 @@ def evaluate_language_model(
             f"the teacher has a vocabulary of {teacher.config.vocab_size} tokens "
             f"and the student one of {model.config.vocab_size}"
         )
-    sums_NQ = _sums(model, teacher, blocks, batch_size, chunk_tokens, progress)
+    sums_NQ = sums_over_blocks(model, teacher, blocks, batch_size, chunk_tokens, progress)
     num_tokens = int(sums_NQ[:, 0].sum())
     if num_tokens == 0:
         raise UsageError("no token to evaluate on: the text is empty, or all of it is masked")
@@ -103,7 +103,7 @@ def evaluate_language_model(
     return LanguageModelScore(num_blocks=len(sums_NQ), num_tokens=num_tokens, **estimates)
 
 
-def _sums(
+def sums_over_blocks(
     model: PreTrainedModel,
     teacher: PreTrainedModel | None,
     blocks: Tensor | Sequence[Block],
@@ -111,7 +111,7 @@ def _sums(
     chunk_tokens: int,
     progress: Progress | None,
 ) -> npt.NDArray[np.float64]:
-    """Sums over each block, ``[N, Q]``."""
+    """Sums over each block, ``[N, Q]`` in the order of ``COLUMNS``; arguments of :func:`evaluate_language_model`."""
     prepared = [as_block(blocks[index]) for index in range(len(blocks))]
     sums_NQ = np.zeros((len(prepared), len(COLUMNS)))
     # Blocks of like length together: little of a batch is padding.

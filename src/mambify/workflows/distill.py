@@ -6,18 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mambify.conversion import plan
-from mambify.data.documents import Document, read_documents
-from mambify.data.overlap import check_disjoint
-from mambify.data.packing import PackedDataset, pack
+from mambify.distill.arguments import check_launch, check_training_arguments
 from mambify.distill.logs import Listener
 from mambify.distill.parallel import joined
 from mambify.distill.recipe import Recipe
 from mambify.distill.run import open_run, run_stages
-from mambify.distill.stages import check_launch, check_training_arguments
-from mambify.errors import InvalidOptionError
+from mambify.distill.settings import Mixing
+from mambify.distill.steps import schedule, steps_of
+from mambify.errors import InvalidOptionError, TokenizerMismatchError, UnsupportedError
 from mambify.families.load import LoadedModel, load, load_config, require_tokenizer
 from mambify.machine import default_device
 from mambify.model import HybridForCausalLM
+from mambify.tokenization import require_same_tokenizer
+from mambify.workflows.texts import Texts
 
 
 def distill(
@@ -55,20 +56,29 @@ def distill(
         say = announce if announce is not None and processes.first else lambda _: None
         check_training_arguments(recipe, processes)
 
-        def read() -> tuple[LoadedModel, PackedDataset]:
+        def read() -> tuple[LoadedModel, LoadedModel, Texts]:
             if teacher is None:
                 say(f"loading {recipe.teacher}")
-            loaded = teacher or load(recipe.teacher)
+            loaded = base = teacher or load(recipe.teacher)
+            other = recipe.student.base
+            if other is not None and other != recipe.teacher:
+                say(f"loading {other}")
+                base = load(other)
+                require_same_tokenizer(require_tokenizer(loaded), require_tokenizer(base), names=("teacher", "base"))
             say("reading the text")
-            return loaded, training_blocks(recipe, loaded)
+            texts = Texts(recipe, base, say)
+            texts.read_all(base)
+            return loaded, base, texts
 
-        loaded, dataset = processes.all_do(read)
+        loaded, base, texts = processes.all_do(read)
         run = open_run(recipe, processes, overwrite=overwrite)
         student = run_stages(
             recipe,
             run,
             teacher=loaded,
-            dataset=dataset,
+            base=base,
+            dataset=texts,
+            writer=texts.write,
             processes=processes,
             save_to=save_to,
             listener=listener,
@@ -84,34 +94,21 @@ def check_plan(recipe: Recipe, teacher: LoadedModel | None = None) -> None:
         UsageError: the teacher is unknown, or the student section does not fit it.
     """
     config = teacher.model.config if teacher is not None else load_config(recipe.teacher)
-    for share in recipe.student.schedule:
-        planned = plan(
-            config,
-            mixer=recipe.student.mixer,
-            attention=share,
-            attention_layers=recipe.student.attention_layers,
-            init=recipe.student.init,
-        )
+    if recipe.student.base is not None:
+        bigger, config = config, load_config(recipe.student.base)
+        if bigger.vocab_size != config.vocab_size:
+            raise TokenizerMismatchError(
+                f"the teacher has a vocabulary of {bigger.vocab_size} tokens and student.base one of "
+                f"{config.vocab_size}: distillation compares probabilities token by token"
+            )
+    steps_of(recipe, config)
+    for kept in schedule(recipe.student, config):
+        planned = plan(config, mixer=recipe.student.mixer, attention_layers=kept, init=recipe.student.init)
         if not planned.student.converted_layers:
+            share = len(kept) / config.num_hidden_layers
             raise InvalidOptionError(f"attention {share:g} keeps every layer: nothing is converted, nothing to distil")
-
-
-def training_blocks(recipe: Recipe, teacher: LoadedModel) -> PackedDataset:
-    """The recipe's training text as blocks; checked to share nothing with its held-out text.
-
-    Raises:
-        UsageError: a source that cannot be read, or too little text for one block.
-        DataOverlapError: training and held-out text share documents.
-    """
-    tokenizer, data = require_tokenizer(teacher), recipe.data
-    source = list(data.train.items()) if isinstance(data.train, dict) else data.train
-    train = list(read_documents(source, tokenizer, split="train"))
-    if data.heldout is not None:
-        check_disjoint(train, heldout_documents(data.heldout, teacher))
-    return pack(train, data.context_length, seed=recipe.seed, mode=data.packing, answers_only=data.answers_only)
-
-
-def heldout_documents(source: str, teacher: LoadedModel) -> list[Document]:
-    """The held-out side of ``source``: of a synthesized directory its own split, of anything else all of it."""
-    synthesized = (Path(source) / "manifest.json").is_file()
-    return list(read_documents(source, require_tokenizer(teacher), split="heldout" if synthesized else "all"))
+    if recipe.student.mixer != "mamba2" and any(isinstance(stage, Mixing) for stage in recipe.stages):
+        raise UnsupportedError(
+            f"stage mixing: {recipe.student.mixer} has no one matrix for each head of the attention: "
+            "choose mixer mamba2, or stage align or hidden"
+        )

@@ -23,10 +23,10 @@ import torch
 from mambify.conversion.plan import CONTEXTS, state_bytes
 from mambify.data.synthesize import synthesize
 from mambify.decode.stream import generate_text
+from mambify.distill.arguments import use_bfloat16
 from mambify.distill.logs import Listener, read_metrics
 from mambify.distill.recipe import Recipe, parse_recipe
 from mambify.distill.run import in_dtype, summaries
-from mambify.distill.stages import use_bfloat16
 from mambify.errors import OutputExistsError
 from mambify.evaluate.compare import compare
 from mambify.evaluate.report import render_report
