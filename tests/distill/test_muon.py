@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from mambify.conversion import apply_plan, plan
 from mambify.distill.muon import Muon, orthogonalised
+from mambify.distill.stages import parameter_groups, stage_module
+from mambify.errors import RecipeError
+from mambify.families.load import load
+from mambify.workflows.distill import distill
 
 
 def groups(module: nn.Module, **common: Any) -> list[dict[str, Any]]:
@@ -108,3 +114,17 @@ def test_only_matrices() -> None:
     before = [p.detach().clone() for p in module.parameters()]
     Muon(groups(module)).step()  # no gradients: nothing moves
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), before, strict=True))
+
+
+def test_a_recipe_trains_matrices_with_it(make_recipe: Any, teacher_directory: Path) -> None:
+    stage = {"kind": "kd", "tokens": 512, "batch_tokens": 128, "optimizer": "muon", "mlp_learning_rate": 1e-4}
+    recipe = make_recipe(stages=[stage])
+    teacher = load(teacher_directory).model
+    student = apply_plan(teacher, plan(teacher.config, attention=0.5))
+    found = parameter_groups(recipe.stages[0], stage_module(recipe.stages[0], student, teacher))
+    kinds = {(group["lr"], group.get("muon", False)) for group in found}
+    assert kinds == {(1e-3, True), (1e-3, False), (1e-4, True)}
+    for group in found:
+        assert all((p.dim() == 2) == group.get("muon", False) for p in group["params"])
+    with pytest.raises(RecipeError, match="exclude each other"):
+        distill(make_recipe(stages=[stage | {"trainer": {"optim": "sgd"}}]), device="cpu")

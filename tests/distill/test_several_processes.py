@@ -419,6 +419,7 @@ _DEEPSPEED = {"ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_DEEPSPEED": "true"
         (_DEEPSPEED, {}, "DeepSpeed"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, {}, "trainer.torch_compile of stage kd"),
         ({}, {"kind": "on_policy"}, "takes whole weights"),
+        ({}, {"optimizer": "muon"}, "muon needs whole matrices"),
         (_DEEPSPEED, {"kind": "dpo", "batch_tokens": 192}, "counts pairs"),
     ],
 )

@@ -302,19 +302,19 @@ def test_accumulating_micro_batches_is_one_large_batch(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("settings", [{}, {"ema": 0.9}, {"optimizer": "muon"}], ids=["plain", "ema", "muon"])
 def test_broken_off_and_started_again_it_ends_the_same(
     make_chat_recipe: MakeRecipe,
     pairs_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
-    ema: float,
+    settings: dict[str, Any],
 ) -> None:
     """Stopped after a checkpoint and some more steps, in the middle of a round: the weights of a run in one go."""
     from mambify.distill.trainer import StageTrainer
 
-    stage = _of_kind(kind, pairs_file, 8, ema=ema)
+    stage = _of_kind(kind, pairs_file, 8, **settings)
     stage["tokens"] = 8 * stage["batch_tokens"]
     ends = []
     for name in ("whole", "broken"):

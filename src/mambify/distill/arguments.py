@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments
 
+from mambify.distill.muon import Muon
 from mambify.distill.parallel import Processes, process_count, sharding_asked_for, uses_deepspeed
 from mambify.distill.recipe import Recipe
 from mambify.distill.settings import Dpo, OnPolicy, Stage
@@ -143,6 +144,8 @@ def check_launch(recipe: Recipe) -> None:
             raise UnsupportedError(f"stage {stage.kind} {reason}, which DeepSpeed's engine does not allow: use FSDP")
         if sharding is not None and isinstance(stage, OnPolicy):
             raise UnsupportedError("stage on_policy has the student write texts, which takes whole weights, not shards")
+        if sharding is not None and stage.optimizer == "muon":
+            raise UnsupportedError(f"stage {stage.kind}: optimizer muon needs whole matrices, not shards: choose adamw")
         if sharding is not None and stage.trainer.get("torch_compile"):
             raise UnsupportedError(f"stage {stage.kind}: torch_compile does not go with sharded weights")
         if sharding is not None and stage.trainer.get("optim", "adamw_torch") not in _SPREADABLE:
@@ -159,6 +162,7 @@ def _why_no_deepspeed(stage: Stage) -> str | None:
         "counts pairs, not tokens": isinstance(stage, Dpo),
         "has the student write texts between two steps": isinstance(stage, OnPolicy),
         "averages weights": bool(stage.ema),
+        "makes matrices' steps orthogonal": stage.optimizer == "muon",
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
@@ -179,7 +183,7 @@ def check_training_arguments(recipe: Recipe, processes: Processes) -> None:
                 device=processes.device,
                 count=processes.count,
             )
-            optimizer_class(arguments)
+            optimizer_class(stage, arguments)
         except (TypeError, ValueError) as error:
             raise RecipeError(f"stage {stage.kind}: {str(error).splitlines()[0]}") from error
         except ImportError as error:
@@ -190,13 +194,17 @@ def check_training_arguments(recipe: Recipe, processes: Processes) -> None:
             raise RecipeError(f"stage {stage.kind}: torch_compile is for whole models; a layer leaves it little to do")
 
 
-def optimizer_class(arguments: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """The optimizer that ``optim`` names, and its arguments.
+def optimizer_class(stage: Stage, arguments: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """The stage's optimizer, or the one that its ``trainer.optim`` names, and its arguments.
 
     Raises:
-        ValueError: one that goes its own ways with layers or steps.
+        ValueError: one that goes its own ways with layers or steps; two at once.
         ImportError: its package is not installed.
     """
+    if stage.optimizer == "muon":
+        if "optim" in stage.trainer:
+            raise ValueError(f"trainer.optim {stage.trainer['optim']} and optimizer muon exclude each other")
+        return Muon, {"lr": stage.learning_rate, "betas": stage.betas}
     name = str(arguments.optim.value)
     if name.startswith(_OWN_WAYS):
         raise ValueError(f"optimizer {name} is not supported: choose one that steps once all gradients are in")

@@ -37,6 +37,7 @@ class StageSettings(Section):
     tokens: Count
     batch_tokens: Count = 16384
     learning_rate: Positive
+    optimizer: Literal["adamw", "muon"] = "adamw"
     warmup: Annotated[float, Field(ge=0)] = 0.05
     schedule: str = "cosine_with_min_lr"
     min_learning_rate: Share = 0.1

@@ -179,15 +179,18 @@ def frozen_copy(student: HybridForCausalLM, dtype: torch.dtype | None = None) ->
 
 
 def parameter_groups(stage: Stage, module: nn.Module) -> list[dict[str, Any]]:
-    """What trains, by learning rate; weight decay on matrices only."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    """What trains, by learning rate; weight decay, and Muon where it is the optimizer, on matrices only."""
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     modules = dict(module.named_modules())
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             rate = stage.learning_rates[_part_of(name, modules)]
-            decay = stage.weight_decay if parameter.dim() == 2 else 0.0
-            groups.setdefault((rate, decay), []).append(parameter)
-    return [{"params": ps, "lr": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()]
+            groups.setdefault((rate, parameter.dim() == 2), []).append(parameter)
+    muon = {"muon": True} if stage.optimizer == "muon" else {}
+    return [
+        {"params": ps, "lr": rate, "weight_decay": stage.weight_decay if matrices else 0.0} | (muon if matrices else {})
+        for (rate, matrices), ps in groups.items()
+    ]
 
 
 def _part_of(name: str, modules: dict[str, nn.Module]) -> str:
@@ -218,7 +221,7 @@ def build_trainer(
     cuda_graphs: bool,
 ) -> StageTrainer:
     """The trainer of a stage, with an optimizer over :func:`parameter_groups`."""
-    optimizer, options = optimizer_class(arguments)
+    optimizer, options = optimizer_class(stage, arguments)
     trainer = StageTrainer(
         model=module,
         args=arguments,
