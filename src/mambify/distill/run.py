@@ -25,7 +25,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import set_seed
 
-from mambify.conversion import apply_plan, calibrate, plan
+from mambify.conversion import CALIBRATION_TOKENS, INITIALISATIONS, apply_plan, calibrate, needs_text, plan
 from mambify.distill.logs import Listener, MetricsLog, forget_after
 from mambify.distill.parallel import Processes
 from mambify.distill.recipe import Align, Recipe, Stage, dump_recipe
@@ -137,7 +137,7 @@ def run_stages(
     work = _Work(recipe, run, working, dataset, processes, bfloat16, listener, announce or (lambda _: None))
     student = working
     for step in steps_of(recipe):
-        student = _converted(student, recipe, step.attention)
+        student = _converted(student, recipe, step.attention, measured=work)
         _run_step(work, step, student)
     final = _final_student(recipe, teacher.model, student)
     teacher.model.requires_grad_(True)
@@ -187,19 +187,37 @@ def _final_student(recipe: Recipe, teacher: HybridForCausalLM, trained: HybridFo
     return final
 
 
-def _converted(model: HybridForCausalLM, recipe: Recipe, attention: float) -> HybridForCausalLM:
-    """``model`` with the layers of this attention share converted; new mixers are float32 masters."""
+def _converted(
+    model: HybridForCausalLM, recipe: Recipe, attention: float, measured: _Work | None = None
+) -> HybridForCausalLM:
+    """``model`` with the layers of this attention share converted; new mixers are float32 masters.
+
+    An initialisation that is measured on text is measured on the training text of ``measured``, through its teacher;
+    without it the mixers' values do not matter, for they are about to be replaced.
+    """
+    init = recipe.student.init
     planned = plan(
         model.config,
         mixer=recipe.student.mixer,
         attention=attention,
         attention_layers=recipe.student.attention_layers,
-        init=recipe.student.init,
+        init="identity" if measured is None and init in INITIALISATIONS else init,
     )
-    student = apply_plan(model, planned, seed=recipe.seed) if planned.converted else model
+    if not planned.converted:
+        return model
+    blocks = None if measured is None or not needs_text(init) else calibration_blocks(measured.dataset)
+    teacher = None if measured is None else measured.teacher
+    student = apply_plan(model, planned, seed=recipe.seed, calibration=blocks, measured_on=teacher)
     for index in planned.converted:
         student.model.layers[index].mixer.float()
     return student
+
+
+def calibration_blocks(dataset: Dataset[Any], num_tokens: int = CALIBRATION_TOKENS) -> torch.Tensor:
+    """The first blocks of the training text ``[N, T]`` that hold this many tokens."""
+    length = len(dataset[0]["input_ids"])
+    count = min(-(-num_tokens // length), len(dataset))  # type: ignore[arg-type]
+    return torch.stack([dataset[i]["input_ids"] for i in range(count)])
 
 
 def _run_step(work: _Work, step: Step, student: HybridForCausalLM) -> None:
@@ -263,9 +281,7 @@ def _calibrate(work: _Work, student: HybridForCausalLM, num_tokens: int, stage: 
     """The align stage's closed-form start; its errors go to the metrics as step 0."""
     if not num_tokens:
         return
-    length = len(work.dataset[0]["input_ids"])
-    count = min(-(-num_tokens // length), len(work.dataset))  # type: ignore[arg-type]
-    blocks = torch.stack([work.dataset[i]["input_ids"] for i in range(count)]).to(work.processes.device)
+    blocks = calibration_blocks(work.dataset, num_tokens).to(work.processes.device)
     with _within_reach(student, work.teacher, work.processes):
         errors = calibrate(student, work.teacher, blocks.split(8))
     rows = []
