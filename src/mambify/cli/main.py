@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from mambify import __version__
-from mambify.cli import bench, chat, convert, distill, evaluate, generate, info, quickstart, synthesize
+from mambify.cli import bench, chat, convert, distill, evaluate, generate, info, quickstart, select, synthesize
 from mambify.errors import MambifyError
 
 _FAILED, _INTERRUPTED = 1, 130
@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "info": (info.info, info.EXAMPLE),
     "synthesize": (synthesize.synthesize, synthesize.EXAMPLE),
     "convert": (convert.convert, convert.EXAMPLE),
+    "select": (select.select, select.EXAMPLE),
     "distill": (distill.distill, distill.EXAMPLE),
     "evaluate": (evaluate.evaluate, evaluate.EXAMPLE),
     "generate": (generate.generate, generate.EXAMPLE),
