@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
 
+from tiny import TEXT
+
 from .conftest import Run
 from .test_refusals import assert_refused
-
-WORDS = "the quick brown fox jumps over a lazy dog while seven wise owls watch from tall old trees near rivers".split()
 
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
     """Documents that share no long phrase: words in an order of their own."""
     path = tmp_path / "rows.jsonl"
-    texts = [" ".join(WORDS[(i * 7 + j * (i % 18 + 1) + j * j) % len(WORDS)] for j in range(60)) for i in range(300)]
-    path.write_text("".join(json.dumps({"text": f"{i} {text}"}) + "\n" for i, text in enumerate(texts)), "utf-8")
+    words = TEXT.split()
+    texts = [" ".join(random.Random(index).choices(words, k=60)) for index in range(300)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return path
 
 

@@ -9,7 +9,7 @@ import typer
 
 from mambify.cli import options
 from mambify.cli.console import print_json, quiet_libraries, stdout, working
-from mambify.errors import InvalidOptionError
+from mambify.errors import InvalidOptionError, UnknownSourceError
 from mambify.io import require_new
 
 EXAMPLE = "mambify convert smollm2 --attention 0.5 --out student"
@@ -49,7 +49,7 @@ def convert(
     from mambify.cli.plans import describe_plan
     from mambify.conversion import apply_plan, needs_text, plan, require_text
     from mambify.data.calibration import calibration_blocks, calibration_documents
-    from mambify.families.load import as_dtype, load, load_config, require_tokenizer, save
+    from mambify.families.load import as_dtype, load, load_config, load_tokenizer, save
 
     config = load_config(teacher)
     config.dtype = as_dtype(dtype) or config.dtype
@@ -60,16 +60,19 @@ def convert(
         require_text(init, given=calibration_text is not None)
     if calibration_text is not None and not needs_text(init):
         raise InvalidOptionError(f"--calibration-text is for an init that is measured: {init} is not")
+    blocks = None
+    if calibration_text is not None and not dry_run:
+        tokenizer = load_tokenizer(teacher)
+        if tokenizer is None:
+            raise UnknownSourceError(f"{teacher} has no tokenizer, and --calibration-text needs one")
+        documents = calibration_documents(calibration_text, tokenizer, num_tokens=num_tokens)
+        blocks = calibration_blocks(documents, num_tokens=num_tokens)
     result: dict[str, Any] = {"teacher": teacher, "mixer": mixer} | describe_plan(planned)
     if not json:
         _show(result)
     if not dry_run and out is not None:
         with working(f"loading {teacher}", quiet=json):
             loaded = load(teacher, dtype=dtype)
-        blocks = None
-        if calibration_text is not None:
-            documents = calibration_documents(calibration_text, require_tokenizer(loaded), num_tokens=num_tokens)
-            blocks = calibration_blocks(documents, num_tokens=num_tokens)
         with working("converting and saving", quiet=json):
             student = apply_plan(loaded.model, planned, seed=seed, release=True, calibration=blocks)
             save(student, out, tokenizer=loaded.tokenizer, overwrite=overwrite)
