@@ -150,7 +150,8 @@ def _trained(name: str, teacher: LoadedModel, source: str, budget: Budget, folde
         run_folder = open_run(recipe, processes)
         dataset = pack(documents, _CONTEXT, seed=_SEED)
         student = run_stages(recipe, run_folder, teacher=teacher, dataset=dataset, processes=processes)
-    return student.to(teacher.model.dtype)  # the new mixers leave training in float32
+    student.to(teacher.model.dtype)  # the new mixers leave training in float32
+    return student
 
 
 def _blocks(teacher: LoadedModel, source: str, budget: Budget) -> tuple[Tensor, Tensor]:
