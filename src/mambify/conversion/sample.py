@@ -59,10 +59,8 @@ def sample_attention(attention: AttentionMixer, traces: Sequence[MixerTrace], co
     for row_TD in rows_BTD:
         weights_HTS, heads_THP = _attend(attention, row_TD[None], cos_1TP, sin_1TP)
         heads.append(heads_THP)
-        seen_HTS = weights_HTS.clone()
-        seen_HTS[..., 0] = 0.0
-        lag_TS = torch.arange(T, device=rows_BTD.device)[:, None] - torch.arange(T, device=rows_BTD.device)
-        total_HL += torch.zeros_like(total_HL).index_add_(1, lag_TS.clamp(min=0).flatten(), seen_HTS.flatten(1))
+        weights_HTS[..., 0] = 0.0
+        total_HL += _sum_by_lag(weights_HTS)
     pairs = cos_1TP.shape[-1] // 2
     scale = cos_1TP[0, 0, 0].float()  # YaRN scales both, which turns nothing
     return AttentionSample(
@@ -73,6 +71,16 @@ def sample_attention(attention: AttentionMixer, traces: Sequence[MixerTrace], co
         cos_LJ=cos_1TP[0, :, :pairs].float() / scale,
         sin_LJ=sin_1TP[0, :, :pairs].float() / scale,
     )
+
+
+def _sum_by_lag(weights_HTS: Tensor) -> Tensor:
+    """Sums ``[H, L]`` over the pairs of tokens that are equally far apart; in a fixed order, on a GPU too.
+
+    Turned round and cut into rows that are one shorter, row t moves t to the right: each column then is one lag.
+    """
+    H, T, _ = weights_HTS.shape
+    turned = torch.nn.functional.pad(weights_HTS.flip(-1), (0, T)).flatten(1)
+    return turned[:, :-T].view(H, T, 2 * T - 1).sum(1)[:, T - 1 :]
 
 
 def _attend(attention: AttentionMixer, x_1TD: Tensor, cos_1TP: Tensor, sin_1TP: Tensor) -> tuple[Tensor, Tensor]:

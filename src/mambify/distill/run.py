@@ -25,7 +25,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import set_seed
 
-from mambify.conversion import CALIBRATION_TOKENS, INITIALISATIONS, apply_plan, calibrate, needs_text, plan
+from mambify.conversion import CALIBRATION_TOKENS, apply_plan, calibrate, needs_text, plan
 from mambify.distill.logs import Listener, MetricsLog, forget_after
 from mambify.distill.parallel import Processes
 from mambify.distill.recipe import Align, Recipe, Stage, dump_recipe
@@ -195,13 +195,13 @@ def _converted(
     An initialisation that is measured on text is measured on the training text of ``measured``, through its teacher;
     without it the mixers' values do not matter, for they are about to be replaced.
     """
-    init = recipe.student.init
+    init = "identity" if measured is None else recipe.student.init
     planned = plan(
         model.config,
         mixer=recipe.student.mixer,
         attention=attention,
         attention_layers=recipe.student.attention_layers,
-        init="identity" if measured is None and init in INITIALISATIONS else init,
+        init=init,
     )
     if not planned.converted:
         return model
