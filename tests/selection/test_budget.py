@@ -11,6 +11,7 @@ from mambify import HybridConfig
 from mambify.conversion import plan, state_bytes
 from mambify.errors import InvalidOptionError
 from mambify.selection import best_within, budgeted_layers, count_for_share, top_layers
+from mambify.workflows.select import Budget
 
 
 def config(**changes: object) -> HybridConfig:
@@ -60,3 +61,9 @@ def test_a_window_is_cheap() -> None:
     worth = {0: 0.9, 1: 0.8, 2: 0.7, 3: 0.4, 4: 0.4, 5: 0.4}
     budget = state_bytes(plan(model, attention_layers=[3, 4, 5]).student, 4096)
     assert budgeted_layers(model, worth, mixer="mamba2", context=4096, max_bytes=budget) == [3, 4, 5]
+
+
+def test_the_control_is_what_a_share_converts_to() -> None:
+    model = config(num_hidden_layers=30)
+    assert list(Budget(share=0.25).spread(model, "mamba2")) == plan(model, attention=0.25).student.attention_layers
+    assert Budget(max_bytes=10**12).spread(model, "mamba2") == tuple(range(30))

@@ -35,9 +35,9 @@ def new_mixers(teacher: HybridForCausalLM) -> dict[int, Mixer]:
     return {index: layer.mixer for index, layer in enumerate(student.model.layers)}
 
 
-def candidates(teacher: HybridForCausalLM, num_kept: int = 2) -> Candidates:
+def candidates(teacher: HybridForCausalLM, spread: tuple[int, ...] = (1, 3)) -> Candidates:
     errors = {0: 0.4, 1: 0.9, 2: 0.1, 3: 0.3}
-    return Candidates(teacher, new_mixers(teacher), errors, blocks(), num_kept, batch_size=2)
+    return Candidates(teacher, new_mixers(teacher), errors, blocks(), spread, batch_size=2)
 
 
 def divergence(teacher: HybridForCausalLM, kept: list[int]) -> float:
@@ -81,7 +81,7 @@ def test_greedy_goes_on_from_its_own_choice(teacher: HybridForCausalLM) -> None:
 def test_trial_and_uniform(teacher: HybridForCausalLM) -> None:
     assert METHODS["trial"](candidates(teacher), None).worth == {0: 0.4, 1: 0.9, 2: 0.1, 3: 0.3}
     assert METHODS["uniform"](candidates(teacher), None).worth == {0: 0.0, 1: 1.0, 2: 0.0, 3: 1.0}
-    assert METHODS["uniform"](candidates(teacher, 1), None).worth == {0: 0.0, 1: 0.0, 2: 0.0, 3: 1.0}
+    assert METHODS["uniform"](candidates(teacher, (3,)), None).worth == {0: 0.0, 1: 0.0, 2: 0.0, 3: 1.0}
 
 
 def test_models_are_left_as_they_were(teacher: HybridForCausalLM) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from mambify.conversion.plan import uniform_attention_layers
 from mambify.mixers import Mixer
 from mambify.model import HybridBlock, HybridForCausalLM
 from mambify.selection.swaps import Progress, swapped_divergences
@@ -22,14 +21,14 @@ class Candidates:
         mixers: layer → its mixer, calibrated and where asked for aligned; in the teacher's dtype, on its device.
         errors: layer → the mixer's squared error over the squared output of the attention, on the teacher's states.
         blocks_NT: text to measure on, disjoint from what the mixers learned on.
-        num_kept: how many layers keep attention; what ``uniform`` and ``greedy`` need to know.
+        spread: the layers that keep attention in the even spread, the control; others choose as many.
     """
 
     teacher: HybridForCausalLM
     mixers: Mapping[int, Mixer]
     errors: Mapping[int, float]
     blocks_NT: Tensor
-    num_kept: int
+    spread: tuple[int, ...]
     batch_size: int = 8
 
 
@@ -51,9 +50,7 @@ Selector = Callable[[Candidates, Progress | None], Scores]
 
 def uniform(candidates: Candidates, progress: Progress | None = None) -> Scores:
     """The control: 1 for every layer of the even spread, 0 for the others. Nothing is measured."""
-    count = len(candidates.mixers)
-    kept = uniform_attention_layers(count, candidates.num_kept / count)
-    return Scores({index: float(index in kept) for index in range(count)})
+    return Scores({index: float(index in candidates.spread) for index in candidates.mixers})
 
 
 def leave_one_out(candidates: Candidates, progress: Progress | None = None) -> Scores:
@@ -77,14 +74,15 @@ def trial(candidates: Candidates, progress: Progress | None = None) -> Scores:
 
 def greedy(candidates: Candidates, progress: Progress | None = None) -> Scores:
     """Restores the layer that gains most, and again beside it, up to the number kept; worth is the order."""
+    num_kept = len(candidates.spread)
     base, worth = dict(candidates.mixers), dict.fromkeys(candidates.mixers, 0.0)
-    for rank in range(candidates.num_kept):
+    for rank in range(num_kept):
         gains = _gains(candidates, base, None).worth
         best = max(gains, key=lambda index: gains[index])
-        worth[best] = float(candidates.num_kept - rank)
+        worth[best] = float(num_kept - rank)
         del base[best]
         if progress is not None:
-            progress(rank + 1, candidates.num_kept)
+            progress(rank + 1, num_kept)
     return Scores(worth)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mambify.conversion import CALIBRATION_TOKENS, apply_plan, calibrate, needs_text, plan
+from mambify.conversion.plan import uniform_attention_layers
 from mambify.data.calibration import calibration_blocks, calibration_documents
 from mambify.data.documents import read_documents
 from mambify.data.overlap import check_disjoint
@@ -55,9 +56,13 @@ class Budget:
         assert self.share is not None
         return top_layers(worth, count_for_share(config.num_hidden_layers, self.share))
 
-    def count(self, config: Any, mixer: str) -> int:
-        """How many layers may keep attention."""
-        return len(self.layers(config, dict.fromkeys(range(config.num_hidden_layers), 1.0), mixer))
+    def spread(self, config: Any, mixer: str) -> tuple[int, ...]:
+        """The even spread within the budget: that of the share, or of as many layers as fit."""
+        num_layers = config.num_hidden_layers
+        if self.share is not None:
+            return tuple(uniform_attention_layers(num_layers, self.share))
+        count = len(self.layers(config, dict.fromkeys(range(num_layers), 1.0), mixer))
+        return tuple(uniform_attention_layers(num_layers, count / num_layers))
 
 
 def methods_of(name: str) -> list[str]:
@@ -110,7 +115,7 @@ def select(
     planned = plan(config, mixer=mixer, attention_layers=[], init=init)  # what cannot be is known at once
     if len(planned.converted) != config.num_hidden_layers:
         raise UsageError(f"{teacher} is converted already: choose layers of a model that has attention in all of them")
-    count = budget.count(config, mixer)
+    spread = budget.spread(config, mixer)
     place = device or default_device()
     say(f"loading {teacher}")
     loaded = load(teacher)
@@ -128,7 +133,7 @@ def select(
     working = in_dtype(loaded.model, torch.bfloat16 if use_bfloat16("auto", place) else torch.float32, place).eval()
     mixers = {index: _mixer(student, index).to(device=place, dtype=working.dtype) for index in planned.converted}
     half = max(len(blocks_NT) // 2, 1)
-    candidates = Candidates(working, mixers, errors, blocks_NT[:half], count)
+    candidates = Candidates(working, mixers, errors, blocks_NT[:half], spread)
     found = {}
     for name in names:
         say(f"scoring layers: {name}")
