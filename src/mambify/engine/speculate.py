@@ -216,6 +216,7 @@ class Speculator:
                 )
         waiting = deque(enumerate(prompts))
         seats: list[_Seat | None] = [None] * len(self._token_S)
+        self._active_S.zero_()  # a run that was not heard to its end
         self._accepted_T.zero_()
         self.statistics = Statistics()
         while waiting or any(seats):
