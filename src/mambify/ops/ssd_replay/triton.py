@@ -175,7 +175,8 @@ def _replay_products(
         decay = tl.cumsum(tl.maximum(rate, -87.0), 0)
         own = e[None, :] == pending + t[:, None]  # entry pending + t of the window is token t
         enter = tl.sum(tl.where(own, decay[None, :], 0.0), 1)
-        gap = tl.where(e[None, :] <= pending + t[:, None], enter[:, None] - decay[None, :], -float("inf"))
+        seen = (e[None, :] <= pending + t[:, None]) & (t < T)[:, None]
+        gap = tl.where(seen, enter[:, None] - decay[None, :], -float("inf"))
         weight = tl.exp(gap) * delta[None, :] * scores
         if D_ptr is not None:
             weight = tl.where(own, weight + tl.load(D_ptr + h).to(tl.float32), weight)
