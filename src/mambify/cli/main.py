@@ -14,7 +14,20 @@ from typing import Annotated, Any
 import typer
 
 from mambify import __version__
-from mambify.cli import bench, card, chat, convert, distill, evaluate, generate, info, pack, quickstart, synthesize
+from mambify.cli import (
+    bench,
+    card,
+    chat,
+    convert,
+    distill,
+    evaluate,
+    export,
+    generate,
+    info,
+    pack,
+    quickstart,
+    synthesize,
+)
 from mambify.errors import MambifyError
 
 _FAILED, _INTERRUPTED = 1, 130
@@ -29,6 +42,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "evaluate": (evaluate.evaluate, evaluate.EXAMPLE),
     "generate": (generate.generate, generate.EXAMPLE),
     "chat": (chat.chat, chat.EXAMPLE),
+    "export": (export.export, export.EXAMPLE),
     "card": (card.card, card.EXAMPLE),
     "pack": (pack.pack, pack.EXAMPLE),
     "bench": (bench.bench, bench.EXAMPLE),
