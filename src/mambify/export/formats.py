@@ -9,6 +9,7 @@ from typing import Protocol
 
 from mambify.config import HybridConfig
 from mambify.export import transformers
+from mambify.export.granite_config import granite_layout
 from mambify.export.result import Exported
 from mambify.families.load import LoadedModel
 
@@ -41,7 +42,7 @@ FORMATS: dict[str, Format] = {
     "transformers": Format(
         "a directory for stock transformers, vLLM and SGLang",
         transformers.DTYPES,
-        transformers.require_representable,
+        granite_layout,
         transformers.write,
     ),
 }

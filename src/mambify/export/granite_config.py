@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 from mambify.config import ATTENTION, HybridConfig
-from mambify.errors import UnsupportedError
+from mambify.errors import InvalidOptionError, UnsupportedError
 from mambify.families.granite_layout import GraniteLayout
+from mambify.families.stock_hybrid import OWN, own_facts
 from mambify.layer_map import ranges
 
 #: the first version whose stock mixer norms each head by itself, as ours does
@@ -28,44 +29,23 @@ _SAME_FIELDS = (
     "tie_word_embeddings",
     "attention_dropout",
 )
-_OWN_FIELDS = (
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "attention_bias",
-    "attention_output_bias",
-    "rope_parameters",
-    "teacher_family",
-    "teacher",
-    "teacher_hub_id",
-    "teacher_license",
-)
 
 
-def granite_layout(config: HybridConfig) -> GraniteLayout:
+def granite_layout(config: HybridConfig, *, split: int = 1) -> GraniteLayout:
     """The sizes of ``config`` in the stock architecture.
 
+    Args:
+        split: into how many heads of the stock mixer each of ours is cut.
+
     Raises:
+        InvalidOptionError: heads cannot be cut like that.
         UnsupportedError: it cannot be represented exactly; says why, and what can be done instead.
     """
-    assert config.head_dim and config.num_key_value_heads
     _require_mixers(config)
-    D, H, P = config.hidden_size, config.num_attention_heads, config.head_dim
-    multiple = next(e for e in range(1, H * P + P + 1) if e * D >= H * P and e * D % P == 0)
-    bias = bool(config.attention_output_bias)
-    return GraniteLayout(
-        num_heads=H,
-        num_groups=config.num_key_value_heads,
-        head_dim=P,
-        stock_heads=multiple * D // P,
-        attention_heads=_attention_heads(config),
-        attention_groups=config.num_key_value_heads if config.attention_layers else 1,
-        hidden_size=D,
-        inert_layers=0 if config.attention_layers else 1,
-        attention_bias=bool(config.attention_layers) and (config.attention_bias or bias),
-        mixer_bias=bias and len(config.attention_layers) < config.num_hidden_layers,
-        own_output_bias=bias,
-    )
+    _require_attention(config)
+    if split < 1 or (config.head_dim or 0) % split:
+        raise InvalidOptionError(f"heads of {config.head_dim} cannot be cut into {split}: choose a divisor")
+    return GraniteLayout.of(config, split=split)
 
 
 def _require_mixers(config: HybridConfig) -> None:
@@ -98,12 +78,12 @@ def _require_mixers(config: HybridConfig) -> None:
         )
 
 
-def _attention_heads(config: HybridConfig) -> int:
-    """Heads of the stock attention, whose dimension is the hidden size over them."""
+def _require_attention(config: HybridConfig) -> None:
+    """Engines read hidden size over heads as the head dimension, whatever config.json says."""
     assert config.head_dim
     D, H, P = config.hidden_size, config.num_attention_heads, config.head_dim
-    if not config.attention_layers:  # of a layer that does nothing, in the size that is most like the others
-        return min((h for h in range(1, D) if D % (2 * h) == 0), key=lambda h: abs(D // h - P))
+    if not config.attention_layers or H * P == D:
+        return
     if P > D // H or D % (2 * H):
         raise UnsupportedError(
             f"layers {ranges(config.attention_layers)} keep attention with heads of {P}; engines read {D} / {H} as the "
@@ -111,12 +91,11 @@ def _attention_heads(config: HybridConfig) -> int:
             "layer (--attention 0) to export"
         )
     kind = (config.rope_parameters or {}).get("rope_type", "default")
-    if H * P != D and kind not in _PLAIN_ROPE:
+    if kind not in _PLAIN_ROPE:
         raise UnsupportedError(
             f"heads of {P} have to be filled up to {D // H} for GraniteMoeHybrid, and the frequencies of '{kind}' RoPE "
             f"would then be others (possible with {', '.join(_PLAIN_ROPE)})"
         )
-    return H
 
 
 def granite_config(config: HybridConfig, layout: GraniteLayout, *, dtype: str) -> dict[str, Any]:
@@ -125,7 +104,6 @@ def granite_config(config: HybridConfig, layout: GraniteLayout, *, dtype: str) -
     rope = _rope(config, layout)
     layer_types = ["attention" if mixer == ATTENTION else "mamba" for mixer in config.layer_mixers or ()]
     layer_types += ["attention"] * layout.inert_layers
-    own = {name: getattr(config, name) for name in _OWN_FIELDS}
     return {
         "architectures": ["GraniteMoeHybridForCausalLM"],
         "model_type": "granitemoehybrid",
@@ -149,16 +127,16 @@ def granite_config(config: HybridConfig, layout: GraniteLayout, *, dtype: str) -
         "output_router_logits": False,
         "router_aux_loss_coef": 0.0,
         "layer_types": layer_types,
-        "mamba_n_heads": layout.stock_heads,
+        "mamba_n_heads": layout.stock_heads * layout.split,
         "mamba_n_groups": layout.stock_heads,
-        "mamba_d_head": config.head_dim,
+        "mamba_d_head": config.head_dim // layout.split,
         "mamba_d_state": config.head_dim,
         "mamba_d_conv": config.conv_kernel,
         "mamba_expand": layout.stock_heads * config.head_dim // config.hidden_size,
         "mamba_chunk_size": 256,
         "mamba_conv_bias": True,
         "mamba_proj_bias": layout.mixer_bias,
-        "mambify": own,
+        OWN: own_facts(config, layout),
     }
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mambify.config import ATTENTION, HybridConfig
+from mambify.config import ATTENTION
 from mambify.errors import InvalidOptionError, did_you_mean
 from mambify.export.granite_config import MINIMUM_TRANSFORMERS, granite_config, granite_layout
 from mambify.export.lint import lint
@@ -25,16 +25,7 @@ SHARD_BYTES = 5_000_000_000
 _FLOAT32 = ("A_log", "dt_bias", "D")
 
 
-def require_representable(config: HybridConfig) -> GraniteLayout:
-    """What the stock architecture makes of ``config``.
-
-    Raises:
-        UnsupportedError: it cannot carry such a model exactly; says why, and what can be done instead.
-    """
-    return granite_layout(config)
-
-
-def write(loaded: LoadedModel, out: Path, *, dtype: str = "auto", overwrite: bool = False) -> Exported:
+def write(loaded: LoadedModel, out: Path, *, dtype: str, overwrite: bool) -> Exported:
     """:func:`export_transformers` of a model that was loaded with its tokenizer."""
     return export_transformers(loaded.model, out, tokenizer=loaded.tokenizer, dtype=dtype, overwrite=overwrite)
 
@@ -45,6 +36,7 @@ def export_transformers(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str = "auto",
+    split_heads: int = 1,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
 ) -> Exported:
@@ -55,6 +47,8 @@ def export_transformers(
     Args:
         tokenizer: is written beside the weights, with its chat template.
         dtype: of the weights; ``"auto"`` is the model's own. ``A_log``, ``dt_bias`` and ``D`` stay float32.
+        split_heads: into how many heads of the stock mixer each of ours is cut; the model is the same one. The CUDA
+            kernel of the package causal-conv1d takes mixers of a multiple of 8 heads only.
         shard_bytes: how large a weight file may become.
 
     Raises:
@@ -65,7 +59,7 @@ def export_transformers(
     if dtype not in DTYPES:
         raise InvalidOptionError(f"unknown dtype '{dtype}': {did_you_mean(dtype, DTYPES)}")
     config = student.config
-    layout = require_representable(config)
+    layout = granite_layout(config, split=split_heads)
     require_new(path, overwrite=overwrite)
     stored = as_dtype(dtype) or student.dtype
     stock = granite_config(config, layout, dtype=str(stored).removeprefix("torch."))
