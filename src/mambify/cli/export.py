@@ -25,6 +25,12 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="Of the stored weights; a format's own list, as stored by default.")
     ] = None,
+    modelfile: Annotated[
+        bool, typer.Option("--modelfile", help="gguf: write a Modelfile for Ollama beside it.")
+    ] = False,
+    pad_state: Annotated[
+        bool, typer.Option("--pad-state", help="gguf: fill states up to what llama.cpp's CUDA kernel takes.")
+    ] = False,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
 ) -> None:
@@ -43,11 +49,17 @@ def export(
     dtype = chosen.dtypes[0] if dtype is None else dtype
     if dtype not in chosen.dtypes:
         raise InvalidOptionError(f"{format} has no dtype '{dtype}': choose {', '.join(chosen.dtypes)}")
+    flags = {"modelfile": modelfile, "pad_state": pad_state}
+    for name, given in flags.items():
+        if given and name not in chosen.flags:
+            raise InvalidOptionError(f"--{name.replace('_', '-')} is no option of {format}")
     chosen.require(load_config(model))
     with working(f"loading {model}", quiet=json):
         loaded = load(model)
     with working(f"writing {out}", quiet=json):
-        exported = chosen.write(loaded, out, dtype=dtype, overwrite=overwrite)
+        exported = chosen.write(
+            loaded, out, dtype=dtype, overwrite=overwrite, **{name: flags[name] for name in chosen.flags}
+        )
     result = _as_json(exported) | {"model": model, "format": format}
     if json:
         print_json(result)

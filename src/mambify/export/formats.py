@@ -4,19 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
 from mambify.config import HybridConfig
-from mambify.export import transformers
+from mambify.export import gguf, transformers
 from mambify.export.result import Exported
-from mambify.families.load import LoadedModel
-
-
-class Writer(Protocol):
-    """Writes a model, whole or not at all; ``dtype`` is one of the format's."""
-
-    def __call__(self, loaded: LoadedModel, out: Path, *, dtype: str, overwrite: bool) -> Exported: ...
 
 
 @dataclass(frozen=True)
@@ -27,13 +18,16 @@ class Format:
         summary: what reads it, in a few words.
         dtypes: names that ``--dtype`` may have, the default first.
         require: raises UnsupportedError where the form cannot carry a model of this configuration; reads no weight.
-        write: see :class:`Writer`.
+        write: (loaded model, path, dtype=one of these, overwrite=bool, and a bool for each of ``flags``) → what was
+            written, whole or not at all.
+        flags: on/off options of this format alone.
     """
 
     summary: str
     dtypes: tuple[str, ...]
     require: Callable[[HybridConfig], object]
-    write: Writer
+    write: Callable[..., Exported]
+    flags: tuple[str, ...] = ()
 
 
 #: name on the command line → format
@@ -43,5 +37,12 @@ FORMATS: dict[str, Format] = {
         transformers.DTYPES,
         transformers.require_representable,
         transformers.write,
+    ),
+    "gguf": Format(
+        "a file for llama.cpp, Ollama and what is built on them",
+        gguf.DTYPES,
+        gguf.require_representable,
+        gguf.write,
+        gguf.FLAGS,
     ),
 }
