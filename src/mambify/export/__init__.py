@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from mambify.export.formats import FORMATS, Format
+from mambify.export.gguf import export_gguf
 from mambify.export.lint import Finding, lint
 from mambify.export.result import Exported
 from mambify.export.transformers import export_transformers
 
-__all__ = ["FORMATS", "Exported", "Finding", "Format", "export_transformers", "lint"]
+__all__ = ["FORMATS", "Exported", "Finding", "Format", "export_gguf", "export_transformers", "lint"]

@@ -4,20 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
 from mambify.config import HybridConfig
-from mambify.export import transformers
+from mambify.export import gguf, transformers
 from mambify.export.granite_config import granite_layout
 from mambify.export.result import Exported
-from mambify.families.load import LoadedModel
-
-
-class Writer(Protocol):
-    """Writes a model, whole or not at all; ``dtype`` is one of the format's."""
-
-    def __call__(self, loaded: LoadedModel, out: Path, *, dtype: str, overwrite: bool) -> Exported: ...
 
 
 @dataclass(frozen=True)
@@ -28,13 +19,16 @@ class Format:
         summary: what reads it, in a few words.
         dtypes: names that ``--dtype`` may have, the default first.
         require: raises UnsupportedError where the form cannot carry a model of this configuration; reads no weight.
-        write: see :class:`Writer`.
+        write: (loaded model, path, dtype=one of these, overwrite=bool, and each of ``options``) → what was written,
+            whole or not at all.
+        options: names of the options that this format alone has.
     """
 
     summary: str
     dtypes: tuple[str, ...]
     require: Callable[[HybridConfig], object]
-    write: Writer
+    write: Callable[..., Exported]
+    options: tuple[str, ...] = ()
 
 
 #: name on the command line → format
@@ -44,5 +38,13 @@ FORMATS: dict[str, Format] = {
         transformers.DTYPES,
         granite_layout,
         transformers.write,
+        transformers.OPTIONS,
+    ),
+    "gguf": Format(
+        "a file for llama.cpp, Ollama and what is built on them",
+        gguf.DTYPES,
+        gguf.require_representable,
+        gguf.write,
+        gguf.FLAGS,
     ),
 }

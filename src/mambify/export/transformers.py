@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from mambify.config import ATTENTION
 from mambify.errors import InvalidOptionError, did_you_mean
 from mambify.export.granite_config import MINIMUM_TRANSFORMERS, granite_config, granite_layout
-from mambify.export.lint import lint
+from mambify.export.lint import lint, tensor_parallel_sizes
 from mambify.export.result import Exported
 from mambify.families.granite_layout import GraniteLayout
 from mambify.families.load import LoadedModel, as_dtype
@@ -21,13 +21,21 @@ from mambify.io import atomic_directory, require_new, write_json
 from mambify.model import HybridForCausalLM
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+OPTIONS = ("split_heads",)
 SHARD_BYTES = 5_000_000_000
 _FLOAT32 = ("A_log", "dt_bias", "D")
 
 
-def write(loaded: LoadedModel, out: Path, *, dtype: str, overwrite: bool) -> Exported:
+def write(loaded: LoadedModel, out: Path, *, dtype: str, overwrite: bool, split_heads: int | None = None) -> Exported:
     """:func:`export_transformers` of a model that was loaded with its tokenizer."""
-    return export_transformers(loaded.model, out, tokenizer=loaded.tokenizer, dtype=dtype, overwrite=overwrite)
+    return export_transformers(
+        loaded.model,
+        out,
+        tokenizer=loaded.tokenizer,
+        dtype=dtype,
+        split_heads=1 if split_heads is None else split_heads,
+        overwrite=overwrite,
+    )
 
 
 def export_transformers(
@@ -63,6 +71,7 @@ def export_transformers(
     require_new(path, overwrite=overwrite)
     stored = as_dtype(dtype) or student.dtype
     stock = granite_config(config, layout, dtype=str(stored).removeprefix("torch."))
+    sizes = ", ".join(str(size) for size in tensor_parallel_sizes(stock))
     with atomic_directory(path, overwrite=overwrite) as directory:
         write_json(directory / "config.json", stock)
         weight_bytes = _write_shards(directory, _in_dtype(stock_weights(student, layout), stored), shard_bytes)
@@ -74,7 +83,10 @@ def export_transformers(
         dtype=stock["dtype"],
         weight_bytes=weight_bytes,
         findings=tuple(lint(stock)),
-        notes=(f"transformers has to be {MINIMUM_TRANSFORMERS} or newer: before, its mixer normed all heads at once.",),
+        notes=(
+            f"transformers has to be {MINIMUM_TRANSFORMERS} or newer: before, its mixer normed all heads at once.",
+            f"Tensor parallel sizes: {sizes}.",
+        ),
     )
 
 
