@@ -14,8 +14,8 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from mambify.errors import CheckpointError
-from mambify.export.gguf.llama_cpp import require_llama_cpp
+from mambify.errors import CheckpointError, MambifyError
+from mambify.export.gguf.llama_cpp import last_errors, require_llama_cpp
 
 Logits = npt.NDArray[np.float32]
 
@@ -31,7 +31,7 @@ class LlamaCpp:
 
     Raises:
         MissingDependencyError: llama-cpp-python is not installed.
-        CheckpointError: llama.cpp does not take the file.
+        CheckpointError: llama.cpp does not take the file, or has no memory for its context.
     """
 
     def __init__(self, path: str | Path, *, context_length: int, threads: int = 1, batch: int = 512) -> None:
@@ -41,7 +41,7 @@ class LlamaCpp:
         model_parameters.n_gpu_layers = 0
         self._model = lib.llama_model_load_from_file(str(path).encode(), model_parameters)
         if not self._model:
-            raise CheckpointError(f"llama.cpp does not load {path}")
+            raise CheckpointError(f"llama.cpp does not load {path}: {last_errors()}")
         parameters = lib.llama_context_default_params()
         parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = context_length, batch, batch
         parameters.n_threads = parameters.n_threads_batch = threads
@@ -117,7 +117,7 @@ class LlamaCpp:
         finally:
             self._lib.llama_batch_free(batch)
         if status:
-            raise CheckpointError(f"llama.cpp stopped with status {status} after {self._seen} tokens")
+            raise MambifyError(f"llama.cpp stopped with status {status} after {self._seen} tokens: {last_errors()}")
         self._seen += len(tokens)
         count = len(tokens) if every else 1
         pointer = self._lib.llama_get_logits(self._context)

@@ -45,6 +45,6 @@ FORMATS: dict[str, Format] = {
         gguf.DTYPES,
         gguf.require_representable,
         gguf.write,
-        gguf.FLAGS,
+        gguf.OPTIONS,
     ),
 }

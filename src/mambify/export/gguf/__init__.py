@@ -12,6 +12,6 @@ from __future__ import annotations
 
 from mambify.export.gguf.checks import require_representable
 from mambify.export.gguf.quantise import DTYPES
-from mambify.export.gguf.write import FLAGS, export_gguf, write
+from mambify.export.gguf.write import OPTIONS, export_gguf, write
 
-__all__ = ["DTYPES", "FLAGS", "export_gguf", "require_representable", "write"]
+__all__ = ["DTYPES", "OPTIONS", "export_gguf", "require_representable", "write"]

@@ -23,6 +23,14 @@ from mambify.errors import UnsupportedError
 CUDA_STATE_SIZES = (96, 128, 256)
 
 
+def needs_idle_block(config: HybridConfig) -> bool:
+    """Whether a block that adds zero follows the last one: llama.cpp stops with an error at a hybrid without attention.
+
+    Its attention has one key/value head, its weights are zeros.
+    """
+    return not config.attention_layers
+
+
 @dataclass(frozen=True)
 class MambaLayout:
     """One Mamba2 layer as ours and as llama.cpp has it.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mambify.config import ATTENTION, HybridConfig
-from mambify.export.gguf.layout import MambaLayout
+from mambify.export.gguf.layout import MambaLayout, needs_idle_block
 from mambify.model import HybridForCausalLM
 
 if TYPE_CHECKING:
@@ -61,13 +61,13 @@ def write_sizes(writer: GGUFWriter, model: HybridForCausalLM, layout: MambaLayou
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     # llama.cpp tells recurrent layers from attention by this: they have no key/value heads
-    writer.add_head_count_kv(
-        [config.num_key_value_heads if mixer == ATTENTION else 0 for mixer in config.layer_mixers or ()]
-    )
+    kv_heads = [config.num_key_value_heads if mixer == ATTENTION else 0 for mixer in config.layer_mixers or ()]
+    kv_heads += [1] if needs_idle_block(config) else []
+    writer.add_block_count(len(kv_heads))
+    writer.add_head_count_kv(kv_heads if config.converted_layers else config.num_key_value_heads)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)

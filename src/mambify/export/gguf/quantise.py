@@ -85,6 +85,8 @@ def storage(name: str, model_dtype: str) -> Storage:
 
     if name not in DTYPES:
         raise InvalidOptionError(f"GGUF has no dtype '{name}': {did_you_mean(name, DTYPES)}")
+    if name == AUTO and model_dtype not in _OF_MODEL:
+        raise InvalidOptionError(f"GGUF does not store a model of {model_dtype} as it is: choose a dtype, as f32")
     name = _OF_MODEL[model_dtype] if name == AUTO else _SHORT.get(name, name)
     if name in _HERE:
         kind, file_type = _HERE[name]

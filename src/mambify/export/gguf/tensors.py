@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mambify.export.gguf.layout import MambaLayout
+from mambify.config import HybridConfig
+from mambify.export.gguf.layout import MambaLayout, needs_idle_block
 from mambify.mixers.attention import AttentionMixer
 from mambify.mixers.mamba2 import Mamba2Mixer
 from mambify.model import HybridBlock, HybridForCausalLM
@@ -75,6 +76,27 @@ def gguf_tensors(model: HybridForCausalLM, layout: MambaLayout | None) -> Iterat
             yield _matrix(f"{prefix}.ffn_{name}.weight", projection.weight)
             if projection.bias is not None:
                 yield _vector(f"{prefix}.ffn_{name}.bias", projection.bias)
+    if needs_idle_block(model.config):
+        yield from _idle_block(f"blk.{len(stack.layers)}", model.config)
+
+
+def _idle_block(prefix: str, config: HybridConfig) -> Iterator[GgufTensor]:
+    """A block that adds zero to what passes it."""
+    assert config.head_dim
+    D, queries, F = config.hidden_size, config.num_attention_heads * config.head_dim, config.intermediate_size
+    zero, one = torch.zeros(()), torch.ones(())
+    for name, shape in (
+        ("attn_q", (queries, D)),
+        ("attn_k", (config.head_dim, D)),
+        ("attn_v", (config.head_dim, D)),
+        ("attn_output", (D, queries)),
+        ("ffn_gate", (F, D)),
+        ("ffn_up", (F, D)),
+        ("ffn_down", (D, F)),
+    ):
+        yield _matrix(f"{prefix}.{name}.weight", zero.expand(shape))
+    for name in ("attn_norm", "ffn_norm"):
+        yield _vector(f"{prefix}.{name}.weight", one.expand(D))
 
 
 def rope_factors(model: HybridForCausalLM) -> Tensor | None:

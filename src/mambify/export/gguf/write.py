@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mambify.config import HybridConfig
 from mambify.export.gguf.checks import require_no_output_bias, require_representable
-from mambify.export.gguf.layout import CUDA_STATE_SIZES, MambaLayout, mamba_layout
+from mambify.export.gguf.layout import CUDA_STATE_SIZES, MambaLayout, mamba_layout, needs_idle_block
 from mambify.export.gguf.metadata import architecture, write_origin, write_sizes
 from mambify.export.gguf.modelfile import modelfile as render_modelfile
 from mambify.export.gguf.quantise import AUTO, Storage, kind_of, storage, stored
@@ -28,8 +28,8 @@ from mambify.model import HybridForCausalLM
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
 
-#: on/off options of this format alone
-FLAGS = ("modelfile", "pad_state")
+#: options of this format alone
+OPTIONS = ("modelfile", "pad_state")
 
 
 def write(
@@ -145,6 +145,8 @@ def _notes(
 ) -> Iterator[str]:
     if beside is not None:
         yield f"For Ollama: ollama create NAME -f {beside}"
+    if how.quantiser is not None and (config.hidden_size % 256 or config.intermediate_size % 256):
+        yield f"Rows that do not fill blocks of 256 are stored by llama.cpp in a larger type than {how.name}."
     if halved:
         yield f"{len(halved)} matrices are stored in f16, for their rows do not fill the blocks of {how.name}."
     if layout is None:
@@ -155,6 +157,8 @@ def _notes(
         f"{layout.num_heads * layout.head_dim}: its mixers grow to {weights / our_weights:.2f} times the weights, its "
         f"states to {state / our_state:.2f} times the size; outputs are the same."
     )
+    if needs_idle_block(config):
+        yield "A block that adds zero stands behind the last one: llama.cpp runs no hybrid without attention."
     if layout.state not in CUDA_STATE_SIZES:
         sizes = ", ".join(map(str, CUDA_STATE_SIZES))
         yield f"States of {layout.state}: llama.cpp's CUDA kernel takes {sizes}; for a GPU export with --pad-state."
