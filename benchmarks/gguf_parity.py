@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import mambify
-from mambify.bench.llama_cpp import LlamaCpp, Logits
+from mambify.bench.llama_cpp import LlamaCpp
 from mambify.decode.generate import end_token_ids
 from mambify.export.gguf import export_gguf
 from mambify.families.load import LoadedModel, require_tokenizer
@@ -129,50 +129,43 @@ def perplexities(
     loaded: LoadedModel, blocks: Sequence[Sequence[int]], dtypes: Sequence[str], threads: int
 ) -> list[dict[str, Any]]:
     """A row for the model itself, and one for every dtype in llama.cpp."""
-    ours = [loaded.model(input_ids=torch.tensor([block])).logits[0].numpy() for block in blocks]
-    rows: list[dict[str, Any]] = [{"engine": "mambify", "dtype": "float32", "perplexity": perplexity(ours, blocks)}]
+    ours = [log_probabilities(loaded.model(input_ids=torch.tensor([block])).logits[0]) for block in blocks]
+    losses = [loss(ours_TV, block) for ours_TV, block in zip(ours, blocks, strict=True)]
+    rows: list[dict[str, Any]] = [
+        {"engine": "mambify", "dtype": "float32", "perplexity": float(np.exp(np.mean(losses)))}
+    ]
     for dtype in dtypes:
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / f"{dtype}.gguf"
             export_gguf(loaded.model, require_tokenizer(loaded), path, dtype=dtype)
-            theirs = []
+            losses, divergences = [], []
             with LlamaCpp(path, context_length=BLOCK, threads=threads) as llama:
-                for block in blocks:
+                for ours_TV, block in zip(ours, blocks, strict=True):
                     llama.reset()
-                    theirs.append(llama.logits(block))
+                    theirs_TV = log_probabilities(torch.from_numpy(llama.logits(block)))
+                    losses.append(loss(theirs_TV, block))
+                    kl = torch.nn.functional.kl_div(theirs_TV, ours_TV, reduction="sum", log_target=True)
+                    divergences.append(kl.item() / len(block))
             rows.append(
                 {
                     "engine": "llama.cpp",
                     "dtype": dtype,
                     "megabytes": path.stat().st_size / 1e6,
-                    "perplexity": perplexity(theirs, blocks),
-                    "kl": kl(ours, theirs),
+                    "perplexity": float(np.exp(np.mean(losses))),
+                    "kl": float(np.mean(divergences)),
                 }
             )
     return rows
 
 
-def log_probabilities(logits: Logits) -> torch.Tensor:
-    """Of every token, ``[T, V]``."""
-    return torch.from_numpy(logits).log_softmax(-1)
+def log_probabilities(logits_TV: torch.Tensor) -> torch.Tensor:
+    """Of every token at every position, ``[T, V]``."""
+    return logits_TV.float().log_softmax(-1)
 
 
-def perplexity(logits: Sequence[Logits], blocks: Sequence[Sequence[int]]) -> float:
-    """exp of the mean negative log likelihood of all tokens but each block's first."""
-    total = 0.0
-    for logits_TV, block in zip(logits, blocks, strict=True):
-        wanted = torch.tensor(block[1:])[:, None]
-        total -= float(log_probabilities(logits_TV[:-1]).gather(1, wanted).double().sum())
-    return float(np.exp(total / sum(len(block) - 1 for block in blocks)))
-
-
-def kl(ours: Sequence[Logits], theirs: Sequence[Logits]) -> float:
-    """Mean KL(ours‖theirs) of a position."""
-    sums = [
-        torch.nn.functional.kl_div(log_probabilities(b), log_probabilities(a), reduction="sum", log_target=True).item()
-        for a, b in zip(ours, theirs, strict=True)
-    ]
-    return sum(sums) / sum(len(logits) for logits in ours)
+def loss(log_probabilities_TV: torch.Tensor, block: Sequence[int]) -> float:
+    """Mean negative log likelihood of a block's tokens but the first."""
+    return -float(log_probabilities_TV[:-1].gather(1, torch.tensor(block[1:])[:, None]).double().mean())
 
 
 def show(result: dict[str, Any]) -> None:

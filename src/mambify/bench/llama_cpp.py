@@ -28,13 +28,16 @@ class LlamaCpp:
         context_length: tokens that fit.
         threads: of the CPU.
         batch: tokens that a prompt is read in at a time.
+        exact: keys and values in float32 and plain attention, to compare logits; llama.cpp's own defaults otherwise.
 
     Raises:
         MissingDependencyError: llama-cpp-python is not installed.
         CheckpointError: llama.cpp does not take the file, or has no memory for its context.
     """
 
-    def __init__(self, path: str | Path, *, context_length: int, threads: int = 1, batch: int = 512) -> None:
+    def __init__(
+        self, path: str | Path, *, context_length: int, threads: int = 1, batch: int = 512, exact: bool = True
+    ) -> None:
         self._lib = lib = require_llama_cpp("this")
         self._batch_tokens = batch
         model_parameters = lib.llama_model_default_params()
@@ -45,8 +48,9 @@ class LlamaCpp:
         parameters = lib.llama_context_default_params()
         parameters.n_ctx, parameters.n_batch, parameters.n_ubatch = context_length, batch, batch
         parameters.n_threads = parameters.n_threads_batch = threads
-        parameters.type_k = parameters.type_v = lib.GGML_TYPE_F32
-        parameters.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if exact:
+            parameters.type_k = parameters.type_v = lib.GGML_TYPE_F32
+            parameters.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._context = lib.llama_init_from_model(self._model, parameters)
         if not self._context:
             lib.llama_model_free(self._model)
