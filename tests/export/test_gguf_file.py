@@ -265,3 +265,14 @@ def test_auto_stores_what_the_model_has(tiny_hybrid: Make, write: Callable[..., 
     file = write(model)
     assert file.kinds["blk.0.ssm_in.weight"] == GGMLQuantizationType.BF16
     assert torch.equal(file.tensors["blk.1.attn_v.weight"], model.model.layers[1].mixer.v_proj.weight.float())
+
+
+@pytest.mark.parametrize("changes", list(LAYOUTS.values())[:4], ids=list(LAYOUTS)[:4])
+def test_what_the_padding_costs(tiny_hybrid: Make, write: Callable[..., File], changes: dict[str, Any]) -> None:
+    model = tiny_hybrid(MIXED, vocab_size=320, **changes)
+    layout, file = mamba_layout(model.config), write(model)
+    ours, stored = layout.weights
+    matrices = ("in_proj.weight", "conv1d.weight", "out_proj.weight")
+    assert ours == sum(p.numel() for n, p in model.model.layers[0].mixer.named_parameters() if n in matrices)
+    assert stored == sum(file.tensors[f"blk.0.ssm_{n}.weight"].numel() for n in ("in", "conv1d", "out"))
+    assert layout.operations == (2 * ours + 5 * layout.state_elements[0], 2 * stored + 5 * layout.state_elements[1])

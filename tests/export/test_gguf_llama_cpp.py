@@ -14,7 +14,7 @@ import mambify
 from mambify import HybridForCausalLM
 from mambify.bench.llama_cpp import LlamaCpp
 from mambify.export.gguf import export_gguf
-from tiny import TEXT, byte_tokenizer, sentencepiece_tokenizer
+from tiny import PRE_TOKENIZERS, TEXT, byte_tokenizer, sentencepiece_tokenizer
 
 pytest.importorskip("llama_cpp", reason="needs llama-cpp-python (extra: llama-cpp)")
 
@@ -102,8 +102,9 @@ _TEXTS = (
 )
 
 
-def test_byte_level_tokens(tiny_hybrid: Make, tmp_path: Path) -> None:
-    tokenizer = byte_tokenizer()
+@pytest.mark.parametrize("pre_tokenizer", PRE_TOKENIZERS)
+def test_byte_level_tokens(tiny_hybrid: Make, tmp_path: Path, pre_tokenizer: str) -> None:
+    tokenizer = byte_tokenizer(pre_tokenizer=pre_tokenizer)
     export_gguf(tiny_hybrid(("mamba2",), vocab_size=320), tokenizer, tmp_path / "model.gguf")
     with LlamaCpp(tmp_path / "model.gguf", context_length=8) as llama:
         for text in _TEXTS:

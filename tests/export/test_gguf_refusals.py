@@ -25,7 +25,7 @@ from mambify.errors import (
 from mambify.export.gguf import export_gguf, tensors
 from mambify.export.gguf.modelfile import modelfile
 from mambify.export.gguf.tokenizer import vocabulary
-from tiny import byte_tokenizer, sentencepiece_tokenizer
+from tiny import PRE_TOKENIZERS, byte_tokenizer, sentencepiece_tokenizer
 
 Make = Callable[..., HybridForCausalLM]
 HALF = ("mamba2", "attention")
@@ -201,53 +201,9 @@ def test_tokenizer(tiny_hybrid: Make, path: Path, make: Callable[[], PreTrainedT
         export_gguf(tiny_hybrid(HALF, vocab_size=320), make(), path)
 
 
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-@pytest.mark.parametrize(
-    ("steps", "ignore_merges", "name"),
-    [
-        ([{"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}], False, "gpt-2"),
-        (
-            [
-                {"type": "Digits", "individual_digits": True},
-                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-            ],
-            False,
-            "smollm",
-        ),
-        (
-            [
-                {"type": "Split", "pattern": {"Regex": _LLAMA3}, "behavior": "Isolated", "invert": False},
-                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
-            ],
-            True,
-            "llama-bpe",
-        ),
-        (
-            [
-                {
-                    "type": "Split",
-                    "pattern": {"Regex": _LLAMA3.replace("{1,3}", "")},
-                    "behavior": "Isolated",
-                    "invert": False,
-                },
-                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
-            ],
-            False,
-            "qwen2",
-        ),
-    ],
-)
-def test_pre_tokenizers_are_recognised(steps: list[dict[str, Any]], ignore_merges: bool, name: str) -> None:
-    def change(definition: dict[str, Any]) -> None:
-        definition["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
-        definition["model"]["ignore_merges"] = ignore_merges
-
-    assert vocabulary(_changed(change, byte_tokenizer()), 320).pre == name
+@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+def test_pre_tokenizers_are_recognised(name: str) -> None:
+    assert vocabulary(byte_tokenizer(pre_tokenizer=name), 320).pre == name
 
 
 def test_modelfile_of_a_known_chat_format(tmp_path: Path, tiny_hybrid: Make) -> None:

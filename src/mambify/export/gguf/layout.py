@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from mambify.config import HybridConfig
 from mambify.errors import UnsupportedError
 
-#: state sizes that llama.cpp's CUDA kernel takes; with another one its CUDA build runs the scan on the CPU
-CUDA_STATE_SIZES = (96, 128, 256)
+#: state sizes that llama.cpp's CUDA kernel takes; with another one its CUDA build runs the scan on the CPU. (Since late
+#: 2026 it takes 96 as well, older builds do not.)
+CUDA_STATE_SIZES = (128, 256)
 
 
 def needs_idle_block(config: HybridConfig) -> bool:

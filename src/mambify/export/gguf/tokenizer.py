@@ -187,15 +187,10 @@ def _byte_level_name(definition: Mapping[str, Any]) -> str:
     if kinds == ["Split", "ByteLevel"] and not steps[1]["use_regex"]:
         cut = steps[0]
         expression = cut["pattern"].get("Regex")
-        if expression in _BY_EXPRESSION and cut["behavior"] in ("Isolated", "Removed") and not _inverts(cut):
+        if expression in _BY_EXPRESSION and cut["behavior"] == "Isolated" and not cut["invert"]:
             return _BY_EXPRESSION[expression]
     known = ", ".join(["gpt-2", "smollm", *_BY_EXPRESSION.values()])
     raise _refusal(f"its pre-tokenizer ({', '.join(kinds)}) is none of those known here by llama.cpp's name ({known})")
-
-
-def _inverts(cut: Mapping[str, Any]) -> bool:
-    """Whether a Split takes what matches for the text between words, which matters where that is removed."""
-    return bool(cut["behavior"] == "Removed") != bool(cut["invert"])
 
 
 def _adds_space(definition: Mapping[str, Any]) -> bool:

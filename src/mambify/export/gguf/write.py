@@ -152,10 +152,12 @@ def _notes(
     if layout is None:
         return
     (our_weights, weights), (our_state, state) = layout.weights, layout.state_elements
+    our_operations, operations = layout.operations
     yield (
         f"llama.cpp gives a Mamba2 layer {layout.inner} channels where this model has "
-        f"{layout.num_heads * layout.head_dim}: its mixers grow to {weights / our_weights:.2f} times the weights, its "
-        f"states to {state / our_state:.2f} times the size; outputs are the same."
+        f"{layout.num_heads * layout.head_dim}: a mixer grows to {weights / our_weights:.2f} times the weights and "
+        f"{operations / our_operations:.2f} times the arithmetic, a state to {state / our_state:.2f} times the size. "
+        "Outputs are the same."
     )
     if needs_idle_block(config):
         yield "A block that adds zero stands behind the last one: llama.cpp runs no hybrid without attention."
