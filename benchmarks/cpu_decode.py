@@ -2,9 +2,11 @@
 
     python benchmarks/cpu_decode.py runs/half/student --teacher smollm2 --contexts 256,8192,32768 --json cpu_decode.json
 
-Batch 1, a new process for each row, its peak of resident memory with it. llama.cpp reads the whole context, in its own
-defaults (keys and values in float16); torch's models read 256 tokens and get the rest of their keys and values as
-random numbers, because decoding takes the same time whatever they are. So only llama.cpp has a figure for reading.
+Batch 1, a new process for each row, and the peak of its resident memory over what it had before it loaded the model:
+libraries are not counted; weights, buffers and whatever loading needed for a moment are. llama.cpp reads the whole
+context, in its own defaults (keys and values in float16); torch's models read 256 tokens and get the rest of their keys
+and values as random numbers, because decoding takes the same time whatever they are. So only llama.cpp has a figure
+for reading.
 """
 
 from __future__ import annotations
@@ -106,7 +108,7 @@ def run_llama_cpp(case: Case, new_tokens: int, threads: int) -> dict[str, float]
     """llama.cpp through its C interface."""
     from mambify.bench.llama_cpp import LlamaCpp
 
-    context_length = case.context + new_tokens + 8
+    context_length, before = case.context + new_tokens + 8, memory("VmRSS")
     with LlamaCpp(case.path, context_length=context_length, threads=threads, exact=False) as llama:
         began = time.perf_counter()
         token = int(llama.read([10 + i % 997 for i in range(case.context)]).argmax())
@@ -115,7 +117,7 @@ def run_llama_cpp(case: Case, new_tokens: int, threads: int) -> dict[str, float]
         def step(token: int) -> int:
             return int(llama.read([token]).argmax())
 
-        return figures(step, token, new_tokens) | {"read_tokens_per_second": case.context / reading}
+        return figures(step, token, new_tokens, before) | {"read_tokens_per_second": case.context / reading}
 
 
 def run_transformers(case: Case, new_tokens: int, threads: int) -> dict[str, float]:
@@ -124,7 +126,7 @@ def run_transformers(case: Case, new_tokens: int, threads: int) -> dict[str, flo
     from transformers import AutoModelForCausalLM, GgufConfig
 
     torch.set_num_threads(threads)
-    path = Path(case.path)
+    path, before = Path(case.path), memory("VmRSS")
     if path.suffix == ".gguf":
         model = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True)
@@ -132,7 +134,7 @@ def run_transformers(case: Case, new_tokens: int, threads: int) -> dict[str, flo
         model = model.float()
     else:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return run_torch(model.eval(), case, new_tokens)
+    return run_torch(model.eval(), case, new_tokens, before)
 
 
 def run_mambify(case: Case, new_tokens: int, threads: int) -> dict[str, float]:
@@ -142,10 +144,11 @@ def run_mambify(case: Case, new_tokens: int, threads: int) -> dict[str, float]:
     import mambify
 
     torch.set_num_threads(threads)
-    return run_torch(mambify.load(case.path, dtype="float32", with_tokenizer=False).model, case, new_tokens)
+    before = memory("VmRSS")
+    return run_torch(mambify.load(case.path, dtype="float32", with_tokenizer=False).model, case, new_tokens, before)
 
 
-def run_torch(model: Any, case: Case, new_tokens: int) -> dict[str, float]:
+def run_torch(model: Any, case: Case, new_tokens: int, before: int) -> dict[str, float]:
     """Reads a prefix, fills the keys and values up, decodes."""
     import torch
 
@@ -162,24 +165,24 @@ def run_torch(model: Any, case: Case, new_tokens: int) -> dict[str, float]:
             output = model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True, logits_to_keep=1)
             return int(output.logits[0, -1].argmax())
 
-        return figures(step, int(output.logits[0, -1].argmax()), new_tokens)
+        return figures(step, int(output.logits[0, -1].argmax()), new_tokens, before)
 
 
-def figures(step: Callable[[int], int], token: int, new_tokens: int) -> dict[str, float]:
-    """Tokens a second by the median of ``new_tokens`` steps less two that warm up, and the peak of resident memory."""
+def figures(step: Callable[[int], int], token: int, new_tokens: int, before: int) -> dict[str, float]:
+    """Tokens a second by the median step, two that warm up aside, and the peak of memory over ``before``."""
     times = []
     for _ in range(new_tokens):
         began = time.perf_counter()
         token = step(token)
         times.append(time.perf_counter() - began)
     times = sorted(times[2:])
-    return {"tokens_per_second": 1 / times[len(times) // 2], "peak_bytes": peak_bytes()}
+    return {"tokens_per_second": 1 / times[len(times) // 2], "peak_bytes": memory("VmHWM") - before}
 
 
-def peak_bytes() -> int:
-    """The most memory this process had resident; ``ru_maxrss`` would count its parent's too."""
+def memory(field: str) -> int:
+    """Resident bytes of this process, now (``VmRSS``) or at most (``VmHWM``; ``ru_maxrss`` counts its parent's too)."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    (kilobytes,) = (line.split()[1] for line in lines if line.startswith("VmHWM"))
+    (kilobytes,) = (line.split()[1] for line in lines if line.startswith(field))
     return int(kilobytes) * 1024
 
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from mambify.config import HybridConfig
 from mambify.errors import UnsupportedError
 
-#: state sizes that llama.cpp's CUDA kernel takes; with another one its CUDA build runs the scan on the CPU. (Since late
-#: 2026 it takes 96 as well, older builds do not.)
+#: state sizes that llama.cpp's CUDA kernel takes; with another one its CUDA build runs the scan on the CPU. (96 is left
+#: out: only newer builds take it.)
 CUDA_STATE_SIZES = (128, 256)
 
 
