@@ -118,17 +118,14 @@ def stock_weights(student: HybridForCausalLM, layout: GraniteLayout) -> Iterator
     config, decoder = student.config, student.model
     yield "model.embed_tokens.weight", decoder.embed_tokens.weight
     for index, (layer, mixer) in enumerate(zip(decoder.layers, config.layer_mixers or (), strict=True)):
-        weights = {name: value.detach() for name, value in layer.named_parameters()}
-        own = {name.removeprefix("mixer."): value for name, value in weights.items() if name.startswith("mixer.")}
-        place = f"model.layers.{index}"
+        weights = dict(layer.named_parameters())
+        place, kind = f"model.layers.{index}", "self_attn" if mixer == ATTENTION else "mamba"
+        fold = layout.fold_attention if mixer == ATTENTION else layout.fold_mamba2
         for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
             yield f"{place}.{norm}", weights[norm]
-        if mixer == ATTENTION:
-            for name, tensor in layout.fold_attention(own):
-                yield f"{place}.self_attn.{name}", tensor
-        else:
-            for name, tensor in layout.fold_mamba2(own):
-                yield f"{place}.mamba.{name}", tensor
+        for own in (name for name in weights if name.startswith("mixer.")):
+            for name, tensor in fold(own.removeprefix("mixer."), weights[own]):
+                yield f"{place}.{kind}.{name}", tensor
         gate_up = torch.cat([weights["mlp.gate_proj.weight"], weights["mlp.up_proj.weight"]])
         yield f"{place}.shared_mlp.input_linear.weight", gate_up
         yield f"{place}.shared_mlp.output_linear.weight", weights["mlp.down_proj.weight"]
