@@ -62,7 +62,8 @@ def lint(config: Mapping[str, Any]) -> list[Finding]:
 def tensor_parallel_sizes(config: Mapping[str, Any], most: int = 64) -> list[int]:
     """Over how many GPUs vLLM and SGLang can cut the layers of ``config``: what divides heads, groups and MLP."""
     heads, keys = config["num_attention_heads"], config["num_key_value_heads"]
-    divided = (heads, config["mamba_n_heads"], config["mamba_n_groups"], config["shared_intermediate_size"])
+    groups = config["mamba_n_groups"]
+    divided = (heads, config["mamba_n_heads"], config["shared_intermediate_size"], *([groups] if groups > 1 else []))
     return [
         size
         for size in range(1, most + 1)
