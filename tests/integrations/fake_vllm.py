@@ -6,6 +6,7 @@ itself does is tested: which layer gets what, where each weight goes, how projec
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType, SimpleNamespace
@@ -16,8 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import GraniteMoeHybridConfig, LlamaConfig
-from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridMambaLayer
+from transformers.models.granitemoehybrid.modeling_granitemoehybrid import (
+    GraniteMoeHybridMambaLayer,
+    GraniteMoeHybridRMSNormGated,
+)
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+#: whether transformers' layer, which stands in for vLLM's, norms each head by itself as that one does
+HAS_GROUP_NORM = "group_size" in inspect.signature(GraniteMoeHybridRMSNormGated).parameters
 
 
 class Linear(nn.Module):

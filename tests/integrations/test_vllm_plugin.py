@@ -74,6 +74,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.skipif(not fake_vllm.HAS_GROUP_NORM, reason="this version of transformers norms all heads at once")
 @pytest.mark.parametrize("kind", list(HYBRIDS))
 @torch.no_grad()
 def test_the_model_is_ours(registry: fake_vllm.Registry, kind: str, tiny_hybrid: Hybrid, tmp_path: Path) -> None:
