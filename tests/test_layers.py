@@ -1,7 +1,7 @@
 """Imports only go down: no module of mambify imports one above it, no circle, no import hidden in a function.
 
     errors ← {io, machine, norm, tokenization} ← {config, provenance} ← layer_map ← card ← hub ← ops ← cache ← mixers
-           ← model ← engine ← families ← conversion ← {data, distill, decode, evaluate, export}
+           ← model ← engine ← families ← conversion ← {data, distill, decode, evaluate, export, integrations}
            ← {bench, serve, workflows} ← cli
 
 Parts in braces do not import each other: stages share directories of checkpoints. Commands import inside
@@ -34,7 +34,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("engine",),
     ("families",),
     ("conversion",),
-    ("data", "distill", "decode", "evaluate", "export"),
+    ("data", "distill", "decode", "evaluate", "export", "integrations"),
     ("bench", "serve", "workflows"),
     ("cli",),
     ("__main__",),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mambify.cli import options
-from mambify.cli.console import print_json, print_table, quiet_libraries, stdout, working
+from mambify.cli.console import print_json, quiet_libraries, stdout, working
 from mambify.errors import InvalidOptionError, did_you_mean
 from mambify.io import require_new
 
@@ -114,14 +114,7 @@ def _show(exported: Exported, format: str) -> None:
 
 
 def show_findings(findings: Sequence[Finding]) -> None:
-    """A table of what engines would trip over; nothing where there is nothing."""
-    from rich.table import Table
-
-    if not findings:
-        return
-    table = Table(title="what engines trip over", title_justify="left")
-    for heading in ("engine", "field", "", "reason"):
-        table.add_column(heading)
+    """What engines would trip over, a line each."""
     for finding in findings:
-        table.add_row(finding.engine, finding.field, finding.severity, finding.reason)
-    print_table(table)
+        line = f"{finding.engine}, {finding.field} ({finding.severity}): {finding.reason}"
+        stdout().print(line, markup=False)

@@ -1,7 +1,7 @@
 """What engines trip over in the config.json of a GraniteMoeHybrid model, rule by rule with the reason.
 
-Each rule was met by running the engine or by reading how it takes the file apart: transformers 5.17 to 5.23, vLLM 0.33,
-SGLang 0.5.23, llama.cpp's converter, TRL 1.16. A finding is ``broken`` where the engine refuses the model or gives other
+Each rule was met by running the engine or by reading how it takes the file apart: transformers 5.17 to 5.23, vLLM
+0.33, SGLang 0.5.23, llama.cpp, TRL 1.16. A finding is ``broken`` where the engine refuses the model or gives other
 logits, and ``limited`` where that holds for some versions or with some packages only.
 """
 
@@ -62,7 +62,8 @@ def lint(config: Mapping[str, Any]) -> list[Finding]:
 def tensor_parallel_sizes(config: Mapping[str, Any], most: int = 64) -> list[int]:
     """Over how many GPUs vLLM and SGLang can cut the layers of ``config``: what divides heads, groups and MLP."""
     heads, keys = config["num_attention_heads"], config["num_key_value_heads"]
-    divided = (heads, config["mamba_n_heads"], config["mamba_n_groups"], config["shared_intermediate_size"])
+    groups = config["mamba_n_groups"]
+    divided = (heads, config["mamba_n_heads"], config["shared_intermediate_size"], *([groups] if groups > 1 else []))
     return [
         size
         for size in range(1, most + 1)
@@ -103,14 +104,10 @@ def _layer_types(config: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("SGLang", "layer_types", BROKEN, reason)
         return
     if {"linear_attention", "full_attention"} & set(kinds):
-        reason = (
-            "'mamba' and 'attention' are the names that versions from before transformers 5.15 know; newer read both"
-        )
+        reason = "'mamba' and 'attention' are the names known before transformers 5.15; newer versions read both"
         yield Finding("vLLM", "layer_types", LIMITED, reason)
     if not {"attention", "full_attention"} & set(kinds):
-        reason = (
-            "no layer is attention: generation with a cache stops, for it reads the cache's length off such a layer"
-        )
+        reason = "none is attention, and generation with a cache stops: it reads the cache's length off such a layer"
         yield Finding("transformers", "layer_types", BROKEN, reason)
 
 
@@ -174,9 +171,7 @@ def _router(config: Mapping[str, Any]) -> Iterator[Finding]:
         return
     for field, default in (("router_aux_loss_coef", 0.001), ("output_router_logits", False)):
         if config.get(field, default):
-            reason = (
-                "makes trainers ask for the router's logits, and a model without experts has none: write 0.0, false"
-            )
+            reason = "makes trainers ask for a router's logits, which a model without experts has not: write 0.0, false"
             yield Finding("TRL", field, BROKEN, reason)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mambify.card import CARD, render_card
 from mambify.config import ATTENTION
 from mambify.errors import InvalidOptionError, did_you_mean
 from mambify.export.granite_config import MINIMUM_TRANSFORMERS, granite_config, granite_layout
@@ -17,12 +18,28 @@ from mambify.export.result import Exported
 from mambify.families.granite_layout import GraniteLayout
 from mambify.families.load import LoadedModel, as_dtype
 from mambify.families.safetensors import write_file
-from mambify.io import atomic_directory, require_new, write_json
+from mambify.io import atomic_directory, atomic_write_text, require_new, write_json
 from mambify.model import HybridForCausalLM
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 OPTIONS = ("split_heads",)
 SHARD_BYTES = 5_000_000_000
+_USE = f"""The architecture is GraniteMoeHybrid without experts, which other tools know; nothing else has to be
+installed, and no remote code is run.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer  # {MINIMUM_TRANSFORMERS} or newer
+
+model = AutoModelForCausalLM.from_pretrained("PATH_OR_HUB_ID")
+tokenizer = AutoTokenizer.from_pretrained("PATH_OR_HUB_ID")
+```
+
+```
+vllm serve PATH_OR_HUB_ID --mamba-ssm-cache-dtype float32
+python -m sglang.launch_server --model-path PATH_OR_HUB_ID
+```
+
+`mambify.load("PATH_OR_HUB_ID")` reads it back into the model that it was exported from."""
 _FLOAT32 = ("A_log", "dt_bias", "D")
 
 
@@ -71,22 +88,27 @@ def export_transformers(
     require_new(path, overwrite=overwrite)
     stored = as_dtype(dtype) or student.dtype
     stock = granite_config(config, layout, dtype=str(stored).removeprefix("torch."))
-    sizes = ", ".join(str(size) for size in tensor_parallel_sizes(stock))
+    sizes = tensor_parallel_sizes(stock)
+    notes = (
+        f"transformers has to be {MINIMUM_TRANSFORMERS} or newer: before, its mixer normed all heads at once.",
+        f"Tensor parallel sizes: {', '.join(map(str, sizes))}.",
+    )
     with atomic_directory(path, overwrite=overwrite) as directory:
         write_json(directory / "config.json", stock)
         weight_bytes = _write_shards(directory, _in_dtype(stock_weights(student, layout), stored), shard_bytes)
         student.generation_config.save_pretrained(directory)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
+        card = render_card(config, student.provenance, use=_USE, limits=notes)
+        atomic_write_text(directory / CARD, card)
+        if student.provenance is not None:
+            student.provenance.write(directory)
     return Exported(
         path=Path(path),
         dtype=stock["dtype"],
         weight_bytes=weight_bytes,
         findings=tuple(lint(stock)),
-        notes=(
-            f"transformers has to be {MINIMUM_TRANSFORMERS} or newer: before, its mixer normed all heads at once.",
-            f"Tensor parallel sizes: {sizes}.",
-        ),
+        notes=notes,
     )
 
 
@@ -96,17 +118,14 @@ def stock_weights(student: HybridForCausalLM, layout: GraniteLayout) -> Iterator
     config, decoder = student.config, student.model
     yield "model.embed_tokens.weight", decoder.embed_tokens.weight
     for index, (layer, mixer) in enumerate(zip(decoder.layers, config.layer_mixers or (), strict=True)):
-        weights = {name: value.detach() for name, value in layer.named_parameters()}
-        own = {name.removeprefix("mixer."): value for name, value in weights.items() if name.startswith("mixer.")}
-        place = f"model.layers.{index}"
+        weights = dict(layer.named_parameters())
+        place, kind = f"model.layers.{index}", "self_attn" if mixer == ATTENTION else "mamba"
+        fold = layout.fold_attention if mixer == ATTENTION else layout.fold_mamba2
         for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
             yield f"{place}.{norm}", weights[norm]
-        if mixer == ATTENTION:
-            for name, tensor in layout.fold_attention(own):
-                yield f"{place}.self_attn.{name}", tensor
-        else:
-            for name, tensor in layout.fold_mamba2(own):
-                yield f"{place}.mamba.{name}", tensor
+        for own in (name for name in weights if name.startswith("mixer.")):
+            for name, tensor in fold(own.removeprefix("mixer."), weights[own]):
+                yield f"{place}.{kind}.{name}", tensor
         gate_up = torch.cat([weights["mlp.gate_proj.weight"], weights["mlp.up_proj.weight"]])
         yield f"{place}.shared_mlp.input_linear.weight", gate_up
         yield f"{place}.shared_mlp.output_linear.weight", weights["mlp.down_proj.weight"]

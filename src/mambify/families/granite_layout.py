@@ -18,7 +18,7 @@ Q head dimension of the stock attention (≥ P).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -94,38 +94,43 @@ class GraniteLayout:
         """Q: engines do not read it, they divide."""
         return self.hidden_size // self.attention_heads
 
-    # From our parameters, by name in their module, to the stock ones.
+    # From one of our parameters, by name in its module, to the stock ones.
 
-    def fold_mamba2(self, weights: Mapping[str, Tensor]) -> Named:
+    def fold_mamba2(self, name: str, tensor: Tensor) -> Named:
         """Of our Mamba2 mixer → of the stock one."""
         H, G, P = self.num_heads, self.num_groups, self.head_dim
-        z, x, B, C, dt = weights["in_proj.weight"].split([H * P, G * P, G * P, H * P, H])
-        wide = [self._pad(z, P), self._repeat(x), self._repeat(B), self._pad(C, P), self._cut(dt)]
-        yield "in_proj.weight", torch.cat(wide)
-        for name in ("conv1d.weight", "conv1d.bias"):
-            x, B, C = weights[name].split([G * P, G * P, H * P])
+        if name == "in_proj.weight":
+            z, x, B, C, dt = tensor.split([H * P, G * P, G * P, H * P, H])
+            yield name, torch.cat([self._pad(z, P), self._repeat(x), self._repeat(B), self._pad(C, P), self._cut(dt)])
+            if self.mixer_bias:
+                yield "in_proj.bias", tensor.new_zeros(self.stock_heads * (4 * P + self.split))
+        elif name in ("conv1d.weight", "conv1d.bias"):
+            x, B, C = tensor.split([G * P, G * P, H * P])
             yield name, torch.cat([self._repeat(x), self._repeat(B), self._pad(C, P)])
-        for name in _PER_HEAD:
-            yield name, self._cut(weights[name])
-        yield "norm.weight", self._pad(weights["norm.weight"], P)
-        yield "out_proj.weight", self._pad(weights["out_proj.weight"].T, P).T
-        if self.mixer_bias:
-            yield "in_proj.bias", weights["in_proj.weight"].new_zeros(self.stock_heads * (4 * P + self.split))
-            yield "out_proj.bias", weights["out_proj.bias"]
+        elif name in _PER_HEAD:
+            yield name, self._cut(tensor)
+        elif name == "norm.weight":
+            yield name, self._pad(tensor, P)
+        elif name == "out_proj.weight":
+            yield name, self._pad(tensor.T, P).T
+        else:
+            assert name == "out_proj.bias" and self.mixer_bias, name
+            yield name, tensor
 
-    def fold_attention(self, weights: Mapping[str, Tensor]) -> Named:
+    def fold_attention(self, name: str, tensor: Tensor) -> Named:
         """Of our attention → of the stock one."""
-        output = weights["o_proj.weight"]
-        for name, heads in (("q_proj", self.num_heads), ("k_proj", self.num_groups), ("v_proj", self.num_groups)):
-            rotary = name != "v_proj"
-            yield f"{name}.weight", self._widen(weights[f"{name}.weight"], rotary=rotary)
-            if self.own_attention_bias:
-                yield f"{name}.bias", self._widen(weights[f"{name}.bias"], rotary=rotary)
-            elif self.attention_bias:
-                yield f"{name}.bias", output.new_zeros(heads * self.attention_dim)
-        yield "o_proj.weight", self._widen(output.T, rotary=False).T
-        if self.attention_bias:
-            yield "o_proj.bias", weights["o_proj.bias"] if self.own_output_bias else output.new_zeros(len(output))
+        module, _, kind = name.partition(".")
+        if name == "o_proj.weight":
+            yield name, self._widen(tensor.T, rotary=False).T
+            if self.attention_bias and not self.own_output_bias:
+                yield "o_proj.bias", tensor.new_zeros(len(tensor))
+        elif name == "o_proj.bias":
+            yield name, tensor
+        else:
+            wide = self._widen(tensor, rotary=module != "v_proj")
+            yield name, wide
+            if kind == "weight" and self.attention_bias and not self.own_attention_bias:
+                yield f"{module}.bias", tensor.new_zeros(len(wide))
 
     def inert_layer(self, like: Tensor, feed_forward: int) -> Named:
         """Of a stock attention layer that adds 0 to what it reads."""
