@@ -19,7 +19,15 @@ import torch
 import mambify
 from mambify import HybridForCausalLM
 from mambify.errors import OutputExistsError, OutputWriteError
-from mambify.io import append_jsonl, atomic_directory, atomic_write_text, read_json, require_new, write_json
+from mambify.io import (
+    append_jsonl,
+    atomic_directory,
+    atomic_file,
+    atomic_write_text,
+    read_json,
+    require_new,
+    write_json,
+)
 
 Hybrid = Callable[..., HybridForCausalLM]
 
@@ -215,3 +223,33 @@ def test_saving_is_reproducible(tiny_hybrid: Hybrid, tmp_path: Path) -> None:
     torch.manual_seed(0)
     one, two = (mambify.save(tiny_hybrid(), tmp_path / name) for name in "ab")
     assert {f.name: f.read_bytes() for f in one.iterdir()} == {f.name: f.read_bytes() for f in two.iterdir()}
+
+
+def test_atomic_file_appears_whole(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file.bin"
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(b"new")
+        assert not path.exists()
+    assert path.read_bytes() == b"new" and path.stat().st_mode & 0o777 == 0o644
+    assert [file.name for file in path.parent.iterdir()] == ["file.bin"]
+
+
+def half_way(path: Path) -> None:
+    path.write_bytes(b"ne")
+    raise RuntimeError("half-way")
+
+
+def test_atomic_file_leaves_nothing_of_a_failure(tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError, match="half-way"), atomic_file(path, overwrite=True) as temporary:
+        half_way(temporary)
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_atomic_file_is_refused_before_the_block_runs(tmp_path: Path) -> None:
+    (tmp_path / "file.bin").write_bytes(b"old")
+    with pytest.raises(OutputExistsError, match="--overwrite"), atomic_file(tmp_path / "file.bin"):
+        pytest.fail("the block ran")
+    with pytest.raises(OutputExistsError, match="is a directory"), atomic_file(tmp_path, overwrite=True):
+        pytest.fail("the block ran")

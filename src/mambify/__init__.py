@@ -19,6 +19,8 @@ _PUBLIC = {
     "HybridForCausalLM": "mambify.model",
     "MambifyError": "mambify.errors",
     "convert": "mambify.conversion.convert",
+    "export_gguf": "mambify.export.gguf",
+    "export_transformers": "mambify.export.transformers",
     "generate": "mambify.decode.generate",
     "load": "mambify.families.load",
     "save": "mambify.families.load",
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from mambify.data.synthesize import synthesize
     from mambify.decode.generate import generate
     from mambify.errors import MambifyError
+    from mambify.export.gguf import export_gguf
+    from mambify.export.transformers import export_transformers
     from mambify.families.load import load, save
     from mambify.families.pack import pack
     from mambify.model import HybridForCausalLM
@@ -42,6 +46,8 @@ __all__ = [
     "MambifyError",
     "__version__",
     "convert",
+    "export_gguf",
+    "export_transformers",
     "generate",
     "load",
     "pack",

@@ -18,24 +18,29 @@ from mambify.provenance import Provenance
 CARD = "README.md"
 
 
-def render_card(config: HybridConfig, provenance: Provenance | None = None) -> str:
+def render_card(
+    config: HybridConfig, provenance: Provenance | None = None, *, use: str | None = None, limits: Sequence[str] = ()
+) -> str:
     """The card of the model that ``config`` describes, as Markdown with the Hub's YAML header.
 
     Args:
         config: with ``base`` set, the card of a directory that holds mixers only.
         provenance: how the model came to be; ``None`` where nothing is recorded.
+        use: how the model is loaded, of one that is stored in another form than ours.
+        limits: sentences that belong to that form.
     """
     sections = [
         _header(config, provenance),
         f"# {_title(config)}\n\n{_what_it_is(config)}",
         f"## Layers\n\n{_layers(config)}",
-        f"## Use\n\n{_use(config)}",
+        f"## Use\n\n{_use(config) if use is None else use}",
     ]
     if provenance is not None and (provenance.stages or provenance.recipe):
         sections.append(f"## Training\n\n{_training(provenance)}")
     if provenance is not None and provenance.results:
         sections.append(f"## Results\n\n{_results(provenance.results)}")
-    sections.append(f"## Limits\n\n{_limits(config, provenance)}")
+    limits = [*_limit_lines(config, provenance), *limits]
+    sections.append("## Limits\n\n" + "\n".join(f"- {line}" for line in limits))
     return "\n\n".join(sections) + "\n"
 
 
@@ -196,10 +201,6 @@ def _figure(figures: Mapping[str, Any], key: str, form: str) -> str:
         low, high = figures[f"{key}_interval"]
         text += f" ({low:{form}}–{high:{form}})"
     return text
-
-
-def _limits(config: HybridConfig, provenance: Provenance | None) -> str:
-    return "\n".join(f"- {line}" for line in _limit_lines(config, provenance))
 
 
 def _limit_lines(config: HybridConfig, provenance: Provenance | None) -> Iterator[str]:

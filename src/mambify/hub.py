@@ -88,18 +88,17 @@ class HubModel(PreTrainedModel):  # type: ignore[misc]
         transformers' own would put a card without content in the place of ours. A card that stands in the repository
         already is kept, for someone may have edited it.
         """
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory, max_shard_size=max_shard_size)
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=directory,
-                commit_message=commit_message or "Upload model",
+            return upload_directory(
+                directory,
+                repo_id,
+                commit_message=commit_message,
                 commit_description=commit_description,
+                private=private,
+                token=token,
                 revision=revision,
                 create_pr=create_pr,
-                ignore_patterns=[CARD] if api.file_exists(repo_id, CARD, revision=revision) else None,
             )
 
     @classmethod
@@ -150,6 +149,34 @@ def _fetch(path: str | Path, arguments: Mapping[str, Any]) -> Path:
         options = {key: value for key, value in arguments.items() if key in _FROM_THE_HUB}
         root = Path(snapshot_download(str(path), **options))
     return root / (arguments.get("subfolder") or "")
+
+
+def upload_directory(
+    directory: str | Path,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Uploads a model's directory to the Hub, making the repository where there is none; returns the commit's address.
+
+    A card that stands in the repository already is kept, for someone may have edited it.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=directory,
+        commit_message=commit_message or "Upload model",
+        commit_description=commit_description,
+        revision=revision,
+        create_pr=create_pr,
+        ignore_patterns=[CARD] if api.file_exists(repo_id, CARD, revision=revision) else None,
+    )
 
 
 def prepare_config(config: HybridConfig, *, base: dict[str, str] | None = None) -> HybridConfig:

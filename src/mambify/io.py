@@ -31,6 +31,20 @@ def require_new(path: str | Path, *, overwrite: bool = False) -> Path:
     return path
 
 
+def require_new_file(path: str | Path, *, overwrite: bool = False) -> Path:
+    """Checks that the file ``path`` may be written: nothing is there, or a file and ``overwrite`` is set.
+
+    Raises:
+        OutputExistsError: a file is there already, or a directory, which no file replaces.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OutputExistsError(f"{path} is a directory: name a file in it, as in {path / 'model'}")
+    if path.exists() and not overwrite:
+        raise OutputExistsError(f"{path} exists: choose another path or pass --overwrite")
+    return path
+
+
 @contextmanager
 def _disk_errors_named(path: Path) -> Iterator[None]:
     try:
@@ -72,6 +86,31 @@ def append_jsonl(path: str | Path, row: dict[str, Any]) -> None:
     path = Path(path)
     with _disk_errors_named(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def atomic_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a path beside ``path`` to write one file to, which becomes ``path`` when the block ends without an error.
+
+    Raises:
+        OutputExistsError: ``path`` is taken and ``overwrite`` is false, or it is a directory (before the block runs).
+        OutputWriteError: the disk refused a write.
+    """
+    path = require_new_file(path, overwrite=overwrite)
+    with _disk_errors_named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager

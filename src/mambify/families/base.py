@@ -6,11 +6,17 @@ To add one, put a file beside this that defines ``FAMILY``; nothing else changes
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedConfig
+
+from mambify.config import HybridConfig
+
+#: (whether a weight of this name is wanted) → (name, tensor) of those that are; one is in memory at a time
+ReadWeights = Callable[[Callable[[str], bool]], Iterator[tuple[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,8 @@ class Family:
         gguf_permuted: whether GGUF stores q and k with the rotary halves interleaved (llama.cpp's NORM rope).
         renames: regular expressions, Hugging Face weight name → ours, applied in order.
         ignored: weights that carry nothing (recomputed buffers).
+        adapt: of a family whose tensors are cut otherwise than ours: (its config, ours, reader of its weights by its
+            names) → reader of ours by our names. ``renames`` and ``ignored`` are not looked at then.
     """
 
     model_type: str
@@ -33,6 +41,7 @@ class Family:
     gguf_permuted: bool = False
     renames: tuple[tuple[str, str], ...] = ((r"\.self_attn\.", ".mixer."),)
     ignored: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)
+    adapt: Callable[[PreTrainedConfig, HybridConfig, ReadWeights], ReadWeights] | None = None
 
     def rename(self, name: str) -> str | None:
         """Our name of a Hugging Face weight; ``None`` for one that is ignored."""

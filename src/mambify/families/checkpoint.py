@@ -81,7 +81,12 @@ def open_checkpoint(where: Source) -> Checkpoint:
         return Checkpoint(hf_config, dtype, lambda name: name, read, read_provenance(where.directory))
     config = hybrid_config(hf_config, source=where.name)
     family = family_for(hf_config.model_type, source=where.name)
-    return Checkpoint(_with_origin(config, where, _license_of_card(where.directory)), dtype, family.rename, read)
+    if config.teacher == where.name:
+        config = _with_origin(config, where, _license_of_card(where.directory))
+    if family.adapt is None:
+        return Checkpoint(config, dtype, family.rename, read)
+    provenance = read_provenance(where.directory)
+    return Checkpoint(config, dtype, lambda name: name, family.adapt(hf_config, config, read), provenance)
 
 
 def _read_config(where: Source) -> PreTrainedConfig:

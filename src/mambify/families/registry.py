@@ -41,7 +41,8 @@ def family_for(model_type: str, *, source: str) -> Family:
 
 
 def hybrid_config(config: PreTrainedConfig, *, source: str) -> HybridConfig:
-    """The HybridConfig of an unconverted teacher: attention in every layer."""
+    """The HybridConfig of a Hugging Face model: attention in every layer, unless its family is a hybrid itself."""
     family = family_for(config.model_type, source=source)
     shared = {name: getattr(config, name) for name in SHARED_FACTS if hasattr(config, name)}
-    return HybridConfig(**shared | dict(family.facts(config)), teacher_family=family.model_type, teacher=source)
+    origin = {"teacher_family": family.model_type, "teacher": source}
+    return HybridConfig(**origin | shared | dict(family.facts(config)))

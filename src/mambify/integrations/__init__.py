@@ -1,0 +1,1 @@
+"""Hybrids inside of other people's programs, where no stock architecture carries them."""
