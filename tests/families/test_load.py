@@ -26,11 +26,12 @@ from mambify.families.registry import known_families
 
 Teacher = Callable[..., PreTrainedModel]
 Hybrid = Callable[..., HybridForCausalLM]
+FAMILIES = {"bamba", "granitemoehybrid", "llama", "mistral", "qwen2", "qwen3"}
 
 
 def test_supported_families() -> None:
-    assert set(known_families()) == {"llama", "mistral", "qwen2", "qwen3"}
-    for module in ("llama", "mistral", "qwen2", "qwen3"):
+    assert set(known_families()) == FAMILIES
+    for module in FAMILIES:
         assert known_families()[module].model_type == module
 
 
@@ -38,7 +39,7 @@ def test_supported_families() -> None:
 def test_unsupported_architecture(entry: Callable[..., object], tmp_path: Path) -> None:
     config = GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=10, bos_token_id=1, eos_token_id=1)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
-    known = "llama, mistral, qwen2, qwen3"
+    known = ", ".join(sorted(FAMILIES))
     with pytest.raises(UnsupportedError, match=rf"'gpt2'.*supported: {known}.*one file.*docs/families\.md"):
         entry(tmp_path)
 
@@ -99,7 +100,7 @@ def test_a_family_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
     known_families.cache_clear()
     try:
-        assert set(known_families()) == {"llama", "mistral", "olmo", "qwen2", "qwen3"}
+        assert set(known_families()) == FAMILIES | {"olmo"}
         (tmp_path / "model").mkdir()
         (tmp_path / "model" / "config.json").write_text('{"model_type": "olmo", "num_hidden_layers": 3}')
         assert load_config(tmp_path / "model").teacher_family == "olmo"
