@@ -58,7 +58,8 @@ def mamba2_step(
             zxBCdt_SE, conv_CK.contiguous(), conv_bias_C, dt_bias_H, A_H, D_H, norm_HP.contiguous(), state_SHPN,
             ring_SRC, out_SHP, place.head_S, place.active_S, eps, zxBCdt_SE.stride(0),
             H=heads, G=groups, P=P, N=N, K=conv_CK.shape[1], R=place.capacity, BLOCK_P=block_p, BLOCK_N=block_n,
-            RAGGED=(block_p, block_n) != (P, N), num_warps=8 if block_p * block_n > 4096 else 4,
+            BLOCK_K=triton.next_power_of_2(conv_CK.shape[1]), RAGGED=(block_p, block_n) != (P, N),
+            num_warps=max(1, block_p * block_n // 1024),  # 32 entries a thread
         )  # fmt: skip
     return out_SHP
 
@@ -68,7 +69,7 @@ def _step(
     in_ptr, conv_ptr, conv_bias_ptr, dt_bias_ptr, A_ptr, D_ptr, norm_ptr, state_ptr, ring_ptr, out_ptr,
     head_ptr, active_ptr, eps, in_row,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     h, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     g = h // (H // G)
@@ -85,9 +86,9 @@ def _step(
         xBC = in_ptr + H * P
         # Of the heads that share x and B the first one writes them.
         shares = tl.where(h % (H // G) == 0, max(P, N), 0)
-        x = _convolved(xBC, conv_ptr, conv_bias_ptr, ring_ptr, g * P, p, P, shares, head, C, K, R)
-        B = _convolved(xBC, conv_ptr, conv_bias_ptr, ring_ptr, G * P + g * N, n, N, shares, head, C, K, R)
-        Cs = _convolved(xBC, conv_ptr, conv_bias_ptr, ring_ptr, G * P + G * N + h * N, n, N, N, head, C, K, R)
+        x = _convolved(xBC, conv_ptr, conv_bias_ptr, ring_ptr, g * P, p, P, shares, head, C, K, R, BLOCK_K)
+        B = _convolved(xBC, conv_ptr, conv_bias_ptr, ring_ptr, G * P + g * N, n, N, shares, head, C, K, R, BLOCK_K)
+        Cs = _convolved(xBC, conv_ptr, conv_bias_ptr, ring_ptr, G * P + G * N + h * N, n, N, N, head, C, K, R, BLOCK_K)
         dt = tl.load(xBC + C + h).to(tl.float32) + tl.load(dt_bias_ptr + h).to(tl.float32)
         delta = softplus(dt)
         s = tl.exp(tl.load(A_ptr + h).to(tl.float32) * delta) * s + (delta * x)[:, None] * B[None, :]
@@ -110,16 +111,21 @@ def _step(
 @triton.jit
 def _convolved(
     new_ptr, conv_ptr, bias_ptr, ring_ptr, first, i, size: tl.constexpr, writes, head,
-    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """SiLU of the convolution of channels ``first + i``; puts their new inputs into the ring where i < ``writes``."""
-    c, here = first + i, i < size
-    new = tl.load(new_ptr + c, mask=here, other=0.0)
-    total = new.to(tl.float32) * tl.load(conv_ptr + c * K + (K - 1), mask=here, other=0.0).to(tl.float32)
-    for k in tl.static_range(K - 1):
-        old = tl.load(ring_ptr + ((head + k - (K - 1)) & (R - 1)) * C + c, mask=here, other=0.0)
-        total += old.to(tl.float32) * tl.load(conv_ptr + c * K + k, mask=here, other=0.0).to(tl.float32)
+    """SiLU of the convolution of channels ``first + i``; puts their new inputs into the ring where i < ``writes``.
+
+    Taps are an axis of a tile and summed over: as a vector, every thread would load and convolve all the channels that
+    its entries of the state meet.
+    """
+    c, k = first + i, tl.arange(0, BLOCK_K)
+    tile, here = c[:, None], (i < size)[:, None] & (k < K)[None, :]
+    past = ring_ptr + ((head + k - (K - 1)) & (R - 1))[None, :] * C + tile
+    values = tl.load(tl.where((k < K - 1)[None, :], past, new_ptr + tile), mask=here, other=0.0).to(tl.float32)
+    taps = tl.load(conv_ptr + tile * K + k[None, :], mask=here, other=0.0).to(tl.float32)
+    total = tl.sum(values * taps, 1)
     if bias_ptr is not None:
-        total += tl.load(bias_ptr + c, mask=here, other=0.0).to(tl.float32)
-    tl.store(ring_ptr + (head & (R - 1)) * C + c, new, mask=here & (i < writes))
+        total += tl.load(bias_ptr + c, mask=i < size, other=0.0).to(tl.float32)
+    new = tl.load(new_ptr + c, mask=i < size, other=0.0)
+    tl.store(ring_ptr + (head & (R - 1)) * C + c, new, mask=(i < size) & (i < writes))
     return (total * tl.sigmoid(total)).to(new.dtype).to(tl.float32)
