@@ -1,4 +1,5 @@
-"""Where each row stands in the rings of replay: ops.ssd_replay, ops.selective_replay and ops.conv_replay share it.
+"""Where each row stands in the rings of recent tokens: shared by ops.ssd_replay, ops.selective_replay,
+ops.conv_replay and ops.mamba2_step.
 
 A row that reads T new tokens does not know yet how many of them will be accepted. So the recurrent state stays where
 it is, and the new tokens' inputs are written into a ring behind those that were accepted before:
@@ -101,6 +102,10 @@ class RingPlace:
         folded_S = self.active_S & (self.pending_S > self.folds_above(new))
         self.pending_S.masked_fill_(folded_S, 0).add_(taken_S)
         self.head_S.add_(taken_S).remainder_(self.capacity)
+
+    def step(self) -> None:
+        """Ends a plain step of active rows, one token that is in their states already, in place: after all layers."""
+        self.head_S.add_(self.active_S).remainder_(self.capacity)
 
     def settle(self) -> None:
         """Nothing is pending any more in active rows: to be called once after a fold of all layers (``ssd_fold``)."""
