@@ -1,8 +1,8 @@
 """Imports only go down: no module of mambify imports one above it, no circle, no import hidden in a function.
 
     errors ← {io, machine, norm, tokenization} ← {config, provenance} ← layer_map ← card ← hub ← ops ← cache ← mixers
-           ← model ← engine ← families ← conversion ← {data, distill, decode, evaluate, export}
-           ← {bench, serve, workflows} ← cli
+           ← model ← engine ← families ← conversion ← {data, distill, decode, evaluate, export,
+           selection} ← {bench, serve, workflows} ← cli
 
 Parts in braces do not import each other: stages share directories of checkpoints. Commands import inside
 functions, so that ``mambify --help`` is quick, and the package's ``__init__`` resolves its public names
@@ -34,7 +34,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("engine",),
     ("families",),
     ("conversion",),
-    ("data", "distill", "decode", "evaluate", "export"),
+    ("data", "distill", "decode", "evaluate", "export", "selection"),
     ("bench", "serve", "workflows"),
     ("cli",),
     ("__main__",),

@@ -110,8 +110,8 @@ def test_the_given_config_is_not_changed() -> None:
         ({"attention_layers": [-1]}, "layer -1 is out of range"),
         ({"mixer": "mamba3"}, "unknown mixer 'mamba3': did you mean 'mamba"),
         ({"mixer": "attention"}, "unknown mixer 'attention'"),
-        ({"init": "identty"}, "unknown initialisation 'identty' of mamba2: did you mean 'identity'"),
-        ({"mixer": "mamba1", "init": "x"}, "of mamba1: known: identity, paper"),
+        ({"init": "identty"}, "unknown initialisation 'identty': did you mean 'identity'"),
+        ({"mixer": "mamba1", "init": "x"}, "unknown initialisation 'x': known: distance, identity, least-squares, "),
     ],
 )
 def test_refusals(arguments: dict[str, Any], message: str) -> None:

@@ -40,7 +40,7 @@ def attention(**changes: Any) -> AttentionMixer:
 
 def started(name: str, layer: AttentionMixer, init: str = "identity", *, seed: int = 0, **changes: Any) -> Mixer:
     mixer = MIXERS[name](config(layer_mixers=[name], **changes), 0)
-    mixer.init_from_attention(layer.weights(), init=init, generator=torch.Generator().manual_seed(seed))
+    mixer.init_from_attention(layer.weights(), start=init, generator=torch.Generator().manual_seed(seed))
     return mixer
 
 

@@ -133,6 +133,24 @@ def plot_synthesize(result: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def plot_inits(result: dict[str, Any], path: Path) -> None:
+    """KL of every initialisation: before training, after calibration, after the little training."""
+    rows = result["results"]
+    stages = list(rows[0]["scores"])
+    figure, axes = _figure(6.5, 0.5 * len(rows) + 1.2)
+    height = 0.8 / len(stages)
+    for row_of_bars, (stage, colour) in enumerate(zip(reversed(stages), (_OURS, *_OTHERS), strict=False)):
+        places = [index + row_of_bars * height for index in range(len(rows))]
+        values = [row["scores"][stage]["kl"] for row in reversed(rows)]
+        axes.barh(places, values, height, color=colour, label=stage)
+    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(rows))], [row["init"] for row in rows][::-1])
+    axes.set_xscale("log")
+    axes.set_xlabel("KL to the teacher, nats a token")
+    axes.set_title(f"{result['teacher']}, {result['budget']['train']:,} training tokens", loc="left", fontsize=9)
+    axes.legend(fontsize=7)
+    _save(figure, path)
+
+
 def _figure(width: float, height: float, *, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 

@@ -17,17 +17,20 @@ _STDOUT = Path("-")
 
 
 def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="ops, train, synthesize, or all of them.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="ops, train, synthesize, inits, or all of them.")],
     only: Annotated[
-        str | None, typer.Option(help="A part: one operation (ops), one curve (train), one way (synthesize).")
+        str | None,
+        typer.Option(help="A part: one operation (ops), curve (train), way (synthesize), initialisation (inits)."),
     ] = None,
+    text: Annotated[str | None, typer.Option(help="What inits learns and is scored on; else sampled text.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Tokens that inits trains each start on: 1M; 0 for none.")] = None,
     device: options.Device = None,
     json: Annotated[Path | None, typer.Option(help="Write the result to this file as JSON; - is stdout.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the result into this file (.svg, .png, .pdf).")] = None,
 ) -> None:
-    """Measure speed on this machine.
+    """Measure speed on this machine, and what initialisations are worth.
 
-    Every figure stands beside others' code for the same, and beside what the memory can do.
+    Every speed stands beside others' code for the same, and beside what the memory can do.
     """
     if json is not None and json != _STDOUT:
         require_writable_file(json)
@@ -51,6 +54,7 @@ def bench(
         require_writable_file(plot)
         require_matplotlib()
     place = options.pick_device(device)
+    count = None if tokens is None else 0 if tokens.strip() == "0" else options.parse_tokens(tokens)
     results = []
     first = process_rank() == 0
     with progress_bar(quiet=quiet or not first) as bars:
@@ -61,6 +65,8 @@ def bench(
                     each,
                     device=place,
                     only=only,
+                    text=text,
+                    tokens=count,
                     progress=lambda done, total, task=task: bars.update(task, completed=done, total=total),  # type: ignore[misc]
                 )
             )

@@ -9,7 +9,7 @@ import typer
 
 from mambify.cli import options
 from mambify.cli.console import print_json, quiet_libraries, stdout, working
-from mambify.errors import InvalidOptionError
+from mambify.errors import InvalidOptionError, UnknownSourceError
 from mambify.io import require_new
 
 EXAMPLE = "mambify convert smollm2 --attention 0.5 --out student"
@@ -23,7 +23,13 @@ def convert(
     attention_layers: Annotated[
         str | None, typer.Option(help="The layers that keep attention instead: 1,3,5 or 0-3,7 or none.")
     ] = None,
-    init: Annotated[str, typer.Option(help="How a mixer starts from attention: identity or paper.")] = "identity",
+    init: Annotated[
+        str, typer.Option(help="How a mixer starts from attention: identity, paper, or one that is measured on text.")
+    ] = "identity",
+    calibration_text: Annotated[
+        Path | None, typer.Option(help="Text or synthesized directory that a measured --init is fitted to.")
+    ] = None,
+    calibration_tokens: Annotated[str, typer.Option(help="How much of it: 16k.")] = "16k",
     seed: options.Seed = 0,
     dtype: options.Dtype = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
@@ -41,13 +47,26 @@ def convert(
         require_new(out, overwrite=overwrite)
     quiet_libraries()
     from mambify.cli.plans import describe_plan
-    from mambify.conversion import apply_plan, plan
-    from mambify.families.load import as_dtype, load, load_config, save
+    from mambify.conversion import apply_plan, needs_text, plan, require_text
+    from mambify.data.calibration import calibration_blocks, calibration_documents
+    from mambify.families.load import as_dtype, load, load_config, load_tokenizer, save
 
     config = load_config(teacher)
     config.dtype = as_dtype(dtype) or config.dtype
     # Before any weight is read: what cannot be is known at once.
     planned = plan(config, mixer=mixer, attention=attention, attention_layers=layers, init=init)
+    num_tokens = options.parse_tokens(calibration_tokens)
+    if not dry_run:
+        require_text(init, given=calibration_text is not None)
+    if calibration_text is not None and not needs_text(init):
+        raise InvalidOptionError(f"--calibration-text is for an init that is measured: {init} is not")
+    blocks = None
+    if calibration_text is not None and not dry_run:
+        tokenizer = load_tokenizer(teacher)
+        if tokenizer is None:
+            raise UnknownSourceError(f"{teacher} has no tokenizer, and --calibration-text needs one")
+        documents = calibration_documents(calibration_text, tokenizer, num_tokens=num_tokens)
+        blocks = calibration_blocks(documents, num_tokens=num_tokens)
     result: dict[str, Any] = {"teacher": teacher, "mixer": mixer} | describe_plan(planned)
     if not json:
         _show(result)
@@ -55,7 +74,7 @@ def convert(
         with working(f"loading {teacher}", quiet=json):
             loaded = load(teacher, dtype=dtype)
         with working("converting and saving", quiet=json):
-            student = apply_plan(loaded.model, planned, seed=seed, release=True)
+            student = apply_plan(loaded.model, planned, seed=seed, release=True, calibration=blocks)
             save(student, out, tokenizer=loaded.tokenizer, overwrite=overwrite)
         result["out"] = str(out)
         if not json:

@@ -14,7 +14,20 @@ from typing import Annotated, Any
 import typer
 
 from mambify import __version__
-from mambify.cli import bench, card, chat, convert, distill, evaluate, generate, info, pack, quickstart, synthesize
+from mambify.cli import (
+    bench,
+    card,
+    chat,
+    convert,
+    distill,
+    evaluate,
+    generate,
+    info,
+    pack,
+    quickstart,
+    select,
+    synthesize,
+)
 from mambify.errors import MambifyError
 
 _FAILED, _INTERRUPTED = 1, 130
@@ -25,6 +38,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "info": (info.info, info.EXAMPLE),
     "synthesize": (synthesize.synthesize, synthesize.EXAMPLE),
     "convert": (convert.convert, convert.EXAMPLE),
+    "select": (select.select, select.EXAMPLE),
     "distill": (distill.distill, distill.EXAMPLE),
     "evaluate": (evaluate.evaluate, evaluate.EXAMPLE),
     "generate": (generate.generate, generate.EXAMPLE),

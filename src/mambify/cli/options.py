@@ -49,6 +49,20 @@ def pick_device(name: str | None) -> str:
     return name
 
 
+def parse_tokens(text: str) -> int:
+    """``"16k"`` → 16000; ``"20M"``, ``"1B"`` and plain numbers likewise.
+
+    Raises:
+        InvalidOptionError: no such number, or none above 0.
+    """
+    from mambify.distill.recipe import parse_count
+
+    count = parse_count(text)
+    if not isinstance(count, int) or count < 1:
+        raise InvalidOptionError(f"'{text}' is no number of tokens: write it like 500k, 20M or 1B")
+    return count
+
+
 def parse_layers(text: str | None) -> Sequence[int] | None:
     """``"1,3,5-7"`` → 1, 3, 5, 6, 7; ``"none"`` → no layer.
 

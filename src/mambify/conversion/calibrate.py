@@ -14,17 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mambify.conversion.least_squares import RIDGE, NormalEquations
 from mambify.mixers import Mixer, MixerContext
 from mambify.model import HybridForCausalLM, MixerTrace
 
 
 @dataclass
-class _Normal:
-    """Sums of the normal equations ``FᵀF W = FᵀY`` over calibration tokens, in float32."""
+class _Layer:
+    """One layer's sums: the normal equations, and the squared error of the mixer as it stands."""
 
-    ff_II: Tensor
-    fy_ID: Tensor
-    yy: Tensor
+    normal: NormalEquations
     error: Tensor
 
 
@@ -34,7 +33,7 @@ def calibrate(
     teacher: HybridForCausalLM,
     batches: Iterable[Tensor],
     *,
-    ridge: float = 1e-4,
+    ridge: float = RIDGE,
 ) -> dict[int, tuple[float, float]]:
     """Sets ``out_proj`` of every converted layer to the ridge solution on the teacher's own hidden states.
 
@@ -46,7 +45,7 @@ def calibrate(
         Layer → (error before, error after): squared error over the squared output of the attention.
     """
     layers = student.config.converted_layers
-    sums: dict[int, _Normal] = {}
+    sums: dict[int, _Layer] = {}
     for input_ids in batches:
         for trace in teacher.model.mixer_traces(input_ids, layers):
             mixer = student.model.layers[trace.layer_idx].mixer
@@ -55,7 +54,7 @@ def calibrate(
     return {index: _solve(student.model.layers[index].mixer, sums[index], ridge) for index in layers}  # type: ignore[arg-type]
 
 
-def _accumulate(sums: dict[int, _Normal], mixer: Mixer, trace: MixerTrace) -> None:
+def _accumulate(sums: dict[int, _Layer], mixer: Mixer, trace: MixerTrace) -> None:
     features: list[Tensor] = []
     projection = mixer.out_proj
     assert isinstance(projection, nn.Linear)
@@ -72,24 +71,15 @@ def _accumulate(sums: dict[int, _Normal], mixer: Mixer, trace: MixerTrace) -> No
     y_MD = trace.output_BTD.flatten(0, 1).float()
     error = (output_BTD.flatten(0, 1).float() - y_MD).square().sum()
     y_MD = y_MD - bias
-    part = _Normal(f_MI.T @ f_MI, f_MI.T @ y_MD, y_MD.square().sum(), error)
-    known = sums.get(trace.layer_idx)
-    if known is None:
-        sums[trace.layer_idx] = part
-    else:
-        known.ff_II += part.ff_II
-        known.fy_ID += part.fy_ID
-        known.yy += part.yy
-        known.error += part.error
+    layer = sums.setdefault(trace.layer_idx, _Layer(NormalEquations(), torch.zeros_like(error)))
+    layer.normal.add(f_MI, y_MD)
+    layer.error += error
 
 
-def _solve(mixer: Mixer, normal: _Normal, ridge: float) -> tuple[float, float]:
-    ff, fy = normal.ff_II.double(), normal.fy_ID.double()
-    penalty = ridge * ff.diagonal().mean()
-    weight_ID = torch.linalg.solve(ff + penalty * torch.eye(len(ff), device=ff.device, dtype=ff.dtype), fy)
-    residual = normal.yy.double() - 2 * (weight_ID * fy).sum() + (weight_ID * (ff @ weight_ID)).sum()
+def _solve(mixer: Mixer, layer: _Layer, ridge: float) -> tuple[float, float]:
+    weight_ID, residual = layer.normal.solve(ridge)
     projection = mixer.out_proj
-    assert isinstance(projection, nn.Linear)
+    assert isinstance(projection, nn.Linear) and layer.normal.yy is not None
     projection.weight.copy_(weight_ID.T)
-    scale = normal.yy.clamp(min=1e-12)
-    return float(normal.error / scale), float(residual / scale)
+    scale = layer.normal.yy.clamp(min=1e-12)
+    return float(layer.error / scale), float(residual / scale)

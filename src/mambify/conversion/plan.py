@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from mambify.config import ATTENTION, HybridConfig
+from mambify.conversion.init import INITIALISATIONS
 from mambify.errors import InvalidOptionError, did_you_mean
 from mambify.families.load import empty_model
 from mambify.mixers import MIXERS, Mixer
@@ -77,13 +78,11 @@ def plan(
     Raises:
         InvalidOptionError: a ratio or layer out of range, an unknown mixer or initialisation.
     """
-    choices = {name: cls for name, cls in MIXERS.items() if cls.initialisations}
+    choices = {name: cls for name, cls in MIXERS.items() if cls.starts}
     if mixer not in choices:
         raise InvalidOptionError(f"unknown mixer '{mixer}': {did_you_mean(mixer, choices)}")
-    if init not in choices[mixer].initialisations:
-        raise InvalidOptionError(
-            f"unknown initialisation '{init}' of {mixer}: {did_you_mean(init, choices[mixer].initialisations)}"
-        )
+    if init not in INITIALISATIONS:
+        raise InvalidOptionError(f"unknown initialisation '{init}': {did_you_mean(init, INITIALISATIONS)}")
     count = config.num_hidden_layers
     if attention_layers is None:
         kept = set(uniform_attention_layers(count, attention))

@@ -25,7 +25,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import set_seed
 
-from mambify.conversion import apply_plan, calibrate, plan
+from mambify.conversion import CALIBRATION_TOKENS, apply_plan, calibrate, needs_text, plan
 from mambify.distill.arguments import item_tokens, training_arguments, use_bfloat16, why_no_graphs
 from mambify.distill.checkpoints import (
     copy_trained,
@@ -44,7 +44,7 @@ from mambify.distill.settings import Align, OnPolicy, Stage
 from mambify.distill.sharding import lent, shard
 from mambify.distill.stages import build_trainer, frozen_copy, stage_module, train_stage, unshare
 from mambify.distill.steps import Step, steps_of
-from mambify.errors import OutputExistsError
+from mambify.errors import OutputExistsError, RecipeError
 from mambify.families.load import LoadedModel, save
 from mambify.io import append_jsonl, atomic_write_text, read_json, write_json
 from mambify.machine import environment
@@ -125,7 +125,7 @@ def run_stages(
     student, reached = origin, None
     for step in steps:
         if step.attention_layers != reached:
-            student, reached = _converted(student, recipe, step), step.attention_layers
+            student, reached = _converted(student, recipe, step, work), step.attention_layers
         _run_step(work, step, student)
     final = _final_student(recipe, base.model, steps[-1], student)
     for model in (teacher.model, base.model):
@@ -178,15 +178,26 @@ def _final_student(
     return final
 
 
-def _converted(model: HybridForCausalLM, recipe: Recipe, step: Step) -> HybridForCausalLM:
-    """A student around ``model``'s weights, with attention in the layers of this step only."""
+def _converted(model: HybridForCausalLM, recipe: Recipe, step: Step, work: _Work | None = None) -> HybridForCausalLM:
+    """A student around ``model``'s weights, with attention in the layers of this step only.
+
+    An initialisation that is measured on text is measured on the training text of the step in ``work``, through its
+    base; without it the mixers' values do not matter, for they are about to be replaced.
+    """
+    init = "identity" if work is None else recipe.student.init
     planned = plan(
         model.config,
         mixer=recipe.student.mixer,
         attention_layers=step.attention_layers,
-        init=recipe.student.init,
+        init=init,
     )
-    return apply_plan(model, planned, seed=recipe.seed)
+    if work is None or not needs_text(init):
+        return apply_plan(model, planned, seed=recipe.seed)
+    text = work.dataset(step.stage)
+    if text is None:
+        raise RecipeError(f"stage {step.stage.kind} has no text that initialisation '{init}' could be measured on")
+    blocks = calibration_blocks(text, CALIBRATION_TOKENS)
+    return apply_plan(model, planned, seed=recipe.seed, calibration=blocks, measured_on=work.base)
 
 
 def _run_step(work: _Work, step: Step, student: HybridForCausalLM) -> None:

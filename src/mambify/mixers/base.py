@@ -69,13 +69,27 @@ class AttentionWeights(NamedTuple):
     k_norm: Tensor | None = None
 
 
+class ProjectionRows(NamedTuple):
+    """The rows of a recurrent mixer's ``in_proj`` by what they give: views, so that writing to them writes the weight.
+
+    Attributes:
+        z, x, B, C, dt: gate, values, keys, queries and step sizes, each ``[rows, D]``.
+    """
+
+    z: Tensor
+    x: Tensor
+    B: Tensor
+    C: Tensor
+    dt: Tensor
+
+
 class Mixer(nn.Module):
     """Base of the modules that mix tokens. A new one is a file here and a row in :data:`MIXERS`."""
 
     #: parameters that stay float32 whatever dtype the model is cast to
     float32_parameters: ClassVar[tuple[str, ...]] = ()
-    #: names of the initialisations :meth:`from_attention` knows; empty for attention itself
-    initialisations: ClassVar[tuple[str, ...]] = ()
+    #: names of the starts that :meth:`init_from_attention` knows; empty for attention itself
+    starts: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: HybridConfig, layer_idx: int) -> None:
         super().__init__()
@@ -90,8 +104,8 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     @torch.no_grad()
-    def init_from_attention(self, weights: AttentionWeights, *, init: str, generator: torch.Generator) -> None:
-        """Fills this mixer's parameters from the attention layer it replaces."""
+    def init_from_attention(self, weights: AttentionWeights, *, start: str, generator: torch.Generator) -> None:
+        """Fills this mixer's parameters from the attention layer it replaces; ``start`` is one of :attr:`starts`."""
         raise NotImplementedError
 
     def init_random(self) -> None:
@@ -114,7 +128,54 @@ class Mixer(nn.Module):
 
 
 class RecurrentMixer(Mixer):
-    """A mixer whose state is a :class:`RecurrentState`, kept in a linear-attention cache layer."""
+    """A mixer whose state is a :class:`RecurrentState`, kept in a linear-attention cache layer.
+
+    What attention has no counterpart for can be set in terms of heads, whatever the layout: :meth:`set_decay`,
+    :meth:`set_gate`, :meth:`turn_queries`, :meth:`scale_activations`.
+    """
+
+    in_proj: nn.Linear
+    out_proj: nn.Linear
+    num_heads: int
+    head_dim: int
+
+    @property
+    def rows(self) -> ProjectionRows:
+        """``in_proj``'s rows."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def set_decay(self, kept_H: Tensor) -> None:
+        """Makes each head keep this share of its state at every token, in (0, 1), whatever the token; A is 1."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def set_gate(self, row_D: Tensor) -> None:
+        """Gives every channel the same gate, ``SiLU(row · h)``."""
+        self.rows.z.copy_(row_D.expand_as(self.rows.z))
+
+    @torch.no_grad()
+    def turn_queries(self, cos_HJ: Tensor, sin_HJ: Tensor) -> None:
+        """Turns the pairs (j, j + P/2) of each head's query by an angle and scales them: its rows and its bias.
+
+        Args:
+            cos_HJ, sin_HJ: scale times cosine and sine of the angle, J = P/2 pairs.
+        """
+        bias = self.query_bias()
+        for place in (self.rows.C,) if bias is None else (self.rows.C, bias[:, None]):
+            first, second = place.view(self.num_heads, 2, self.head_dim // 2, -1).unbind(1)
+            cos_HJ1, sin_HJ1 = cos_HJ[..., None], sin_HJ[..., None]
+            turned = torch.stack([first * cos_HJ1 - second * sin_HJ1, second * cos_HJ1 + first * sin_HJ1], 1)
+            place.copy_(turned.view_as(place))
+
+    def query_bias(self) -> Tensor | None:
+        """What is added to the queries ``[H·P]``, as a view; ``None`` where nothing is."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def scale_activations(self, x_BTD: Tensor, *, values: float, keys: float) -> None:
+        """Scales the convolution so that what enters SiLU has this root mean square a head on the given input."""
+        raise NotImplementedError
 
     def load_state(self, cache: Cache) -> RecurrentState | None:
         layer: Any = cache.layers[self.layer_idx]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from mambify.ops.causal_conv import causal_conv
 
 
 def uniform_(tensor: Tensor, bound: float, generator: torch.Generator) -> Tensor:
@@ -35,6 +37,21 @@ def identity_conv_(weight_C1K: Tensor) -> Tensor:
     weight_C1K.zero_()
     weight_C1K[..., -1] = 1.0
     return weight_C1K
+
+
+def scale_conv_(conv: nn.Conv1d, x_BTC: Tensor, rms_J: Tensor) -> None:
+    """Scales a depthwise causal convolution so that J equal blocks of its output have these root mean squares.
+
+    Args:
+        x_BTC: the input to measure on.
+        rms_J: in the order of the channels.
+    """
+    assert conv.bias is not None
+    y_BTC, _ = causal_conv(x_BTC, conv.weight.squeeze(1), conv.bias, activation=None)
+    found_J = y_BTC.unflatten(-1, (len(rms_J), -1)).square().mean((0, 1, 3)).sqrt()
+    factor_C = (rms_J / found_J.clamp(min=1e-12)).repeat_interleave(len(conv.bias) // len(rms_J))
+    conv.weight.mul_(factor_C[:, None, None])
+    conv.bias.mul_(factor_C)
 
 
 def scaled_rows(rows: Tensor, norm_P: Tensor | None) -> Tensor:

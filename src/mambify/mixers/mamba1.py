@@ -18,6 +18,7 @@ from mambify.mixers import initial
 from mambify.mixers.base import (
     AttentionWeights,
     MixerContext,
+    ProjectionRows,
     RecurrentMixer,
     RecurrentState,
     mask_padding,
@@ -42,7 +43,7 @@ class Mamba1Mixer(RecurrentMixer):
     """
 
     float32_parameters: ClassVar[tuple[str, ...]] = ("A_log", "D")
-    initialisations: ClassVar[tuple[str, ...]] = ("identity", "paper")
+    starts: ClassVar[tuple[str, ...]] = ("identity", "paper")
 
     def __init__(self, config: HybridConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -121,13 +122,13 @@ class Mamba1Mixer(RecurrentMixer):
         return sub_heads
 
     @torch.no_grad()
-    def init_from_attention(self, weights: AttentionWeights, *, init: str, generator: torch.Generator) -> None:
+    def init_from_attention(self, weights: AttentionWeights, *, start: str, generator: torch.Generator) -> None:
         """``paper``: conv, z and dt at random as published; ``identity``: the conv passes its input on.
 
         A q or k bias becomes ``BC_bias``; the v bias enters through the conv bias. Qwen3's per-head norms have no
         counterpart; their weights scale B and C.
         """
-        z, x, B, C, dt = self.in_proj.weight.split(self.split, dim=0)
+        z, x, B, C, dt = self.rows
         x.copy_(weights.v)
         B.copy_(initial.scaled_rows(weights.k, weights.k_norm))
         C.copy_(initial.scaled_rows(weights.q, weights.q_norm))
@@ -148,10 +149,29 @@ class Mamba1Mixer(RecurrentMixer):
         if self.BC_bias is not None and weights.k_bias is not None and weights.q_bias is not None:
             biases = (weights.k_bias, weights.k_norm), (weights.q_bias, weights.q_norm)
             self.BC_bias.copy_(torch.cat([initial.scaled_rows(bias, norm) for bias, norm in biases]))
-        if init == "paper":
+        if start == "paper":
             initial.uniform_(self.conv1d.weight, self.conv1d.kernel_size[0] ** -0.5, generator)
         else:
             initial.identity_conv_(self.conv1d.weight)
+
+    @property
+    def rows(self) -> ProjectionRows:
+        return ProjectionRows(*self.in_proj.weight.split(self.split, dim=0))
+
+    @torch.no_grad()
+    def set_decay(self, kept_H: Tensor) -> None:
+        self.dt_proj.weight.zero_()  # and not the rows of dt: a product of two zeros would never learn
+        self.A_log.zero_()
+        self.dt_proj.bias.copy_(initial.inverse_softplus(-kept_H.log()).repeat_interleave(self.head_dim))
+
+    def query_bias(self) -> Tensor | None:
+        return None if self.BC_bias is None else self.BC_bias.split(self.split[2:4])[1]
+
+    @torch.no_grad()
+    def scale_activations(self, x_BTD: Tensor, *, values: float, keys: float) -> None:
+        """Only the values are activated; ``keys`` says nothing here."""
+        x_BTI = self._repeat_heads(F.linear(x_BTD, self.rows.x))
+        initial.scale_conv_(self.conv1d, x_BTI, x_BTD.new_full((self.num_heads,), values))
 
     @torch.no_grad()
     def init_random(self) -> None:

@@ -17,6 +17,7 @@ from mambify.mixers import initial
 from mambify.mixers.base import (
     AttentionWeights,
     MixerContext,
+    ProjectionRows,
     RecurrentMixer,
     RecurrentState,
     mask_padding,
@@ -51,7 +52,7 @@ class Mamba2Mixer(RecurrentMixer):
     """
 
     float32_parameters: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias", "D")
-    initialisations: ClassVar[tuple[str, ...]] = ("identity", "paper")
+    starts: ClassVar[tuple[str, ...]] = ("identity", "paper")
 
     def __init__(self, config: HybridConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -120,15 +121,13 @@ class Mamba2Mixer(RecurrentMixer):
         return x.unflatten(-1, groups), B.unflatten(-1, groups), C.unflatten(-1, heads)
 
     @torch.no_grad()
-    def init_from_attention(self, weights: AttentionWeights, *, init: str, generator: torch.Generator) -> None:
+    def init_from_attention(self, weights: AttentionWeights, *, start: str, generator: torch.Generator) -> None:
         """``paper``: conv, z and dt at random as published; ``identity``: the conv passes its input on.
 
         Biases of q, k, v enter through the conv bias (exact where the conv is the identity). Qwen3's per-head norms
         have no counterpart; their weights scale B and C.
         """
-        P = self.head_dim
-        z, xBC, dt = self.in_proj.weight.split([self.num_heads * P, sum(self.conv_split), self.num_heads], dim=0)
-        x, B, C = xBC.split(self.conv_split, dim=0)
+        z, x, B, C, dt = self.rows
         x.copy_(weights.v)
         B.copy_(initial.scaled_rows(weights.k, weights.k_norm))
         C.copy_(initial.scaled_rows(weights.q, weights.q_norm))
@@ -152,10 +151,44 @@ class Mamba2Mixer(RecurrentMixer):
             )
         ]
         self.conv1d.bias.copy_(torch.cat([bias.to(self.conv1d.bias.device) for bias in biases]))
-        if init == "paper":
+        if start == "paper":
             initial.uniform_(self.conv1d.weight, self.conv1d.kernel_size[0] ** -0.5, generator)
         else:
             initial.identity_conv_(self.conv1d.weight)
+
+    @property
+    def rows(self) -> ProjectionRows:
+        sizes = [self.num_heads * self.head_dim, *self.conv_split, self.num_heads]
+        return ProjectionRows(*self.in_proj.weight.split(sizes, dim=0))
+
+    @torch.no_grad()
+    def set_decay(self, kept_H: Tensor) -> None:
+        self.rows.dt.zero_()
+        self.A_log.zero_()
+        self.dt_bias.copy_(initial.inverse_softplus(-kept_H.log()))
+
+    @torch.no_grad()
+    def scale_memory(self, factor_H: Tensor) -> None:
+        """Multiplies what each head reads out of its state, and D, leaving its decay: Δ grows, A shrinks.
+
+        Exact where Δ does not depend on the token.
+        """
+        self.dt_bias.copy_(initial.inverse_softplus(F.softplus(self.dt_bias) * factor_H))
+        self.A_log.sub_(factor_H.log())
+        self.D.mul_(factor_H)
+
+    def query_bias(self) -> Tensor:
+        assert self.conv1d.bias is not None
+        bias_C: Tensor = self.conv1d.bias.split(self.conv_split)[2]
+        return bias_C
+
+    @torch.no_grad()
+    def scale_activations(self, x_BTD: Tensor, *, values: float, keys: float) -> None:
+        first = self.num_heads * self.head_dim
+        xBC_BTC = F.linear(x_BTD, self.in_proj.weight[first : first + sum(self.conv_split)])
+        blocks = [size // self.head_dim for size in self.conv_split]
+        rms = [values] * blocks[0] + [keys] * (blocks[1] + blocks[2])
+        initial.scale_conv_(self.conv1d, xBC_BTC, x_BTD.new_tensor(rms))
 
     @torch.no_grad()
     def init_random(self) -> None:

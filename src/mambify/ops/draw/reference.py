@@ -5,20 +5,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mambify.ops.draw.settings import Settings
 
-def draw_tokens(logits_SV: Tensor, uniform_S: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+
+def draw_tokens(logits_SV: Tensor, uniform_S: Tensor, settings: Settings) -> Tensor:
     """See :func:`mambify.ops.draw.draw_tokens`."""
+    return quantiles(weights(logits_SV, settings), uniform_S)
+
+
+def weights(logits_SV: Tensor, settings: Settings) -> Tensor:
+    """What each token weighs, float64: the likeliest 1, those that are cut off 0."""
     exact_SV = logits_SV.double()
-    if top_k:
-        least_S1 = exact_SV.topk(min(top_k, exact_SV.shape[-1])).values[:, -1:]
-        exact_SV = exact_SV.masked_fill(exact_SV < least_S1, -torch.inf)
-    weight_SV = ((exact_SV - exact_SV.amax(-1, keepdim=True)) / temperature).exp()
-    if top_p < 1.0:
-        ordered_SV = weight_SV.sort(-1, descending=True).values
-        sum_SV = ordered_SV.cumsum(-1)
-        # The last token that is needed: all likelier ones together fall short of the share asked for.
-        short_S1 = (sum_SV < top_p * sum_SV[:, -1:]).sum(-1, keepdim=True).clamp(max=sum_SV.shape[-1] - 1)
-        weight_SV = weight_SV.masked_fill(weight_SV < ordered_SV.gather(-1, short_S1), 0.0)
+    temperature_S1, top_k_S1, top_p_S1, min_p_S1 = (value[:, None] for value in settings)
+    vocabulary = exact_SV.shape[-1]
+    ordered_SV = exact_SV.sort(-1, descending=True).values
+    kth_S1 = ordered_SV.gather(-1, (top_k_S1.long() - 1).clamp(0, vocabulary - 1))
+    exact_SV = exact_SV.masked_fill((top_k_S1 > 0) & (exact_SV < kth_S1), -torch.inf)
+    top_S1 = ordered_SV[:, :1]
+    softened_S1 = temperature_S1.double().masked_fill(temperature_S1 == 0, 1.0)
+    weight_SV = ((exact_SV - top_S1) / softened_S1).exp()
+
+    ordered_SV = weight_SV.sort(-1, descending=True).values
+    sum_SV = ordered_SV.cumsum(-1)
+    # The last token that is needed: all likelier ones together fall short of the share asked for.
+    short_S1 = (sum_SV < top_p_S1 * sum_SV[:, -1:]).sum(-1, keepdim=True).clamp(max=vocabulary - 1)
+    weight_SV = weight_SV.masked_fill((top_p_S1 < 1.0) & (weight_SV < ordered_SV.gather(-1, short_S1)), 0.0)
+    weight_SV = weight_SV.masked_fill(weight_SV < min_p_S1, 0.0)
+    likeliest_SV = torch.zeros_like(weight_SV).scatter_(-1, logits_SV.argmax(-1, keepdim=True), 1.0)
+    return torch.where(temperature_S1 == 0, likeliest_SV, weight_SV)
+
+
+def quantiles(weight_SV: Tensor, uniform_S: Tensor) -> Tensor:
+    """The token at which the running sum of the weights passes the row's share of their sum, ``[S]``."""
     upto_SV = weight_SV.cumsum(-1)
     target_S1 = uniform_S[:, None].double() * upto_SV[:, -1:]
     last_S1 = torch.searchsorted(upto_SV, upto_SV[:, -1:].contiguous())  # the last with weight

@@ -15,11 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_LOG2E = 1.4426950408889634
+from mambify.ops.draw.settings import Settings
+
+_LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _BLOCK = 4096
 
 
-def draw_tokens(logits_SV: Tensor, uniform_S: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+def draw_tokens(logits_SV: Tensor, uniform_S: Tensor, settings: Settings) -> Tensor:
     """See :func:`mambify.ops.draw.draw_tokens`."""
     rows, vocabulary = logits_SV.shape
     token_S = torch.empty(rows, dtype=torch.int64, device=logits_SV.device)
@@ -27,18 +29,24 @@ def draw_tokens(logits_SV: Tensor, uniform_S: Tensor, temperature: float, top_k:
         logits_SV,
         uniform_S,
         token_S,
-        _LOG2E / temperature,
-        min(top_k, vocabulary),
-        top_p,
+        *settings,
         logits_SV.stride(0),
         V=vocabulary,
-        BITS=16 if logits_SV.dtype == torch.bfloat16 else 32,
-        CUT_K=0 < top_k < vocabulary,
-        CUT_P=top_p < 1.0,
-        BLOCK=min(_BLOCK, triton.next_power_of_2(vocabulary)),
+        BITS=key_bits(logits_SV.dtype),
+        BLOCK=block_of(vocabulary),
         num_warps=8,
     )
     return token_S
+
+
+def key_bits(dtype: torch.dtype) -> int:
+    """Bits in which the order of the logits shows."""
+    return 16 if dtype == torch.bfloat16 else 32
+
+
+def block_of(vocabulary: int) -> int:
+    """Logits a program looks at together."""
+    return min(_BLOCK, int(triton.next_power_of_2(vocabulary)))
 
 
 @triton.jit
@@ -98,32 +106,61 @@ def _threshold(
 
 
 @triton.jit
-def _draw(
-    logits_ptr, uniform_ptr, token_ptr, scale_log2, top_k, top_p, stride,
-    V: tl.constexpr, BITS: tl.constexpr, CUT_K: tl.constexpr, CUT_P: tl.constexpr, BLOCK: tl.constexpr,
+def cut(
+    row_ptr, temperature, top_k, top_p, min_p,
+    V: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + row * stride
+    """What is left of a row: the largest logit, the scale of exponents, the least key kept, the least weight kept.
+
+    At temperature 0 only the logits that equal the largest are left; the first of them is meant.
+    """
     top = _largest(row_ptr, V, BLOCK)
     high = _key(top, BITS).to(tl.int64) + 1  # keys span 32 bits, their differences 33
     low = tl.full([], -(2 ** (BITS - 1)), tl.int64)
-    if CUT_K:
-        low = _threshold(row_ptr, top_k, low, high, top, scale_log2, V, BITS, False, BLOCK)
-    if CUT_P:
-        needed = top_p * _reaching(row_ptr, low.to(tl.int32), top, scale_log2, V, BITS, True, BLOCK)
-        low = _threshold(row_ptr, needed, low, high, top, scale_log2, V, BITS, True, BLOCK)
-    least = low.to(tl.int32)
+    scale_log2 = _LOG2E / tl.where(temperature > 0, temperature, 1.0)
+    if temperature > 0:
+        if (top_k > 0) & (top_k < V):
+            low = _threshold(row_ptr, top_k.to(tl.float32), low, high, top, scale_log2, V, BITS, False, BLOCK)
+        if top_p < 1.0:
+            needed = top_p * _reaching(row_ptr, low.to(tl.int32), top, scale_log2, V, BITS, True, BLOCK)
+            low = _threshold(row_ptr, needed, low, high, top, scale_log2, V, BITS, True, BLOCK)
+    else:
+        low = high - 1
+    return top, scale_log2, low.to(tl.int32), tl.where(temperature > 0, min_p, 0.0)
 
-    # Where the running sum of what is kept passes its share of the whole; rounding may leave that beyond the end.
-    target = tl.load(uniform_ptr + row) * _reaching(row_ptr, least, top, scale_log2, V, BITS, True, BLOCK)
+
+@triton.jit
+def kept_weights(row_ptr, v, top, scale_log2, least, floor, V: tl.constexpr, BITS: tl.constexpr):
+    """Weights of the tokens ``v`` of a row that was cut: the likeliest 1, those cut off and those past the end 0."""
+    x = tl.load(row_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
+    weight = tl.exp2((x - top) * scale_log2)
+    return tl.where((_key(x, BITS) >= least) & (v < V) & (weight >= floor), weight, 0.0)
+
+
+@triton.jit
+def _draw(
+    logits_ptr, uniform_ptr, token_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, stride,
+    V: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride
+    temperature = tl.load(temperature_ptr + row)
+    top, scale_log2, least, floor = cut(
+        row_ptr, temperature, tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), tl.load(min_p_ptr + row),
+        V, BITS, BLOCK,
+    )  # fmt: skip
     v = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, V, BLOCK):
+        total += kept_weights(row_ptr, start + v, top, scale_log2, least, floor, V, BITS)
+    # Where the running sum of what is kept passes its share of the whole; rounding may leave that beyond the end.
+    target = tl.load(uniform_ptr + row) * tl.sum(total, 0)
+    target = tl.where(temperature > 0, target, -1.0)  # the first of the likeliest
     before = tl.zeros([], tl.float32)
     found = tl.full([], V, tl.int32)
     last = tl.zeros([], tl.int32)
     for start in range(0, V, BLOCK):
-        x = tl.load(row_ptr + start + v, mask=start + v < V, other=float("-inf")).to(tl.float32)
-        kept = (_key(x, BITS) >= least) & (start + v < V)
-        weight = tl.where(kept, tl.exp2((x - top) * scale_log2), 0.0)
+        weight = kept_weights(row_ptr, start + v, top, scale_log2, least, floor, V, BITS)
         passed = (before + tl.cumsum(weight, 0) > target) & (weight > 0)
         found = tl.minimum(found, tl.min(tl.where(passed, start + v, V), 0))
         last = tl.maximum(last, tl.max(tl.where(weight > 0, start + v, 0), 0))
