@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from mambify.data.preferences import PreferenceDataset, as_blocks, read_preferences
+from mambify.errors import UnknownSourceError
+from mambify.evaluate.blocks import read_blocks
 from mambify.evaluate.compare import compare
 from mambify.evaluate.preferences import as_json, preference_accuracy
 from mambify.evaluate.tasks import compare_on_tasks, load_tasks
 from mambify.experiments.request import Request
-from mambify.families.load import load, require_tokenizer
+from mambify.families.load import load, load_tokenizer, require_tokenizer
 from mambify.model import HybridBlock, HybridForCausalLM
 
 
@@ -65,6 +67,24 @@ class Evaluation:
     def as_json(self) -> dict[str, Any]:
         """As plain values."""
         return asdict(self)
+
+
+def check_evaluation(evaluation: Evaluation) -> None:
+    """Reads all that students will be scored on, so that what cannot be read is known before any is trained.
+
+    Raises:
+        UsageError: a text, pairs or questions that cannot be read.
+        MissingDependencyError: tasks without lm-eval.
+    """
+    tokenizer = load_tokenizer(evaluation.teacher)
+    if tokenizer is None:
+        raise UnknownSourceError(f"{evaluation.teacher} has no tokenizer, and text must be tokenized")
+    for source in evaluation.sources:
+        read_blocks(source, tokenizer, context_length=evaluation.context_length, max_tokens=evaluation.context_length)
+    if evaluation.preferences is not None:
+        read_preferences(evaluation.preferences, tokenizer)
+    if evaluation.tasks:
+        load_tasks(evaluation.tasks, data_dir=evaluation.data_dir)
 
 
 def score(

@@ -15,7 +15,7 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
-from mambify.experiments.evaluation import Evaluation
+from mambify.experiments.evaluation import Evaluation, check_evaluation
 from mambify.experiments.jobs import Job, Say, check, outcome
 from mambify.experiments.recipes import failures, short
 from mambify.experiments.request import Request
@@ -97,6 +97,7 @@ def run(spec: PaperTable, request: Request, *, device: str, say: Say) -> dict[st
         if job.after is None:
             check_plan(recipe)
     evaluation = Evaluation.of(request)
+    check_evaluation(evaluation)
     failed = run_all(wanted, request.out, evaluation, device=device, parallel=request.parallel, say=say)
     outcomes = {
         name: outcome(row.job, request.out, evaluation, silenced=row.silenced)
@@ -189,36 +190,52 @@ def in_order(values: Sequence[float], figure: str) -> bool:
 
 
 def table(result: Mapping[str, Any]) -> Table:
-    """The paper's figures and ours."""
-    theirs = list(dict.fromkeys(figure for row in result["results"] for figure in row["paper"]))
-    ours = list(dict.fromkeys(figure for row in result["results"] for figure in row["ours"]))
+    """The paper's figures and ours: a row a student, or where there are more figures than students, a row a figure."""
+    rows = result["results"]
+    columns = [
+        (side, figure)
+        for side in ("paper", "ours")
+        for figure in dict.fromkeys(figure for row in sorted(rows, key=lambda r: -len(r[side])) for figure in row[side])
+    ]
     title = f"{result['title']}: {result['teacher']}, {result['recipe']}, {short(result['tokens'])} tokens a student"
-    shown = Table(
-        title=f"{title}; {result['machine']['device']}",
-        title_justify="left",
-        box=SIMPLE,
-        pad_edge=False,
-    )
-    shown.add_column("student")
-    for figure in theirs:
-        shown.add_column(f"paper\n{figure}", justify="right")
-    for figure in ours:
-        shown.add_column(f"ours\n{figure}", justify="right")
-    for row in result["results"]:
-        cells = [f"{row['paper'][figure]:g}" if figure in row["paper"] else "" for figure in theirs]
-        cells += [_value(row["ours"][figure], figure) if figure in row["ours"] else "" for figure in ours]
-        shown.add_row(row["row"], *cells)
+    shown = Table(title=f"{title}; {result['machine']['device']}", title_justify="left", box=SIMPLE, pad_edge=False)
+    cells = [
+        [_value(row[side][figure], figure, side) if figure in row[side] else "" for side, figure in columns]
+        for row in rows
+    ]
+    if len(columns) <= len(rows):
+        shown.add_column("student")
+        for side, figure in columns:
+            shown.add_column(f"{side}\n{figure}", justify="right")
+        for row, values in zip(rows, cells, strict=True):
+            shown.add_row(row["row"], *values)
+        return shown
+    shown.add_column("figure")
+    for row in rows:
+        shown.add_column(row["row"], justify="right")
+    for (side, figure), across in zip(columns, zip(*cells, strict=True), strict=True):
+        shown.add_row(f"{side}: {figure}", *across)
     return shown
 
 
 def notes(result: Mapping[str, Any]) -> list[str]:
     """What is to be said below the table, a line each: where the conclusions agree, what differs, and what failed."""
     differs = [f"Not as in the paper: {sentence}." for sentence in result["differs"]]
-    return [*map(_sentence, result["conclusions"]), *differs, *failures(result)]
+    return [*map(_sentence, result["conclusions"]), *_summary(result["conclusions"]), *differs, *failures(result)]
 
 
-def _value(value: float, figure: str) -> str:
-    if any(word in figure for word in _SMALLER):
+def _summary(conclusions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How many of the conclusions agree, by each of our figures; nothing where none was measured."""
+    found: dict[str, list[bool]] = {}
+    for conclusion in conclusions:
+        for figure, one in conclusion["ours"].items():
+            found.setdefault(figure, []).append(one["agrees"])
+    parts = [f"{sum(agreed)} of {len(agreed)} by {figure}" for figure, agreed in found.items()]
+    return [f"Conclusions that agree: {', '.join(parts)}."] if parts else []
+
+
+def _value(value: float, figure: str, side: str) -> str:
+    if side == "paper" or any(word in figure for word in _SMALLER):
         return f"{value:.4g}"
     return f"{value:.1%}"
 

@@ -13,7 +13,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from mambify.distill.presets import preset_file
-from mambify.experiments.evaluation import Evaluation
+from mambify.experiments.evaluation import Evaluation, check_evaluation
 from mambify.experiments.jobs import Say, check, outcome
 from mambify.experiments.request import Request
 from mambify.experiments.schedule import run_all
@@ -40,6 +40,7 @@ def run(request: Request, *, device: str, say: Say) -> dict[str, Any]:
     for job in jobs.values():
         check_plan(check(job))
     evaluation = Evaluation.of(request)
+    check_evaluation(evaluation)
     failed = run_all(list(jobs.values()), request.out, evaluation, device=device, parallel=request.parallel, say=say)
     results = [
         {"recipe": name, "about": about(name), "budget": tokens} | outcome(job, request.out, evaluation)

@@ -17,6 +17,7 @@ import torch
 from mambify.experiments.evaluation import Evaluation
 from mambify.experiments.jobs import Job, Say, is_done, work, write_job
 
+_WORKER = (sys.executable, "-m", "mambify.experiments.worker")
 _LOOK_EVERY, _TELL_EVERY = 0.2, 30.0  # seconds
 
 
@@ -79,12 +80,13 @@ def _side_by_side(
         while waiting or running:
             for one in [one for one in running if one.process.poll() is not None]:
                 running.remove(one)
+                _let_go(one.process)
                 count += 1
                 took = f"{time.monotonic() - one.since:.0f} s"
                 if one.process.returncode == 0:
                     say(f"[{count}/{len(jobs)}] {one.job.label}: done in {took}")
                 else:
-                    failed[one.job.key] = _last_line(one.log) or f"exit status {one.process.returncode}"
+                    failed[one.job.key] = _reason(one)
                     say(f"[{count}/{len(jobs)}] {one.job.label}: failed: {failed[one.job.key]} (all of it: {one.log})")
             for job in list(waiting):
                 after = job.after
@@ -95,7 +97,7 @@ def _side_by_side(
                 elif len(running) < parallel and not _unfinished(after, [*waiting, *(one.job for one in running)]):
                     waiting.remove(job)
                     free = min(places, key=lambda place: sum(one.place == place for one in running))
-                    running.append(_start(job, out, evaluation, device, free))
+                    running.append(_start(job, out, evaluation, device, free, parallel))
                     say(f"{job.label}: begun{f' on GPU {free}' if free else ''}")
             if time.monotonic() - told > _TELL_EVERY:
                 told = time.monotonic()
@@ -119,13 +121,14 @@ def _places(device: str, parallel: int) -> list[str]:
     return names[:parallel] if index is None else [names[index]]
 
 
-def _start(job: Job, out: Path, evaluation: Evaluation, device: str, place: str) -> _Running:
+def _start(job: Job, out: Path, evaluation: Evaluation, device: str, place: str, parallel: int) -> _Running:
     folder = write_job(job, out, evaluation)
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": place} if place else {})
+    threads = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // parallel, 1))}
+    environment = threads | os.environ | ({"CUDA_VISIBLE_DEVICES": place} if place else {})
     log = folder / "log.txt"
     with log.open("ab") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mambify.experiments.worker", str(folder), "cuda" if place else device],
+            [*_WORKER, str(folder), "cuda" if place else device],
             stdin=subprocess.PIPE,  # held open for as long as this process is there
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -144,7 +147,20 @@ def _ended() -> Iterator[list[_Running]]:
         for one in running:
             one.process.terminate()
         for one in running:
-            one.process.wait()
+            _let_go(one.process)
+
+
+def _let_go(process: subprocess.Popen[bytes]) -> None:
+    """Waits for a process that ends, and closes what held it."""
+    process.wait()
+    assert process.stdin is not None
+    process.stdin.close()
+
+
+def _reason(ended: _Running) -> str:
+    """Why a process failed: what it said last; of one that was killed that is not the reason, only how far it was."""
+    said, status = _last_line(ended.log), ended.process.returncode
+    return f"killed by signal {-status} after: {said}" if status < 0 else said
 
 
 def _last_line(log: Path) -> str:
