@@ -12,14 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from mambify.bench import cases, clock, ops, run_benchmark, synthesize, train
+from mambify.bench import cases, clock, ops, replay_cases, run_benchmark, synthesize, train
 from mambify.bench.peers import peer
 from mambify.bench.registry import BENCHMARKS, names_of
 from mambify.cli.main import main
 from mambify.errors import InvalidOptionError
+from mambify.ops.backends import HAS_TRITON
 
 # Odd sizes, several key/value heads, more than one chunk of the scan.
 SHAPE = cases.Shape("tiny", 2, 140, 6, 2, 16, V=100)
+ROUND = cases.Shape("tiny", 2, 5, 6, 2, 16)
+MAKERS = [(SHAPE, maker) for maker in cases.MAKERS.values()]
+MAKERS += [(ROUND, maker) for maker in replay_cases.REPLAY_MAKERS.values()]
 
 INITS = {
     "teacher": "none",
@@ -33,6 +37,7 @@ INITS = {
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "SHAPES", {"cpu": (SHAPE,)})
+    monkeypatch.setattr(ops, "REPLAY_SHAPES", {"cpu": (ROUND,)})
     monkeypatch.setattr(clock, "_SECONDS", 1e-9)
     monkeypatch.setattr(clock, "_AT_MOST", 0.0)
     monkeypatch.setattr(clock, "_COPY_BYTES", {"cpu": 2**20})
@@ -43,12 +48,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
-@pytest.mark.parametrize("maker", cases.MAKERS.values(), ids=cases.MAKERS)
+@pytest.mark.parametrize(("shape", "maker"), MAKERS, ids=[*cases.MAKERS, *replay_cases.REPLAY_MAKERS])
 def test_ours_and_theirs_give_the_same_values_and_gradients(
-    maker: Callable[..., cases.Case], dtype: torch.dtype, tolerance: float
+    shape: cases.Shape, maker: Callable[..., cases.Case], dtype: torch.dtype, tolerance: float
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    case = maker(SHAPE, lambda *sizes: torch.randn(*sizes, generator=generator).to(dtype))
+    case = maker(shape, lambda *sizes: torch.randn(*sizes, generator=generator).to(dtype))
 
     def ours(inputs: cases.Inputs) -> torch.Tensor:
         return case.ours(inputs, "auto")
@@ -67,7 +72,7 @@ def test_ours_and_theirs_give_the_same_values_and_gradients(
 def test_the_result_says_where_it_ran() -> None:
     seen: list[tuple[int, int]] = []
     result = run_benchmark("ops", device="cpu", progress=lambda done, total: seen.append((done, total)))
-    assert seen[-1] == (len(cases.MAKERS), len(cases.MAKERS))
+    assert seen[-1] == (len(MAKERS), len(MAKERS))
     assert result["machine"]["torch"] == torch.__version__
     assert result["machine"]["copy_bytes_per_second"] > 1e6
     assert {row["operation"] for row in result["results"]} >= {"ssd_scan", "ssd_step", "selective_scan", "causal_conv"}
@@ -77,6 +82,18 @@ def test_the_result_says_where_it_ran() -> None:
         for other in row["peers"].values():
             assert other["ms"] > 0
             assert other["difference"] < 1e-4 or row["operation"] == "draw_tokens"
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_the_ways_that_replay_replaces_give_the_same() -> None:
+    case = replay_cases.REPLAY_MAKERS["ssd_replay"](ROUND, torch.randn)
+    expected = case.ours(case.inputs, "reference")
+    stored = replay_cases.StatePerToken(case.inputs["state"], ROUND.T)
+    copied = replay_cases.CopyAndRecompute(case.inputs["state"], 3)
+    for _ in range(2):  # a run leaves what it begins from
+        for other in (stored, copied):
+            assert (other(case.inputs) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (copied.kept[:, 0] - stored.states[:, 2]).abs().max() < 1e-6
 
 
 def test_no_time_is_given_for_a_kernel_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -295,6 +295,17 @@ class TestGenerate:
         assert one == same
         assert one != other
 
+    def test_a_draft_changes_no_word(self, run: Run, student: Path, teacher: Path) -> None:
+        command = ["generate", student, "hi", "--max-new-tokens", 20]
+        plain = run(*command)
+        for draft in (teacher, "lookup"):
+            fast = run(*command, "--draft", draft, "--num-draft-tokens", 3)
+            assert (fast.status, fast.out) == (0, plain.out)
+            assert "a round; accepted by position" in fast.err
+        told = parse(run(*command, "--draft", teacher, "--json").out)["speculation"]
+        assert told["tokens_per_round"] >= 1 and len(told["acceptance_by_position"]) == 4
+        assert run(*command, "--draft", "lookup", "--num-draft-tokens", 0).status == 2
+
     def test_a_prompt_from_stdin(self, run: Run, teacher: Path) -> None:
         command = ["--max-new-tokens", 5, "--no-chat"]
         piped = run("generate", teacher, "-", *command, stdin="The quick")
@@ -317,6 +328,10 @@ class TestChat:
         assert answers[0] == answers[1] != ""  # the second was asked after a reset
         assert "forgotten" in result.err
         assert "no command /what" in result.err
+
+    def test_a_draft_changes_no_word(self, run: Run, student: Path) -> None:
+        command = ["chat", student, "--max-new-tokens", 8, "--temperature", 0]
+        assert run(*command, "--draft", "lookup", stdin="hi\nhi\n").out == run(*command, stdin="hi\nhi\n").out
 
     def test_what_was_said_matters(self, run: Run, student: Path) -> None:
         command = ["chat", student, "--max-new-tokens", 8, "--temperature", 0]

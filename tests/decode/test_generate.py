@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import mambify
 from mambify.decode import generate
@@ -131,6 +131,35 @@ def test_an_empty_prompt_is_refused(hybrid: HybridForCausalLM) -> None:
         generate(hybrid, torch.zeros(1, 0, dtype=torch.long))
 
 
-def test_a_draft_is_refused_for_now(hybrid: HybridForCausalLM) -> None:
-    with pytest.raises(UnsupportedError, match="speculative decoding"):
-        generate(hybrid, torch.tensor([[5]]), draft=hybrid)
+@pytest.mark.parametrize("draft", ["hybrid", "lookup"])
+def test_a_draft_changes_no_token(hybrid: HybridForCausalLM, padded: Padded, draft: str) -> None:
+    """Padded rows that end for themselves: what comes out is what comes out without a draft."""
+    ids_BT, mask_BT = padded
+    chosen: Any = hybrid if draft == "hybrid" else draft
+    free = generate(hybrid, ids_BT, attention_mask=mask_BT, max_new_tokens=20, eos_token_id=[])
+    for ends in ([], int(free[0, -14])):
+        settings: dict[str, Any] = {"attention_mask": mask_BT, "max_new_tokens": 20, "eos_token_id": ends}
+        plain = generate(hybrid, ids_BT, **settings)
+        assert torch.equal(generate(hybrid, ids_BT, draft=chosen, num_draft_tokens=3, **settings), plain)
+
+
+def test_drawing_with_a_draft_follows_the_seed(hybrid: HybridForCausalLM) -> None:
+    settings: dict[str, Any] = {"draft": "lookup", "temperature": 1.0, "max_new_tokens": 20, "eos_token_id": []}
+    ids_BT = torch.tensor([[5, 6], [5, 6]])
+    first, same, other = (generate(hybrid, ids_BT, seed=seed, **settings) for seed in (1, 1, 2))
+    assert torch.equal(first, same) and not torch.equal(first, other)
+    assert not torch.equal(first[0], first[1])
+    torch.manual_seed(4)
+    drawn = generate(hybrid, ids_BT, **settings)
+    torch.manual_seed(4)
+    assert torch.equal(generate(hybrid, ids_BT, **settings), drawn)
+
+
+def test_a_draft_needs_models_of_this_package(hybrid: HybridForCausalLM, model: PreTrainedModel) -> None:
+    stock = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    with pytest.raises(UnsupportedError, match="a draft of this package, not a LlamaForCausalLM"):
+        generate(hybrid, torch.tensor([[5]]), draft=stock)
+    with pytest.raises(UnsupportedError, match="a target of this package"):
+        generate(stock, torch.tensor([[5]]), draft="lookup")
+    with pytest.raises(InvalidOptionError, match="num_draft_tokens must be 1 to 16"):
+        generate(hybrid, torch.tensor([[5]]), draft="lookup", num_draft_tokens=0)

@@ -11,13 +11,27 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("heads", "groups", "head_dim"), [(9, 3, 64), (4, 1, 24), (32, 32, 16)])
+@pytest.mark.parametrize(("heads", "groups", "head_dim"), [(9, 3, 64), (4, 1, 24), (6, 6, 16)])
 @pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("queries", [1, 3, 17])
+@pytest.mark.parametrize("parts", [1, 3])
 def test_each_row_attends_to_what_it_has_filled(
-    backend: str, heads: int, groups: int, head_dim: int, window: int | None
+    backend: str,
+    heads: int,
+    groups: int,
+    head_dim: int,
+    window: int | None,
+    queries: int,
+    parts: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    lengths = [1, 4, 64, 65, 100]
-    q = torch.randn(len(lengths), heads, head_dim)
+    if parts > 1:
+        if backend == "reference":
+            pytest.skip("the reference does not divide rows")
+        monkeypatch.setattr("mambify.ops.decode_attention.triton._LEAST", 2 if window else 34)
+        monkeypatch.setattr("mambify.ops.decode_attention.triton._PROGRAMS", 10**6)
+    lengths = [max(length, queries) for length in (1, 4, 64, 65, 100)]
+    q = torch.randn(len(lengths), queries, heads, head_dim)
     keys = torch.full((len(lengths), groups, 100, head_dim), float("nan"))
     values = keys.clone()
     expected = []
@@ -25,17 +39,20 @@ def test_each_row_attends_to_what_it_has_filled(
         keys[row, :, :length] = torch.randn(groups, length, head_dim)
         values[row, :, :length] = torch.randn(groups, length, head_dim)
         k, v = (t[row, :, :length].double().repeat_interleave(heads // groups, 0) for t in (keys, values))
-        score = torch.einsum("hp,hlp->hl", q[row].double(), k) * 0.3
-        if window is not None:
-            score[:, : max(length - window, 0)] = -torch.inf
-        expected.append(torch.einsum("hl,hlp->hp", score.softmax(-1), v))
+        score = torch.einsum("thp,hlp->thl", q[row].double(), k) * 0.3
+        for query in range(queries):
+            end = length - queries + query + 1
+            score[query, :, end:] = -torch.inf
+            if window is not None:
+                score[query, :, : max(end - window, 0)] = -torch.inf
+        expected.append(torch.einsum("thl,hlp->thp", score.softmax(-1), v))
     given = (t.to(DEVICE) for t in (q, keys, values, torch.tensor(lengths)))
     actual = decode_attention(*given, scaling=0.3, window=window, backend=backend)
     assert (actual.cpu() - torch.stack(expected)).abs().max() < 1e-5
 
 
 def test_shapes_that_do_not_belong_together_are_refused() -> None:
-    q, keys = torch.randn(2, 4, 8), torch.randn(2, 3, 5, 8)
+    q, keys = torch.randn(2, 1, 4, 8), torch.randn(2, 3, 5, 8)
     with pytest.raises(ValueError, match="G dividing H"):
         decode_attention(q, keys, keys, torch.ones(2), scaling=1.0)
     with pytest.raises(ValueError, match="lengths_S"):

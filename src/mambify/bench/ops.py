@@ -19,6 +19,7 @@ from torch import Tensor
 from mambify.bench.cases import MAKERS, SCANS, SHAPES, Case, Inputs, Operation
 from mambify.bench.clock import device_seconds_of, seconds_of
 from mambify.bench.peers import PeerMissingError
+from mambify.bench.replay_cases import REPLAY_MAKERS, REPLAY_SHAPES
 from mambify.evaluate.report.quantities import significant
 
 #: largest difference from the reference, over the largest value, that passes
@@ -31,8 +32,9 @@ def run(device: str, progress: Callable[[int, int], None], only: str | None = No
     dtype = torch.bfloat16 if kind == "cuda" else torch.float32
     makers = [
         (shape, maker)
-        for shape in SHAPES[kind]
-        for name, maker in MAKERS.items()
+        for shapes, named in ((SHAPES, MAKERS), (REPLAY_SHAPES, REPLAY_MAKERS))
+        for shape in shapes[kind]
+        for name, maker in named.items()
         # Long rows matter to scans only.
         if (name in SCANS or not shape.name.startswith("16k")) and only in (None, name)
     ]

@@ -25,6 +25,8 @@ def chat(
     top_k: options.TopK = 0,
     top_p: options.TopP = 0.95,
     seed: options.Seed = 0,
+    draft: options.Draft = None,
+    num_draft_tokens: options.NumDraftTokens = 4,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
 ) -> None:
@@ -33,7 +35,7 @@ def chat(
     /reset forgets the conversation; /exit or Ctrl-D ends it. Lines from a pipe are answered one by one.
     """
     quiet_libraries()
-    from mambify.decode import Conversation, Sampling, stream_text
+    from mambify.decode import Conversation, Sampling, speculator, stop_ids, stream_text
     from mambify.families.load import load, require_tokenizer
 
     sampling = Sampling(temperature, top_k, top_p, max_new_tokens)
@@ -48,6 +50,16 @@ def chat(
         reads = limit + max_new_tokens
         raise InvalidOptionError(
             f"--max-new-tokens {max_new_tokens} leaves no room: {model} reads {reads} tokens in all"
+        )
+    decoder = None
+    if draft is not None:
+        decoder = speculator(
+            loaded.model,
+            options.load_draft(draft, dtype=dtype, device=place),
+            sampling,
+            max_length=limit + max_new_tokens,
+            stop_ids=sorted(stop_ids(loaded.model, tokenizer)),
+            num_draft_tokens=num_draft_tokens,
         )
     conversation = Conversation(tokenizer, system=system, max_prompt_tokens=limit)
     console = stderr()
@@ -73,7 +85,8 @@ def chat(
             console.print(f"({num_dropped} earlier exchanges no longer fit and are forgotten)", style="dim")
         said: list[str] = []
         with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends the answer, not the conversation
-            for piece in stream_text(loaded.model, tokenizer, prompt_ids, sampling, seed=seed + turn):
+            stream = stream_text(loaded.model, tokenizer, prompt_ids, sampling, seed=seed + turn, speculator=decoder)
+            for piece in stream:
                 said.append(piece)
                 sys.stdout.write(piece)
                 sys.stdout.flush()

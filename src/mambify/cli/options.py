@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,7 +21,14 @@ MaxNewTokens = Annotated[int, typer.Option(help="Length limit of the answer, in 
 Temperature = Annotated[float, typer.Option(help="0: always the likeliest token; 1: the model's own distribution.")]
 TopK = Annotated[int, typer.Option(help="Draw among this many likeliest tokens; 0 for all.")]
 TopP = Annotated[float, typer.Option(help="Draw among the likeliest tokens that hold this probability; 1 for all.")]
+Draft = Annotated[
+    str | None,
+    typer.Option(help="A smaller model of the same vocabulary that guesses ahead, or lookup: from the text so far."),
+]
+NumDraftTokens = Annotated[int, typer.Option(help="How many tokens are guessed at a time, 1 to 16.")]
 Seed = Annotated[int, typer.Option(help="Of everything drawn at random.")]
+
+LOOKUP = "lookup"
 
 
 def pick_device(name: str | None) -> str:
@@ -47,6 +54,17 @@ def pick_device(name: str | None) -> str:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return name
+
+
+def load_draft(name: str, *, dtype: str, device: str, quiet: bool = False) -> Any:
+    """The model that ``--draft`` names, or ``"lookup"`` itself."""
+    if name == LOOKUP:
+        return name
+    from mambify.cli.console import working
+    from mambify.families.load import load
+
+    with working(f"loading {name}", quiet=quiet):
+        return load(name, dtype=dtype, device=device).model
 
 
 def parse_tokens(text: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mambify.decode.conversation import Conversation
 from mambify.decode.generate import generate
 from mambify.decode.sampling import Sampling
+from mambify.decode.speculative import speculator
 from mambify.decode.stream import TextStream, generate_text, stream_text
 from mambify.decode.text import Detokenizer, Message, encode_prompt, stop_ids
 
@@ -17,6 +18,7 @@ __all__ = [
     "encode_prompt",
     "generate",
     "generate_text",
+    "speculator",
     "stop_ids",
     "stream_text",
 ]

@@ -6,14 +6,14 @@ Letters: B batch, T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from mambify.decode.sampling import Sampling
-from mambify.decode.steps import decode_steps
-from mambify.errors import UnsupportedError
+from mambify.decode.speculative import generate_speculatively
+from mambify.decode.steps import decode_steps, left_padding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +30,7 @@ def generate(
     seed: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     attention_mask: Tensor | None = None,
-    draft: PreTrainedModel | None = None,
+    draft: PreTrainedModel | Literal["lookup"] | None = None,
     num_draft_tokens: int = 4,
 ) -> Tensor:
     """Continues every row of ``input_ids`` until its end token, or for ``max_new_tokens``.
@@ -43,25 +43,36 @@ def generate(
         seed: the same seed gives the same tokens; torch's global generator where ``None``.
         eos_token_id: tokens that end a row; the model's own where ``None``, none at all where empty.
         attention_mask: ``[B, T]``, 0 where a row is padded on the left.
-        draft: a smaller model that guesses ahead; not available in this version.
-        num_draft_tokens: how far it guesses ahead.
+        draft: a smaller model of the same vocabulary that puts tokens forward, or ``"lookup"``, which takes them from
+            the text so far. The tokens that come out are the model's own (at temperature 0 the very same ones, above
+            it distributed as without a draft); only their speed changes.
+        num_draft_tokens: how many are put forward at a time, 1 to 16.
 
     Returns:
         ``[B, T + new]``: the prompts with what follows; a row that ended is filled up with the padding token (the end
         token where there is none).
 
     Raises:
-        InvalidOptionError: a setting out of range, an empty prompt, or padding on the right.
-        UnsupportedError: a draft was given.
+        InvalidOptionError: a setting out of range, an empty prompt, padding on the right, or a draft of another
+            vocabulary.
+        UnsupportedError: a draft for a model that is not of this package.
     """
-    if draft is not None:
-        raise UnsupportedError(
-            f"speculative decoding (draft=…, num_draft_tokens={num_draft_tokens}) is not available in this version: "
-            "leave draft out"
-        )
     sampling = Sampling(temperature, top_k, top_p, max_new_tokens)
     stops = end_token_ids(model) if eos_token_id is None else _as_list(eos_token_id)
     padding = _padding_id(model, stops)
+    if draft is not None:
+        mask, _ = left_padding(input_ids, attention_mask)
+        return generate_speculatively(
+            model,
+            input_ids,
+            draft,
+            sampling,
+            stop_ids=stops,
+            padding_id=padding,
+            num_draft_tokens=num_draft_tokens,
+            mask_BT=mask,
+            seed=seed,
+        )
     stops_E = torch.tensor(stops, dtype=torch.long, device=input_ids.device)
     ended_B = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     columns = [input_ids]

@@ -40,7 +40,7 @@ def decode_steps(
     Raises:
         InvalidOptionError: an empty prompt, or padding on the right.
     """
-    mask_BT, position_ids = _left_padding(input_ids_BT, attention_mask_BT)
+    mask_BT, position_ids = left_padding(input_ids_BT, attention_mask_BT)
     generator = None if seed is None else torch.Generator(input_ids_BT.device).manual_seed(seed)
     tokens_BT, cache = input_ids_BT, None  # the model makes the kind of cache it needs
     for step in range(sampling.max_new_tokens):
@@ -61,7 +61,7 @@ def decode_steps(
         tokens_BT = next_B[:, None]
 
 
-def _left_padding(input_ids_BT: Tensor, mask_BT: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def left_padding(input_ids_BT: Tensor, mask_BT: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """The mask, and positions that count from each row's first token; both None where nothing is padded."""
     if input_ids_BT.dim() != 2 or not input_ids_BT.numel():
         raise InvalidOptionError(f"input_ids must be [B, T] and not empty, got shape {list(input_ids_BT.shape)}")

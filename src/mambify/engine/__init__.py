@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from mambify.engine.engine import DecodeEngine, Turn
 from mambify.engine.slots import Drawing
+from mambify.engine.speculate import Speculator, Statistics
 
-__all__ = ["DecodeEngine", "Drawing", "Turn"]
+__all__ = ["DecodeEngine", "Drawing", "Speculator", "Statistics", "Turn"]

@@ -10,7 +10,8 @@ dimension, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,11 @@ class Drawing:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+
+    def settings(self) -> dict[str, Any]:
+        """As keyword arguments of operations."""
+        return asdict(self)
 
 
 @dataclass
@@ -128,13 +134,7 @@ class Slots:
         """Reads each slot's token and finds its next one, in place, for the first ``slots`` of them."""
         c = self.control.first(slots)
         logits_SV = self._forward(c)
-        drawn_S = draw_tokens(
-            logits_SV,
-            uniform(c.seed_S, c.length_S),
-            temperature=self.drawing.temperature,
-            top_k=self.drawing.top_k,
-            top_p=self.drawing.top_p,
-        )
+        drawn_S = draw_tokens(logits_SV, uniform(c.seed_S, c.length_S), **self.drawing.settings())
         forced_S = c.next_forced_S < c.num_forced_S
         place_S1 = c.next_forced_S.clamp(max=c.forced_SF.shape[1] - 1)[:, None]
         token_S = torch.where(forced_S, c.forced_SF.gather(1, place_S1)[:, 0], drawn_S)

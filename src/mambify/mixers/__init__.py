@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from mambify.mixers.attention import AttentionMixer
-from mambify.mixers.base import AttentionWeights, Mixer, MixerContext, RecurrentMixer, RecurrentState
+from mambify.mixers.base import (
+    AttentionWeights,
+    Mixer,
+    MixerContext,
+    RecurrentMixer,
+    RecurrentState,
+    ReplayState,
+)
 from mambify.mixers.mamba1 import Mamba1Mixer
 from mambify.mixers.mamba2 import Mamba2Mixer
 
@@ -14,4 +21,13 @@ MIXERS: dict[str, type[Mixer]] = {
     "mamba1": Mamba1Mixer,
 }
 
-__all__ = ["MIXERS", "AttentionMixer", "AttentionWeights", "Mixer", "MixerContext", "RecurrentMixer", "RecurrentState"]
+__all__ = [
+    "MIXERS",
+    "AttentionMixer",
+    "AttentionWeights",
+    "Mixer",
+    "MixerContext",
+    "RecurrentMixer",
+    "RecurrentState",
+    "ReplayState",
+]

@@ -48,11 +48,13 @@ class SlotKV(NamedTuple):
     values_SGLP: Tensor
     lengths_S: Tensor
 
-    def append(self, k_SGP: Tensor, v_SGP: Tensor) -> None:
-        """Writes one token into every slot, at its own place."""
-        slot_S = torch.arange(len(k_SGP), device=k_SGP.device)
-        self.keys_SGLP[slot_S, :, self.lengths_S] = k_SGP
-        self.values_SGLP[slot_S, :, self.lengths_S] = v_SGP
+    def append(self, k_STGP: Tensor, v_STGP: Tensor) -> None:
+        """Writes T tokens into every slot, from its own place on."""
+        slots, tokens = k_STGP.shape[:2]
+        slot_S1 = torch.arange(slots, device=k_STGP.device)[:, None]
+        place_ST = self.lengths_S[:, None] + torch.arange(tokens, device=k_STGP.device)
+        self.keys_SGLP[slot_S1, :, place_ST] = k_STGP
+        self.values_SGLP[slot_S1, :, place_ST] = v_STGP
 
 
 class SoftmaxAttention(nn.Module):
@@ -144,26 +146,27 @@ class AttentionMixer(Mixer):
     ) -> tuple[Tensor, KVState | SlotKV | None]:
         """Attends from every token to those before it. Returns ``[B, T, D]`` and the (grown) state.
 
-        With slots there is one token a row, and the caller counts the lengths on.
+        With slots the caller counts the lengths on.
         """
         B, T, _ = x_BTD.shape
         q_BTHP = self.q_norm(self.q_proj(x_BTD).view(B, T, -1, self.head_dim))
         k_BTGP = self.k_norm(self.k_proj(x_BTD).view(B, T, -1, self.head_dim))
-        v_BGTP = self.v_proj(x_BTD).view(B, T, -1, self.head_dim).transpose(1, 2)
+        v_BTGP = self.v_proj(x_BTD).view(B, T, -1, self.head_dim)
         assert context.position_embeddings is not None, "attention needs RoPE's cos and sin"
-        q_BHTP = rotate(q_BTHP, *context.position_embeddings).transpose(1, 2)
-        k_BGTP = rotate(k_BTGP, *context.position_embeddings).transpose(1, 2)
+        q_BTHP = rotate(q_BTHP, *context.position_embeddings)
+        k_BTGP = rotate(k_BTGP, *context.position_embeddings)
         if isinstance(state, SlotKV):
-            state.append(k_BGTP[:, :, 0], v_BGTP[:, :, 0])
-            y_SHP = decode_attention(
-                q_BHTP[:, :, 0],
+            state.append(k_BTGP, v_BTGP)
+            y_STHP = decode_attention(
+                q_BTHP,
                 state.keys_SGLP,
                 state.values_SGLP,
-                state.lengths_S + 1,
+                state.lengths_S + T,
                 scaling=self.attend.scaling,
                 window=self.attend.sliding_window,
             )
-            return self.o_proj(y_SHP.reshape(B, T, -1)), state
+            return self.o_proj(y_STHP.reshape(B, T, -1)), state
+        q_BHTP, k_BGTP, v_BGTP = (x.transpose(1, 2) for x in (q_BTHP, k_BTGP, v_BTGP))
         if state is not None:
             k_BGTP, v_BGTP = state.append(k_BGTP, v_BGTP)
         y_BTHP, _ = self.attend(q_BHTP, k_BGTP, v_BGTP, context.attention_mask, context.attention_kwargs)

@@ -12,6 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from mambify.mixers import initial
+from mambify.ops.conv_replay import load_window
+from mambify.ops.ring import RingPlace
+from mambify.ops.selective_replay import SelectiveRing
+from mambify.ops.ssd_replay import SSDRing
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -47,6 +51,27 @@ class RecurrentState(NamedTuple):
 
     conv: Tensor
     ssm: Tensor
+
+
+class ReplayState(NamedTuple):
+    """What a recurrent layer keeps where new tokens may yet be rejected: fixed buffers, a slot a sequence.
+
+    Attributes:
+        conv: inputs of the convolution in a ring, ``[S, R, C]``.
+        ssm: the state before what is pending, float32, ``[S, …]`` as in :class:`RecurrentState`.
+        ring: the tokens since then, as :mod:`mambify.ops.ssd_replay` or :mod:`mambify.ops.selective_replay` keep them.
+        place: where each slot stands in the rings.
+    """
+
+    conv: Tensor
+    ssm: Tensor
+    ring: SSDRing | SelectiveRing
+    place: RingPlace
+
+    def load(self, row_E: Tensor, state: RecurrentState) -> None:
+        """Begins slots ``row_E``, of which nothing is pending, with the state after their prompts (``E`` rows)."""
+        self.ssm[row_E] = state.ssm.to(self.ssm.dtype)
+        load_window(self.conv, self.place, row_E, state.conv)
 
 
 class AttentionWeights(NamedTuple):
@@ -144,6 +169,7 @@ class Mixer(nn.Module):
 class RecurrentMixer(Mixer):
     """A mixer whose state is a :class:`RecurrentState`, kept in a linear-attention cache layer.
 
+    Given a :class:`ReplayState` instead, it reads new tokens that may yet be rejected and changes the buffers in place.
     What attention has no counterpart for can be set in terms of heads, whatever the layout: :meth:`set_decay`,
     :meth:`set_gate`, :meth:`turn_queries`, :meth:`scale_activations`.
     """
@@ -156,6 +182,10 @@ class RecurrentMixer(Mixer):
     @property
     def rows(self) -> ProjectionRows:
         """``in_proj``'s rows."""
+        raise NotImplementedError
+
+    def replay_state(self, slots: int, place: RingPlace) -> ReplayState:
+        """Empty buffers for ``slots`` sequences, in this mixer's dtype and on its device."""
         raise NotImplementedError
 
     @torch.no_grad()

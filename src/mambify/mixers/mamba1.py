@@ -21,10 +21,14 @@ from mambify.mixers.base import (
     ProjectionRows,
     RecurrentMixer,
     RecurrentState,
+    ReplayState,
     mask_padding,
 )
 from mambify.mixers.linear import PaddedLinear
 from mambify.ops.causal_conv import causal_conv, causal_conv_step
+from mambify.ops.conv_replay import conv_replay
+from mambify.ops.ring import RingPlace
+from mambify.ops.selective_replay import SelectiveRing, selective_replay
 from mambify.ops.selective_scan import selective_scan, selective_scan_step
 
 if TYPE_CHECKING:
@@ -66,8 +70,8 @@ class Mamba1Mixer(RecurrentMixer):
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_output_bias)
 
     def forward(
-        self, x_BTD: Tensor, context: MixerContext, state: RecurrentState | None = None
-    ) -> tuple[Tensor, RecurrentState]:
+        self, x_BTD: Tensor, context: MixerContext, state: RecurrentState | ReplayState | None = None
+    ) -> tuple[Tensor, RecurrentState | ReplayState]:
         """Mixes T tokens, continuing from ``state``. Returns ``[B, T, D]`` and the state after the last token."""
         T, mask = x_BTD.shape[1], context.padding_mask_BT
         conv_weight = self.conv1d.weight.squeeze(1)
@@ -82,12 +86,30 @@ class Mamba1Mixer(RecurrentMixer):
         D_JM = self._sub_heads(self.D.float())
         B_BTJN, C_BTJN, dt_BTJM = self._sub_heads(B_BTI), self._sub_heads(C), self._sub_heads(dt_BTI)
 
-        if T == 1 and state is not None:
+        after: RecurrentState | ReplayState
+        if isinstance(state, ReplayState):
+            assert isinstance(state.ring, SelectiveRing)
+            backend = self.ops_backend
+            x_BTI = conv_replay(x_BTI, conv_weight, self.conv1d.bias, state.conv, state.place, backend=backend)
+            y_BTJM = selective_replay(
+                self._sub_heads(x_BTI),
+                dt_BTJM,
+                A_JMN,
+                self._sub_heads(B).unflatten(2, (self.num_groups, -1)),
+                C_BTJN,
+                D_JM,
+                state.ssm,
+                state.ring,
+                state.place,
+                backend=backend,
+            )
+            y_BTI, after = y_BTJM.flatten(2), state
+        elif T == 1 and state is not None:
             x_BI, conv = causal_conv_step(x_BTI[:, 0], conv_weight, self.conv1d.bias, state.conv)
             y_BJM, ssm = selective_scan_step(
                 self._sub_heads(x_BI), dt_BTJM[:, 0], A_JMN, B_BTJN[:, 0], C_BTJN[:, 0], D_JM, state.ssm
             )
-            y_BTI = y_BJM.flatten(1)[:, None]
+            y_BTI, after = y_BJM.flatten(1)[:, None], RecurrentState(conv, ssm)
         else:
             x_BTI, conv = causal_conv(
                 x_BTI,
@@ -108,8 +130,20 @@ class Mamba1Mixer(RecurrentMixer):
                 seq_idx_BT=context.seq_idx_BT,
                 backend=self.ops_backend,
             )
-            y_BTI = y_BTJM.flatten(2)
-        return self.out_proj(y_BTI.to(z.dtype) * F.silu(z)), RecurrentState(conv, ssm)
+            y_BTI, after = y_BTJM.flatten(2), RecurrentState(conv, ssm)
+        return self.out_proj(y_BTI.to(z.dtype) * F.silu(z)), after
+
+    def replay_state(self, slots: int, place: RingPlace) -> ReplayState:
+        N, inner, G = self.state_size, self.num_heads * self.head_dim, self.num_groups
+        J, U, R = inner // N, self.head_dim // N, place.capacity
+        weight = self.out_proj.weight
+        rings = SelectiveRing.zeros(1, slots, R, J=J, M=N, G=G, U=U, N=N, dtype=weight.dtype, device=weight.device)
+        return ReplayState(
+            weight.new_zeros(slots, R, inner),
+            weight.new_zeros(slots, J, N, N, dtype=torch.float32),
+            rings.layer(0),
+            place,
+        )
 
     def _repeat_heads(self, x_BTE: Tensor) -> Tensor:
         """Gives each query head its key/value head's channels: ``[B, T, G·P]`` to ``[B, T, H·P]``."""

@@ -20,12 +20,16 @@ from mambify.mixers.base import (
     ProjectionRows,
     RecurrentMixer,
     RecurrentState,
+    ReplayState,
     mask_padding,
 )
 from mambify.mixers.linear import PaddedLinear
 from mambify.ops.causal_conv import causal_conv, causal_conv_step
+from mambify.ops.conv_replay import conv_replay
 from mambify.ops.gated_norm import gated_rms_norm
+from mambify.ops.ring import RingPlace
 from mambify.ops.ssd import ssd_scan, ssd_step
+from mambify.ops.ssd_replay import SSDRing, ssd_replay
 
 if TYPE_CHECKING:
     from mambify.config import HybridConfig
@@ -71,8 +75,8 @@ class Mamba2Mixer(RecurrentMixer):
         self.out_proj = nn.Linear(H * P, config.hidden_size, bias=config.attention_output_bias)
 
     def forward(
-        self, x_BTD: Tensor, context: MixerContext, state: RecurrentState | None = None
-    ) -> tuple[Tensor, RecurrentState]:
+        self, x_BTD: Tensor, context: MixerContext, state: RecurrentState | ReplayState | None = None
+    ) -> tuple[Tensor, RecurrentState | ReplayState]:
         """Mixes T tokens, continuing from ``state``. Returns ``[B, T, D]`` and the state after the last token."""
         B, T, _ = x_BTD.shape
         mask = context.padding_mask_BT
@@ -85,11 +89,30 @@ class Mamba2Mixer(RecurrentMixer):
         # With Δ = 0 padding neither writes into the state nor lets it decay, whatever the conv's bias makes of it.
         dt_BTH = mask_padding(F.softplus(dt_BTH.float() + self.dt_bias.float()), mask)
 
-        if T == 1 and state is not None:
+        after: RecurrentState | ReplayState
+        if isinstance(state, ReplayState):
+            assert isinstance(state.ring, SSDRing)
+            backend = self.ops_backend
+            xBC_BTC = conv_replay(xBC_BTC, conv_weight, self.conv1d.bias, state.conv, state.place, backend=backend)
+            x_BTGP, B_BTGN, C_BTHN = self._split_heads(xBC_BTC)
+            y_BTHP = ssd_replay(
+                x_BTGP,
+                dt_BTH,
+                A_H,
+                B_BTGN,
+                C_BTHN,
+                self.D.float(),
+                state.ssm,
+                state.ring,
+                state.place,
+                backend=backend,
+            )
+            after = state
+        elif T == 1 and state is not None:
             xBC_BC, conv = causal_conv_step(xBC_BTC[:, 0], conv_weight, self.conv1d.bias, state.conv)
             x_BGP, B_BGN, C_BHN = self._split_heads(xBC_BC)
             y_BHP, ssm = ssd_step(x_BGP, dt_BTH[:, 0], A_H, B_BGN, C_BHN, self.D.float(), state.ssm)
-            y_BTHP = y_BHP[:, None]
+            y_BTHP, after = y_BHP[:, None], RecurrentState(conv, ssm)
         else:
             xBC_BTC, conv = causal_conv(
                 xBC_BTC,
@@ -111,8 +134,19 @@ class Mamba2Mixer(RecurrentMixer):
                 seq_idx_BT=context.seq_idx_BT,
                 backend=self.ops_backend,
             )
-        y_BTD = self.out_proj(self.norm(y_BTHP, z_BTHP).reshape(B, T, -1))
-        return y_BTD, RecurrentState(conv, ssm)
+            after = RecurrentState(conv, ssm)
+        return self.out_proj(self.norm(y_BTHP, z_BTHP).reshape(B, T, -1)), after
+
+    def replay_state(self, slots: int, place: RingPlace) -> ReplayState:
+        H, G, P, N = self.num_heads, self.num_groups, self.head_dim, self.state_size
+        weight, R = self.out_proj.weight, place.capacity
+        rings = SSDRing.zeros(1, slots, R, H=H, G=G, P=P, N=N, dtype=weight.dtype, device=weight.device)
+        return ReplayState(
+            weight.new_zeros(slots, R, sum(self.conv_split)),
+            weight.new_zeros(slots, H, P, N, dtype=torch.float32),
+            rings.layer(0),
+            place,
+        )
 
     def _split_heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cuts the convolved channels ``[..., C]`` into x ``[..., G, P]``, B ``[..., G, N]``, C ``[..., H, N]``."""

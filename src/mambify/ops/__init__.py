@@ -3,6 +3,10 @@
 ops.ssd               Mamba2's scan: one scalar decay a head
 ops.selective_scan    Mamba1's scan: one decay a channel and state entry
 ops.causal_conv       the short depthwise convolution before either scan
+ops.ssd_replay        Mamba2 over new tokens that may yet be rejected: one read of the state, no write
+ops.selective_replay  the same for Mamba1
+ops.conv_replay       the convolution over such tokens
+ops.ring              where each row stands in the rings of recent tokens that these three keep
 ops.gated_norm        the per-head RMSNorm of a gated output after Mamba2's scan
 ops.add_norm          a sublayer's output added to the stream, and the norm that follows, in one
 ops.linear_kl         the loss of a student against a teacher through the output heads, logits never held whole

@@ -1,5 +1,5 @@
-"""One-query attention in pure torch. Letters: S rows, H = G·R query heads, G key/value heads, P head dimension, L
-length."""
+"""Attention of a few queries a row in pure torch. Letters: S rows, T queries, H = G·R query heads, G key/value heads, P
+head dimension, L length."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ from mambify.ops.backends import accumulation_dtype
 
 
 def decode_attention(
-    q_SHP: Tensor, keys_SGLP: Tensor, values_SGLP: Tensor, lengths_S: Tensor, scaling: float, window: int | None
+    q_STHP: Tensor, keys_SGLP: Tensor, values_SGLP: Tensor, lengths_S: Tensor, scaling: float, window: int | None
 ) -> Tensor:
     """See :func:`mambify.ops.decode_attention.decode_attention`."""
-    exact = accumulation_dtype(q_SHP, keys_SGLP)
+    exact = accumulation_dtype(q_STHP, keys_SGLP)
     S, G, L, P = keys_SGLP.shape
-    scores_SGRL = (q_SHP.view(S, G, -1, P) @ keys_SGLP.transpose(-1, -2)).to(exact) * scaling
-    place_L = torch.arange(L, device=q_SHP.device)
-    seen_SL = place_L < lengths_S[:, None]
+    T = q_STHP.shape[1]
+    q_SGNP = q_STHP.unflatten(2, (G, -1)).transpose(1, 2).flatten(2, 3)  # N = T·R queries of a key/value head
+    scores_SGTRL = (q_SGNP @ keys_SGLP.transpose(-1, -2)).to(exact).unflatten(2, (T, -1)) * scaling
+    place_L = torch.arange(L, device=q_STHP.device)
+    end_ST1 = (lengths_S[:, None] - T + 1 + torch.arange(T, device=q_STHP.device))[..., None]
+    seen_STL = place_L < end_ST1
     if window is not None:
-        seen_SL &= place_L >= lengths_S[:, None] - window
-    weights_SGRL = scores_SGRL.masked_fill(~seen_SL[:, None, None], -torch.inf).softmax(-1)
+        seen_STL &= place_L >= end_ST1 - window
+    weights_SGTRL = scores_SGTRL.masked_fill(~seen_STL[:, None, :, None], -torch.inf).softmax(-1)
     # What a buffer holds beyond a row's length is anything, NaN too: a weight of zero would not silence it.
-    known_SGLP = values_SGLP.masked_fill(~seen_SL[:, None, :, None], 0.0)
-    return (weights_SGRL.to(values_SGLP.dtype) @ known_SGLP).reshape(S, -1, P).to(q_SHP.dtype)
+    known_SGLP = values_SGLP.masked_fill(~seen_STL.any(1)[:, None, :, None], 0.0)
+    y_SGNP = weights_SGTRL.flatten(2, 3).to(values_SGLP.dtype) @ known_SGLP
+    y_STHP: Tensor = y_SGNP.unflatten(2, (T, -1)).transpose(1, 2).reshape(S, T, -1, P)
+    return y_STHP.to(q_STHP.dtype)

@@ -1,9 +1,12 @@
-"""One-query attention as a Triton kernel: a program is one row and one key/value head with all its query heads.
+"""Attention of a few queries a row as Triton kernels: a program is one row, one key/value head with all its query
+heads, and one part of what the row holds.
 
-Keys and values are read once, however many query heads share them, and only as far as the row has come. The running
-maximum and sum of the softmax are kept in float32.
+Keys and values are read once, however many query heads and queries share them, and only as far as the row has come.
+The running maximum and sum of the softmax are kept in float32. With few rows each one is divided among several
+programs, whose results a second kernel puts together (Dao et al., "Flash-Decoding", 2023); how many depends on the
+shapes alone, so that a recorded step serves rows of any length.
 
-Letters: S rows, H = G·R query heads, G key/value heads, P head dimension, L length of the buffers.
+Letters: S rows, T queries, H = G·R query heads, G key/value heads, P head dimension, L length of the buffers, N parts.
 """
 
 from __future__ import annotations
@@ -14,75 +17,130 @@ import triton.language as tl
 from torch import Tensor
 
 _LOG2E = 1.4426950408889634
+_PROGRAMS = 2 * 132  # that keep an H100 busy
+_LEAST = 256  # entries of a part, below which dividing costs more than it gains
 
 
 def decode_attention(
-    q_SHP: Tensor, keys_SGLP: Tensor, values_SGLP: Tensor, lengths_S: Tensor, scaling: float, window: int | None
+    q_STHP: Tensor, keys_SGLP: Tensor, values_SGLP: Tensor, lengths_S: Tensor, scaling: float, window: int | None
 ) -> Tensor:
     """See :func:`mambify.ops.decode_attention.decode_attention`."""
-    slots, heads, head_dim = q_SHP.shape
-    groups = keys_SGLP.shape[1]
-    q_SHP = q_SHP.contiguous()
+    slots, queries, heads, head_dim = q_STHP.shape
+    groups, length = keys_SGLP.shape[1:3]
+    q_STHP = q_STHP.contiguous()
     if keys_SGLP.stride(-1) != 1 or values_SGLP.stride() != keys_SGLP.stride():
         raise ValueError("decode_attention: keys and values must have the same strides, P the innermost")
-    out_SHP = torch.empty_like(q_SHP)
+    out_STHP = torch.empty_like(q_STHP)
     shared = heads // groups
-    _attend[(slots, groups)](
-        q_SHP,
+    rows = max(16, triton.next_power_of_2(queries * shared))  # the least a matrix product takes
+    parts = max(1, min(_PROGRAMS // (slots * groups), triton.cdiv(length if window is None else window, _LEAST)))
+    shape = {"T": queries, "R": shared, "P": head_dim, "G": groups, "ROWS": rows, "PARTS": parts}
+    width = max(16, triton.next_power_of_2(head_dim))
+    partial, sums = out_STHP, lengths_S  # not touched where there is one part
+    if parts > 1:
+        partial = q_STHP.new_empty((slots, groups, parts, rows, head_dim), dtype=torch.float32)
+        sums = q_STHP.new_empty((slots, groups, parts, 2, rows), dtype=torch.float32)
+    _attend[(slots, groups, parts)](
+        q_STHP,
         keys_SGLP,
         values_SGLP,
         lengths_S,
-        out_SHP,
+        out_STHP,
+        partial,
+        sums,
         scaling * _LOG2E,
         window or 0,
         keys_SGLP.stride(0),
         keys_SGLP.stride(1),
         keys_SGLP.stride(2),
-        R=shared,
-        P=head_dim,
-        G=groups,
-        ROWS=max(16, triton.next_power_of_2(shared)),  # the least a matrix product takes
-        WIDTH=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK=64 if head_dim <= 64 else 32,  # larger ones do not fit the registers
-        PRECISION="ieee" if q_SHP.dtype == torch.float32 else "tf32",
+        **shape,
+        WIDTH=width,
+        BLOCK=64 if head_dim <= 64 and rows <= 32 else 32,  # larger ones do not fit the registers
+        PRECISION="ieee" if q_STHP.dtype == torch.float32 else "tf32",
         num_warps=4,
         num_stages=2,
     )
-    return out_SHP
+    if parts > 1:
+        _combine[(slots, groups, queries * shared)](partial, sums, out_STHP, **shape, WIDTH=width, num_warps=1)
+    return out_STHP
 
 
 @triton.jit
 def _attend(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, out_ptr, scale_log2, window, stride_s, stride_g, stride_l,
-    R: tl.constexpr, P: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, lengths_ptr, out_ptr, partial_ptr, sums_ptr, scale_log2, window, stride_s, stride_g, stride_l,
+    T: tl.constexpr, R: tl.constexpr, P: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    length = tl.load(lengths_ptr + row).to(tl.int32)
+    slot, group, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    length = tl.load(lengths_ptr + slot).to(tl.int32)
+    n, p, s = tl.arange(0, ROWS), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
+    end = length - T + 1 + n // R  # of what each query sees
     first = 0
+    begin = tl.zeros_like(end)
     if window > 0:
-        first = tl.maximum(length - window, 0)
-    r, p, s = tl.arange(0, ROWS), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
-    heads = ((row * G + group) * R + r)[:, None] * P + p[None, :]
-    here = (r < R)[:, None] & (p < P)[None, :]
+        begin = tl.maximum(end - window, 0)
+        first = tl.maximum(length - T + 1 - window, 0)
+    heads = _places(slot, group, n, p, T, R, P, G)
+    here = (n < T * R)[:, None] & (p < P)[None, :]
     q = tl.load(q_ptr + heads, mask=here, other=0.0)
-    base = row * stride_s + group * stride_g
+    base = slot * stride_s + group * stride_g
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
-    for start in range(first // BLOCK * BLOCK, length, BLOCK):
+    lowest = first // BLOCK * BLOCK
+    each = tl.cdiv(tl.cdiv(length - lowest, PARTS), BLOCK) * BLOCK
+    low = lowest + part * each
+    for start in range(low, tl.minimum(low + each, length), BLOCK):
         place = start + s
-        seen = (place >= first) & (place < length)
-        there = base + place[:, None] * stride_l + p[None, :]
-        known = seen[:, None] & (p < P)[None, :]
+        there = base + place[:, None].to(tl.int64) * stride_l + p[None, :]
+        known = ((place >= first) & (place < length))[:, None] & (p < P)[None, :]
         k = tl.load(k_ptr + there, mask=known, other=0.0)
         v = tl.load(v_ptr + there, mask=known, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-        scores = tl.where(seen[None, :], scores, float("-inf"))
+        seen = (place[None, :] >= begin[:, None]) & (place[None, :] < end[:, None])
+        scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
-        weight = tl.exp2(scores - higher[:, None])
-        fade = tl.exp2(top - higher)
+        level = tl.where(higher == float("-inf"), 0.0, higher)  # a query that has seen nothing yet
+        weight = tl.exp2(scores - level[:, None])
+        fade = tl.exp2(top - level)
         total = total * fade + tl.sum(weight, 1)
         acc = acc * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)
         top = higher
-    tl.store(out_ptr + heads, acc / total[:, None], mask=here)
+    if PARTS == 1:
+        total = tl.where(total > 0, total, 1.0)  # rows that stand for no query
+        tl.store(out_ptr + heads, acc / total[:, None], mask=here)
+    else:
+        place = ((slot * G + group) * PARTS + part) * ROWS
+        tl.store(partial_ptr + (place + n)[:, None] * P + p[None, :], acc, mask=here)
+        tl.store(sums_ptr + 2 * place + n, top, mask=n < T * R)
+        tl.store(sums_ptr + 2 * place + ROWS + n, total, mask=n < T * R)
+
+
+@triton.jit
+def _combine(
+    partial_ptr, sums_ptr, out_ptr,
+    T: tl.constexpr, R: tl.constexpr, P: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One query of one row and key/value head: the parts, each weighted by what it stands for."""
+    slot, group, n = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    p = tl.arange(0, WIDTH)
+    first = (slot * G + group) * PARTS
+    top = tl.full([], float("-inf"), tl.float32)
+    for part in range(PARTS):
+        top = tl.maximum(top, tl.load(sums_ptr + 2 * (first + part) * ROWS + n))
+    total = tl.zeros([], tl.float32)
+    acc = tl.zeros([WIDTH], tl.float32)
+    for part in range(PARTS):
+        place = (first + part) * ROWS
+        share = tl.exp2(tl.load(sums_ptr + 2 * place + n) - top)
+        total += share * tl.load(sums_ptr + 2 * place + ROWS + n)
+        acc += share * tl.load(partial_ptr + (place + n) * P + p, mask=p < P, other=0.0)
+    out = _places(slot, group, n + tl.zeros([1], tl.int32), p, T, R, P, G)
+    tl.store(out_ptr + out, (acc / total)[None, :], mask=(p < P)[None, :])
+
+
+@triton.jit
+def _places(slot, group, n, p, T: tl.constexpr, R: tl.constexpr, P: tl.constexpr, G: tl.constexpr):
+    """Offsets ``[ROWS, WIDTH]`` of a key/value head's queries in ``[S, T, H, P]``; n is token n // R, head n % R."""
+    return (((slot * T + n // R) * G + group) * R + n % R)[:, None] * P + p[None, :]

@@ -1,0 +1,208 @@
+"""Speculation: the target's own tokens at temperature 0, the target's own distribution above it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mambify.conversion import apply_plan, plan
+from mambify.engine import Drawing, Speculator
+from mambify.engine.lookup import look_up
+from mambify.errors import InvalidOptionError
+from mambify.families.load import load
+from mambify.mixers import ReplayState
+from mambify.model import HybridForCausalLM
+from tiny import llama
+
+VOCABULARY = 96
+GREEDY = Drawing(temperature=0.0)
+PROMPTS = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8, 9, 10, 3, 4, 5], [20, 21], [90, 3, 90, 3, 90], list(range(30, 60))]
+
+
+def model(
+    path: Path, *, seed: int = 0, layers: int = 4, vocabulary: int = VOCABULARY, **changes: Any
+) -> HybridForCausalLM:
+    llama(vocabulary, num_hidden_layers=layers, seed=seed, **changes).save_pretrained(path)
+    loaded: HybridForCausalLM = load(path).model
+    return loaded
+
+
+def converted(teacher: HybridForCausalLM, mixer: str, attention: float) -> HybridForCausalLM:
+    return apply_plan(teacher, plan(teacher.config, mixer=mixer, attention=attention)).eval()
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> HybridForCausalLM:
+    return model(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> HybridForCausalLM:
+    return model(tmp_path_factory.mktemp("small"), seed=1, layers=2)
+
+
+def answers(speculator: Speculator, prompts: list[list[int]], **settings: Any) -> list[list[int]]:
+    found: list[list[int]] = [[] for _ in prompts]
+    for number, tokens in speculator.run(prompts, **settings):
+        found[number] += tokens
+    return found
+
+
+def greedy(target: HybridForCausalLM, prompt: list[int], count: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    out = target.generate(input_ids=ids, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+    tokens: list[int] = out[0, len(prompt) :].tolist()
+    return tokens
+
+
+@pytest.mark.parametrize("mixer", ["mamba2", "mamba1"])
+@pytest.mark.parametrize("attention", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("kind", ["none", "lookup", "small", "hybrid", "target"])
+def test_greedy_tokens_are_the_targets(
+    teacher: HybridForCausalLM, small: HybridForCausalLM, mixer: str, attention: float, kind: str
+) -> None:
+    """More prompts than slots, of unlike length, with any mix of layers on either side."""
+    target = teacher if attention == 1.0 else converted(teacher, mixer, attention)
+    drafts: dict[str, Any] = {
+        "none": None, "lookup": "lookup", "small": small, "hybrid": converted(small, mixer, 0.5), "target": target
+    }  # fmt: skip
+    speculator = Speculator(target, drafts[kind], num_slots=4, max_length=64, drawing=GREEDY, num_draft_tokens=3)
+    found = answers(speculator, PROMPTS, max_new_tokens=25)
+    assert found == [greedy(target, prompt, 25) for prompt in PROMPTS]
+    statistics = speculator.statistics
+    assert statistics.tokens == 25 * len(PROMPTS)
+    if kind == "target":  # everything it puts forward stands: 4 tokens a round, and one round for the last
+        assert statistics.accepted == [0, 0, 0, 7 * len(PROMPTS)]
+        assert statistics.acceptance_by_position == [1.0, 1.0, 1.0]
+    if kind == "none":
+        assert statistics.tokens_per_round == 1.0
+
+
+@pytest.mark.parametrize("num_draft_tokens", [1, 2, 7, 16])
+def test_any_number_of_drafted_tokens(teacher: HybridForCausalLM, num_draft_tokens: int) -> None:
+    target = converted(teacher, "mamba2", 0.5)
+    speculator = Speculator(
+        target, target, num_slots=2, max_length=96, drawing=GREEDY, num_draft_tokens=num_draft_tokens
+    )
+    found = answers(speculator, PROMPTS[:3], max_new_tokens=40)
+    assert found == [greedy(target, prompt, 40) for prompt in PROMPTS[:3]]
+
+
+def test_a_sliding_window(tmp_path: Path) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=8, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    MistralForCausalLM(config).save_pretrained(tmp_path)
+    target = converted(load(tmp_path).model, "mamba2", 0.5)
+    speculator = Speculator(target, "lookup", num_slots=2, max_length=80, drawing=GREEDY)
+    assert answers(speculator, PROMPTS[-2:], max_new_tokens=30) == [greedy(target, p, 30) for p in PROMPTS[-2:]]
+
+
+@pytest.mark.parametrize("kind", ["target", "small", "lookup"])
+def test_a_stop_within_the_accepted_run_ends_the_sequence(
+    teacher: HybridForCausalLM, small: HybridForCausalLM, kind: str
+) -> None:
+    target = converted(teacher, "mamba2", 0.5)
+    drafts: dict[str, Any] = {"target": target, "small": small, "lookup": "lookup"}
+    whole = [greedy(target, prompt, 30) for prompt in PROMPTS]
+    for stop in sorted({answer[place] for answer in whole for place in (1, 4, 9)})[:6]:
+        speculator = Speculator(target, drafts[kind], num_slots=3, max_length=64, drawing=GREEDY, stop_ids=[stop])
+        wanted = [answer[: answer.index(stop) + 1] if stop in answer else answer for answer in whole]
+        assert answers(speculator, PROMPTS, max_new_tokens=30) == wanted
+
+
+def test_a_corrupted_ring_is_noticed(tmp_path: Path) -> None:
+    """The comparison with plain decoding must be able to fail: one pending entry is changed between two rounds."""
+    target = converted(model(tmp_path, initializer_range=0.4), "mamba2", 0.0)
+    speculator = Speculator(target, None, num_slots=1, max_length=64, drawing=GREEDY)
+    pieces: Iterator[Any] = speculator.run([PROMPTS[2]], max_new_tokens=40)
+    found = next(pieces)[1]
+    tower = speculator._target
+    assert int(tower.place.pending_S[0]) > 0
+    with torch.inference_mode():
+        for state in tower._states:
+            assert isinstance(state, ReplayState)
+            state.ring.x[0, int(tower.place.head_S[0]) - 1] *= -3.0
+    for _, tokens in pieces:
+        found += tokens
+    wanted = greedy(target, PROMPTS[2], 40)
+    assert found[:4] == wanted[:4] and found != wanted
+
+
+@pytest.mark.parametrize("drawing", [Drawing(), Drawing(temperature=0.7, top_k=6, top_p=0.9)], ids=["plain", "cut"])
+@pytest.mark.parametrize("kind", ["small", "lookup"])
+def test_drawn_tokens_follow_the_target(tmp_path: Path, drawing: Drawing, kind: str) -> None:
+    """Pairs of tokens after one prompt, against the product of the target's own distributions."""
+    target = converted(model(tmp_path / "target", vocabulary=8, initializer_range=0.4), "mamba2", 0.5)
+    draft: Any = kind
+    if kind == "small":
+        draft = model(tmp_path / "draft", seed=2, layers=2, vocabulary=8, initializer_range=0.4)
+    samples, prompt = 6000, [3]
+    speculator = Speculator(target, draft, num_slots=samples, max_length=8, drawing=drawing, num_draft_tokens=2)
+    found = torch.tensor(answers(speculator, [prompt] * samples, max_new_tokens=2, seeds=list(range(samples))))
+    counts = torch.bincount(found[:, 0] * 8 + found[:, 1], minlength=64).double() / samples
+
+    from mambify.ops.draw import settings_of
+    from mambify.ops.draw.reference import weights
+
+    with torch.no_grad():
+
+        def distribution(ids: list[int]) -> torch.Tensor:
+            logits = target(input_ids=torch.tensor([ids])).logits[:, -1]
+            weight = weights(logits, settings_of(**drawing.settings(), rows=1, device=logits.device))[0]
+            return weight / weight.sum()
+
+        first = distribution(prompt)
+        wanted = torch.cat([first[token] * distribution([*prompt, token]) for token in range(8)])
+    assert (counts - wanted).abs().sum() / 2 < 0.06  # 6000 draws among 64 pairs stray by about 0.04
+    assert ((counts > 0) <= (wanted > 0)).all()
+
+
+def test_what_is_drawn_depends_on_the_seed_and_not_on_the_company(teacher: HybridForCausalLM) -> None:
+    target, drawing = converted(teacher, "mamba2", 0.5), Drawing(temperature=1.0, top_k=40)
+    runs = []
+    for slots in (1, 3):
+        speculator = Speculator(target, "lookup", num_slots=slots, max_length=64, drawing=drawing)
+        runs.append(answers(speculator, PROMPTS, max_new_tokens=20, seeds=[11, 12, 13, 14, 15, 16]))
+    assert runs[0] == runs[1]
+    again = Speculator(target, "lookup", num_slots=3, max_length=64, drawing=drawing)
+    assert answers(again, PROMPTS, max_new_tokens=20, seeds=[21, 22, 23, 24, 25, 26]) != runs[0]
+
+
+def test_a_run_that_was_left_does_not_disturb_the_next(teacher: HybridForCausalLM) -> None:
+    target = converted(teacher, "mamba2", 0.5)
+    speculator = Speculator(target, "lookup", num_slots=2, max_length=64, drawing=GREEDY)
+    next(iter(speculator.run(PROMPTS, max_new_tokens=30)))
+    assert answers(speculator, PROMPTS[:1], max_new_tokens=20) == [greedy(target, PROMPTS[0], 20)]
+
+
+def test_lookup_finds_the_latest_occurrence() -> None:
+    history = torch.tensor([[1, 2, 7, 1, 2, 8, 9, 1, 2, 0, 0, 0], [1, 2, 3, 4, 5, 6, 0, 0, 0, 0, 0, 0]])
+    drafted, found = look_up(history, torch.tensor([9, 6]), 4)
+    assert found.tolist() == [4, 0]
+    assert drafted[0].tolist() == [8, 9, 1, 2]
+    drafted, found = look_up(torch.tensor([[4, 4, 4, 0, 0, 0]]), torch.tensor([3]), 4)
+    assert found.tolist() == [1] and drafted[0, 0] == 4
+    assert look_up(torch.tensor([[4, 0, 0]]), torch.tensor([1]), 2)[1].tolist() == [0]
+
+
+def test_what_cannot_be_is_refused(teacher: HybridForCausalLM, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"num_slots": 1, "max_length": 20, "drawing": GREEDY}
+    for count in (0, 17):
+        with pytest.raises(InvalidOptionError, match="1 to 16"):
+            Speculator(teacher, "lookup", **settings, num_draft_tokens=count)
+    with pytest.raises(InvalidOptionError, match="same vocabulary"):
+        Speculator(teacher, model(tmp_path, vocabulary=50), **settings)
+    speculator = Speculator(teacher, "lookup", **settings)
+    with pytest.raises(InvalidOptionError, match="do not fit"):
+        next(speculator.run([[1] * 15], max_new_tokens=6))
+    with pytest.raises(InvalidOptionError, match="empty"):
+        next(speculator.run([[]], max_new_tokens=6))
