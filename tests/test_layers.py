@@ -2,7 +2,7 @@
 
     errors ← {io, machine, norm, tokenization} ← {config, provenance} ← layer_map ← card ← hub ← ops ← cache ← mixers
            ← model ← engine ← families ← conversion ← {data, distill, decode, evaluate, export,
-           integrations, selection} ← {bench, serve, workflows} ← cli
+           integrations, selection} ← {serve, workflows} ← experiments ← bench ← cli
 
 Parts in braces do not import each other: stages share directories of checkpoints. Commands import inside
 functions, so that ``mambify --help`` is quick, and the package's ``__init__`` resolves its public names
@@ -35,7 +35,9 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("families",),
     ("conversion",),
     ("data", "distill", "decode", "evaluate", "export", "integrations", "selection"),
-    ("bench", "serve", "workflows"),
+    ("serve", "workflows"),
+    ("experiments",),
+    ("bench",),
     ("cli",),
     ("__main__",),
 )
@@ -193,6 +195,7 @@ def test_no_imports_hidden_in_functions(package: tuple[dict[str, str], set[str]]
         ("mambify.distill.losses", "mambify.data.packing"),
         ("mambify.evaluate.report", "mambify.distill.recipe"),
         ("mambify.export.gguf", "mambify.cli.main"),
+        ("mambify.workflows.distill", "mambify.experiments.jobs"),
         ("mambify.model", "mambify"),
     ],
 )

@@ -25,6 +25,14 @@ ROUND = cases.Shape("tiny", 2, 5, 6, 2, 16)
 MAKERS = [(SHAPE, maker) for maker in cases.MAKERS.values()]
 MAKERS += [(ROUND, maker) for maker in replay_cases.REPLAY_MAKERS.values()]
 
+INITS = {
+    "teacher": "none",
+    "budget": {"train": 0},
+    "results": [
+        {"init": "paper", "scores": {"untrained": {"kl": 2.0, "perplexity_ratio": 3.0, "top1_agreement": 0.5}}}
+    ],
+}
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,6 +43,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "_COPY_BYTES", {"cpu": 2**20})
     monkeypatch.setattr(clock, "_MATMUL", {"cpu": (64, torch.float32)})
     monkeypatch.setattr(synthesize, "CASES", {"cpu": [synthesize.Case(way, 2, 2, 4) for way in synthesize._WAYS]})
+    # minutes with the real teacher; test_inits.py runs it with a tiny one
+    monkeypatch.setitem(BENCHMARKS, "inits", BENCHMARKS["inits"]._replace(run=lambda *_, **__: INITS))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])

@@ -134,7 +134,7 @@ def test_seed_and_layer_decide_what_is_drawn(teacher: HybridForCausalLM) -> None
 
 
 @pytest.mark.parametrize("mixer", ["mamba2", "mamba1"])
-@pytest.mark.parametrize("init", ["identity", "paper"])
+@pytest.mark.parametrize("init", ["identity", "paper", "random"])
 def test_nothing_is_left_uninitialised(teacher: HybridForCausalLM, mixer: str, init: str) -> None:
     torch.use_deterministic_algorithms(True)  # fresh memory is NaN
     try:

@@ -133,7 +133,20 @@ def test_distributions_of_mamba1() -> None:
     assert torch.equal(mixer.D, torch.ones(H * P))
 
 
-@pytest.mark.parametrize("init", ["identity", "paper"])
+@pytest.mark.parametrize("name", ["mamba2", "mamba1"])
+def test_a_random_start_has_nothing_of_the_attention(name: str) -> None:
+    biased = {"attention_bias": True, "attention_output_bias": True}
+    one, other = attention(**biased), attention(**biased)
+    for parameter in other.parameters():
+        parameter.data.add_(1.0)
+    first, second = (started(name, layer, "random", **biased).state_dict() for layer in (one, other))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert first["in_proj.weight"].std() == pytest.approx(D**-0.5 / 3**0.5, rel=0.05)
+    assert first["out_proj.weight"].std() == pytest.approx((H * P) ** -0.5 / 3**0.5, rel=0.05)
+    assert not first["out_proj.bias"].any()
+
+
+@pytest.mark.parametrize("init", ["identity", "paper", "random"])
 @pytest.mark.parametrize("name", ["mamba2", "mamba1"])
 def test_seed_decides(name: str, init: str) -> None:
     layer = attention()

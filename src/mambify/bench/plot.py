@@ -151,6 +151,31 @@ def plot_inits(result: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def plot_recipes(result: dict[str, Any], path: Path) -> None:
+    """KL against tokens, a panel a text and a line a recipe, both axes logarithmic."""
+    sources = result["evaluation"]["sources"]
+    names = list(dict.fromkeys(row["recipe"] for row in result["results"]))
+    figure, axes = _figure(4.2 * len(sources) + 0.4, 3.6, columns=len(sources))
+    panels = [axes] if len(sources) == 1 else list(axes[0])
+    for panel, source in zip(panels, sources, strict=True):
+        for name in names:
+            rows = sorted(
+                (row for row in result["results"] if row["recipe"] == name), key=lambda row: int(row["tokens"])
+            )
+            kl = [row["sources"][source]["student"]["kl"] for row in rows]
+            style = {"color": _OURS, "linewidth": 2.2} if name == "best" else {"linewidth": 1.1}
+            panel.plot([row["tokens"] for row in rows], kl, marker="o", markersize=4, label=name, **style)
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.set_xlabel("training tokens")
+        panel.set_title(Path(source).name, fontsize=9)
+    panels[0].set_ylabel("KL to the teacher, nats a token")
+    panels[0].legend(fontsize=7)
+    title = f"{result['teacher']}, {result['attention']:.0%} attention; {result['machine']['device']}"
+    figure.suptitle(title, fontsize=9)
+    _save(figure, path)
+
+
 def _figure(width: float, height: float, *, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 

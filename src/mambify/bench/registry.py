@@ -11,8 +11,9 @@ from rich.table import Table
 
 from mambify.bench import inits, ops, synthesize, train
 from mambify.bench.clock import copy_bandwidth
-from mambify.bench.plot import plot_inits, plot_ops, plot_synthesize, plot_train
+from mambify.bench.plot import plot_inits, plot_ops, plot_recipes, plot_synthesize, plot_train
 from mambify.errors import InvalidOptionError, did_you_mean
+from mambify.experiments.registry import EXPERIMENTS
 from mambify.machine import environment
 
 Progress = Callable[[int, int], None]
@@ -41,19 +42,21 @@ BENCHMARKS: dict[str, Benchmark] = {
     "synthesize": Benchmark(synthesize.run, synthesize.table, plot_synthesize),
     "inits": Benchmark(inits.run, inits.table, plot_inits, learns=True),
 }
+#: what draws an experiment (:data:`mambify.experiments.registry.EXPERIMENTS`); these are not among ``all``
+EXPERIMENT_PLOTS: dict[str, Callable[[dict[str, Any], Path], None]] = {"recipes": plot_recipes}
 ALL = "all"
 
 
 def names_of(name: str) -> list[str]:
-    """The benchmarks that ``name`` stands for.
+    """The benchmarks, or the experiment, that ``name`` stands for.
 
     Raises:
         InvalidOptionError: none.
     """
     if name == ALL:
         return list(BENCHMARKS)
-    if name not in BENCHMARKS:
-        raise InvalidOptionError(f"no benchmark '{name}': {did_you_mean(name, [*BENCHMARKS, ALL])}")
+    if name not in BENCHMARKS and name not in EXPERIMENTS:
+        raise InvalidOptionError(f"no benchmark '{name}': {did_you_mean(name, [*BENCHMARKS, *EXPERIMENTS, ALL])}")
     return [name]
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from mambify.cli import options
+from mambify.cli import experiments, options
 from mambify.cli.console import print_json, print_table, progress_bar, quiet_libraries, require_writable_file, stdout
 from mambify.errors import InvalidOptionError
 from mambify.io import write_json
@@ -17,35 +17,93 @@ _STDOUT = Path("-")
 
 
 def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="ops, train, synthesize, inits, or all of them.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="ops, train, synthesize, inits, or all of these; recipes; paper-table-6, -7, -8, -9.",
+        ),
+    ],
     only: Annotated[
         str | None,
         typer.Option(help="A part: one operation (ops), curve (train), way (synthesize), initialisation (inits)."),
     ] = None,
-    text: Annotated[str | None, typer.Option(help="What inits learns and is scored on; else sampled text.")] = None,
-    tokens: Annotated[str | None, typer.Option(help="Tokens that inits trains each start on: 1M; 0 for none.")] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="To train each student on: 1M; several in recipes: 5M,20M; 0 in inits: none.")
+    ] = None,
+    recipes: Annotated[str | None, typer.Option(help="Presets: paper,best; tables take one.")] = None,
+    attention: Annotated[float | None, typer.Option(help="Share of layers that keep attention.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="What is distilled; smollm2 by default.")] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Synthesized text to train and be scored on; else sampled first.")
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="A file to be scored on too; in inits, all that is learned and scored on.")
+    ] = None,
+    instruct: Annotated[str | None, typer.Option(help="Conversations to tune on (paper-table-6).")] = None,
+    preferences: Annotated[str | None, typer.Option(help="Pairs of answers to tune on (paper-table-6).")] = None,
+    heldout_preferences: Annotated[
+        str | None, typer.Option(help="Pairs of answers to be scored on (paper-table-6).")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Zero-shot tasks, of those that --data-dir has.")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Files of zero-shot tasks, which are then run.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Of each task only so many questions.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where runs are kept; by default runs/bench.")] = None,
+    parallel: Annotated[int | None, typer.Option(min=1, help="Runs at a time, one on each GPU.")] = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Changes to every preset.")
+    ] = None,
+    batch_tokens: Annotated[str | None, typer.Option(help="Tokens of a training step; 16384 by default.")] = None,
+    context_length: Annotated[int | None, typer.Option(help="Tokens of a sequence; 512 by default.")] = None,
+    max_tokens: Annotated[str | None, typer.Option(help="Of each text at most about so many are scored.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything drawn at random.")] = None,
     device: options.Device = None,
     json: Annotated[Path | None, typer.Option(help="Write the result to this file as JSON; - is stdout.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the result into this file (.svg, .png, .pdf).")] = None,
 ) -> None:
-    """Measure speed on this machine, and what initialisations are worth.
+    """Measure speed on this machine, and what initialisations and recipes are worth.
 
-    Every speed stands beside others' code for the same, and beside what the memory can do.
+    Every speed stands beside others' code for the same, and beside what the memory can do. recipes compares presets on
+    equal tokens; paper-table-6 to -9 make the paper's tables again at small scale. Killed and started again, these go
+    on where they were; what is trained once is not trained again.
     """
+    given = {
+        option: value
+        for option, value in {
+            "only": only,
+            "tokens": tokens,
+            "recipes": recipes,
+            "attention": attention,
+            "teacher": teacher,
+            "data": data,
+            "text": text,
+            "instruct": instruct,
+            "preferences": preferences,
+            "heldout_preferences": heldout_preferences,
+            "tasks": tasks,
+            "data_dir": data_dir,
+            "limit": limit,
+            "out": out,
+            "parallel": parallel,
+            "changes": change,
+            "batch_tokens": batch_tokens,
+            "context_length": context_length,
+            "max_tokens": max_tokens,
+            "seed": seed,
+        }.items()
+        if value is not None
+    }
     if json is not None and json != _STDOUT:
         require_writable_file(json)
-    quiet = json == _STDOUT
     quiet_libraries()
-    from mambify.distill.parallel import leave, process_count, process_rank
+    from mambify.bench.plot import require_matplotlib
+    from mambify.bench.registry import BENCHMARKS, names_of
+    from mambify.distill.parallel import process_count
+    from mambify.experiments.registry import EXPERIMENTS
 
     if process_count() > 1 and name != "train":
         raise InvalidOptionError("only 'bench train' runs in several processes")
-    from mambify.bench.plot import require_matplotlib
-    from mambify.bench.registry import BENCHMARKS, names_of, run_benchmark
-
     names = names_of(name)
-    if only is not None and len(names) > 1:
-        raise InvalidOptionError("--only names a part of one benchmark: name the benchmark instead of 'all'")
     if plot is not None:
         if len(names) > 1:
             raise InvalidOptionError("--plot draws one benchmark: name it instead of 'all'")
@@ -53,8 +111,29 @@ def bench(
             raise InvalidOptionError(f"cannot draw into '{plot}': end its name in .svg, .png or .pdf")
         require_writable_file(plot)
         require_matplotlib()
-    place = options.pick_device(device)
+    if only is not None and len(names) > 1:
+        raise InvalidOptionError("--only names a part of one benchmark: name the benchmark instead of 'all'")
+    taken = {each: ("only", *(("text", "tokens") if row.learns else ())) for each, row in BENCHMARKS.items()}
+    for each in names:
+        experiments.refuse_others(each, given, taken | {row: one.options for row, one in EXPERIMENTS.items()})
+    if name in EXPERIMENTS:
+        experiments.run(name, given, device=device, json=json, plot=plot)
+    else:
+        _measure(name, names, given, device=device, json=json, plot=plot)
+
+
+def _measure(
+    name: str, names: list[str], given: dict[str, Any], *, device: str | None, json: Path | None, plot: Path | None
+) -> None:
+    """Runs benchmarks of this machine, writes and prints what they gave."""
+    from mambify.bench.registry import BENCHMARKS, run_benchmark
+    from mambify.distill.parallel import leave, process_rank
+
+    text, tokens, quiet = given.get("text", []), given.get("tokens"), json == _STDOUT
+    if len(text) > 1:
+        raise InvalidOptionError(f"'{name}' takes one --text")
     count = None if tokens is None else 0 if tokens.strip() == "0" else options.parse_tokens(tokens)
+    place = options.pick_device(device)
     results = []
     first = process_rank() == 0
     with progress_bar(quiet=quiet or not first) as bars:
@@ -64,8 +143,8 @@ def bench(
                 run_benchmark(
                     each,
                     device=place,
-                    only=only,
-                    text=text,
+                    only=given.get("only"),
+                    text=text[0] if text else None,
                     tokens=count,
                     progress=lambda done, total, task=task: bars.update(task, completed=done, total=total),  # type: ignore[misc]
                 )

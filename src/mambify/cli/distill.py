@@ -21,7 +21,9 @@ EXAMPLE = "mambify distill recipes/smollm2-50-probe.yaml stages.1.tokens=8M outp
 
 
 def distill(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to distil, on what, in which stages.")],
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE.yaml", help="What to distil, on what, in which stages; or preset:NAME.")
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Changes to the recipe.")
     ] = None,

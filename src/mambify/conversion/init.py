@@ -120,6 +120,7 @@ def fit_output(mixer: RecurrentMixer, sample: AttentionSample) -> None:
 
 #: name → what it is; a new one is a row here
 INITIALISATIONS: dict[str, Initialisation] = {
+    "random": Initialisation("random"),
     "paper": Initialisation("paper"),
     "identity": Initialisation("identity"),
     "distance": Initialisation("identity", (match_distances,)),

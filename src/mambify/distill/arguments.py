@@ -118,6 +118,12 @@ def training_arguments(
     }
     if stage.schedule == "cosine_with_min_lr":
         settings["lr_scheduler_kwargs"] = {"min_lr_rate": stage.min_learning_rate}
+    if stage.schedule == "warmup_stable_decay":
+        settings["lr_scheduler_kwargs"] = {
+            "num_decay_steps": max(round(stage.decay * steps), 1),
+            "min_lr_ratio": stage.min_learning_rate,
+            "decay_type": "linear",
+        }
     arguments = TrainingArguments(**settings | stage.trainer)
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # else the Trainer would spread each step over all GPUs by nn.DataParallel

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from mambify.distill.presets import expand_preset, preset_file, preset_of
 from mambify.distill.sections import Data, Section, Student, parse_count
 from mambify.distill.settings import (
     MAX_MATRIX_CONTEXT,
@@ -88,11 +89,16 @@ class Recipe(Section):
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a YAML recipe and applies ``key.path=value`` overrides (values are YAML; ``stages.0.tokens=2M``).
 
+    Args:
+        path: of the file, or ``preset:NAME`` for one of :mod:`mambify.distill.presets`.
+
     Raises:
-        RecipeError: unreadable, not a mapping, an unknown key (names the nearest), or a value of a wrong type.
+        RecipeError: unreadable, not a mapping, an unknown preset or key (names the nearest), or of a wrong type.
     """
+    preset = preset_of(path)
+    file = path if preset is None else preset_file(preset)
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        raw = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read recipe {path}: {getattr(error, 'strerror', None) or error}") from error
     except yaml.YAMLError as error:
@@ -101,6 +107,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"recipe {path} is not a mapping of keys")
     for override in overrides:
         _override(raw, override)
+    if preset is not None:
+        raw = expand_preset(raw, name=preset, known=Recipe.model_fields)
     return parse_recipe(raw, source=str(path))
 
 

@@ -41,6 +41,7 @@ class StageSettings(Section):
     warmup: Annotated[float, Field(ge=0)] = 0.05
     schedule: str = "cosine_with_min_lr"
     min_learning_rate: Share = 0.1
+    decay: Annotated[float, Field(gt=0, le=1)] = 0.1
     weight_decay: Weight = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
     clip: Weight = 1.0

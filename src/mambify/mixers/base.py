@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mambify.mixers import initial
 from mambify.ops.conv_replay import load_window
 from mambify.ops.ring import RingPlace
 from mambify.ops.selective_replay import SelectiveRing
@@ -93,6 +94,18 @@ class AttentionWeights(NamedTuple):
     o_bias: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
+
+    def drawn_anew(self, generator: torch.Generator) -> AttentionWeights:
+        """Projections of the same shapes as PyTorch makes them, biases of zero, and norms that scale nothing."""
+
+        def drawn(weight_OI: Tensor) -> Tensor:
+            return initial.linear_(torch.empty_like(weight_OI), generator)
+
+        biases = (
+            None if bias is None else torch.zeros_like(bias)
+            for bias in (self.q_bias, self.k_bias, self.v_bias, self.o_bias)
+        )
+        return AttentionWeights(drawn(self.q), drawn(self.k), drawn(self.v), drawn(self.o), *biases)
 
 
 class ProjectionRows(NamedTuple):

@@ -47,7 +47,7 @@ class Mamba1Mixer(RecurrentMixer):
     """
 
     float32_parameters: ClassVar[tuple[str, ...]] = ("A_log", "D")
-    starts: ClassVar[tuple[str, ...]] = ("identity", "paper")
+    starts: ClassVar[tuple[str, ...]] = ("identity", "paper", "random")
 
     def __init__(self, config: HybridConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -157,11 +157,14 @@ class Mamba1Mixer(RecurrentMixer):
 
     @torch.no_grad()
     def init_from_attention(self, weights: AttentionWeights, *, start: str, generator: torch.Generator) -> None:
-        """``paper``: conv, z and dt at random as published; ``identity``: the conv passes its input on.
+        """``paper``: conv, z and dt at random as published; ``identity``: the conv passes its input on; ``random``: as
+        ``paper``, with nothing of the attention either.
 
         A q or k bias becomes ``BC_bias``; the v bias enters through the conv bias. Qwen3's per-head norms have no
         counterpart; their weights scale B and C.
         """
+        if start == "random":
+            weights = weights.drawn_anew(generator)
         z, x, B, C, dt = self.rows
         x.copy_(weights.v)
         B.copy_(initial.scaled_rows(weights.k, weights.k_norm))
@@ -183,7 +186,7 @@ class Mamba1Mixer(RecurrentMixer):
         if self.BC_bias is not None and weights.k_bias is not None and weights.q_bias is not None:
             biases = (weights.k_bias, weights.k_norm), (weights.q_bias, weights.q_norm)
             self.BC_bias.copy_(torch.cat([initial.scaled_rows(bias, norm) for bias, norm in biases]))
-        if start == "paper":
+        if start != "identity":
             initial.uniform_(self.conv1d.weight, self.conv1d.kernel_size[0] ** -0.5, generator)
         else:
             initial.identity_conv_(self.conv1d.weight)

@@ -56,7 +56,7 @@ class Mamba2Mixer(RecurrentMixer):
     """
 
     float32_parameters: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias", "D")
-    starts: ClassVar[tuple[str, ...]] = ("identity", "paper")
+    starts: ClassVar[tuple[str, ...]] = ("identity", "paper", "random")
 
     def __init__(self, config: HybridConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -156,11 +156,14 @@ class Mamba2Mixer(RecurrentMixer):
 
     @torch.no_grad()
     def init_from_attention(self, weights: AttentionWeights, *, start: str, generator: torch.Generator) -> None:
-        """``paper``: conv, z and dt at random as published; ``identity``: the conv passes its input on.
+        """``paper``: conv, z and dt at random as published; ``identity``: the conv passes its input on; ``random``: as
+        ``paper``, with nothing of the attention either.
 
         Biases of q, k, v enter through the conv bias (exact where the conv is the identity). Qwen3's per-head norms
         have no counterpart; their weights scale B and C.
         """
+        if start == "random":
+            weights = weights.drawn_anew(generator)
         z, x, B, C, dt = self.rows
         x.copy_(weights.v)
         B.copy_(initial.scaled_rows(weights.k, weights.k_norm))
@@ -185,7 +188,7 @@ class Mamba2Mixer(RecurrentMixer):
             )
         ]
         self.conv1d.bias.copy_(torch.cat([bias.to(self.conv1d.bias.device) for bias in biases]))
-        if start == "paper":
+        if start != "identity":
             initial.uniform_(self.conv1d.weight, self.conv1d.kernel_size[0] ** -0.5, generator)
         else:
             initial.identity_conv_(self.conv1d.weight)
