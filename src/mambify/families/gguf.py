@@ -66,6 +66,12 @@ class GgufFile:
         """Whether the file carries the vocabulary."""
         return self._field("tokenizer.ggml.model") is not None
 
+    @property
+    def pre_tokenizer(self) -> str | None:
+        """llama.cpp's name for how text is cut into words."""
+        found = self._field("tokenizer.ggml.pre")
+        return found if isinstance(found, str) else None
+
     def special_tokens(self) -> dict[str, int]:
         """Transformers' names of the special tokens that the file gives ids of."""
         ids = {name: self._field(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL_TOKENS.items()}

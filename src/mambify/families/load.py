@@ -20,6 +20,7 @@ from mambify.families import safetensors
 from mambify.families.checkpoint import Checkpoint, open_checkpoint
 from mambify.families.gguf import GgufFile
 from mambify.families.mixers_only import completed
+from mambify.families.pretokenizers import pre_tokenizer
 from mambify.families.sources import Source, resolve
 from mambify.io import atomic_directory
 from mambify.model import HybridForCausalLM, HybridRotaryEmbedding
@@ -179,6 +180,9 @@ def load_tokenizer(source: Source | str | Path) -> PreTrainedTokenizerBase | Non
         tokenizer = AutoTokenizer.from_pretrained(where.directory, gguf_file=where.gguf)
         for name, token_id in file.special_tokens().items():  # some versions of transformers mix these up
             setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
+        cutting = pre_tokenizer(file.pre_tokenizer)
+        if cutting is not None:
+            tokenizer.backend_tokenizer.pre_tokenizer = cutting
         return tokenizer
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     if not any((where.directory / name).is_file() for name in names):

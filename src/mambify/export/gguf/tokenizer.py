@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from mambify.errors import UnsupportedError
+from mambify.families.pretokenizers import EXPRESSIONS
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -22,14 +23,8 @@ if TYPE_CHECKING:
 # GGUF's token types
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 #: the regular expression that a byte-level tokenizer cuts text with → llama.cpp's name of it
-_BY_EXPRESSION = {
-    rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_REST}": "llama-bpe",
-    rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}|{_REST}": "qwen2",
-}
+_BY_EXPRESSION = {expression: name for name, expression in EXPRESSIONS.items()}
 #: pre-tokenizers under which llama.cpp takes a word that is a token before it looks at merges
 _IGNORES_MERGES = ("llama-bpe",)
 
