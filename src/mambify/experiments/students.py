@@ -87,7 +87,7 @@ def _common(request: Request) -> Sequence[str]:
         "data.heldout": request.data[0],
         "data.context_length": request.context_length,
         "seed": request.seed,
-        "checkpoint_every": 1000,
+        "checkpoint_every": 500,
         "report_to": [],
         "output": "-",
     }
