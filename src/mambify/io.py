@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mambify.errors import OutputExistsError, OutputWriteError
+from mambify.errors import OutputExistsError, OutputWriteError, UsageError
 
 
 def require_new(path: str | Path, *, overwrite: bool = False) -> Path:
@@ -74,6 +74,18 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Writes ``value`` as indented JSON, whole or not at all."""
     atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8: with any kind of line end, without the byte order mark that some begin with.
+
+    Raises:
+        UsageError: it is in another encoding.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text (byte {error.start})") from error
 
 
 def read_json(path: str | Path) -> Any:

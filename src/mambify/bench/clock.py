@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from mambify.engine.recording import recorded
+
 _MIN_REPEATS, _SECONDS, _AT_MOST = 5, 0.3, 3.0
 _MATMUL = {"cpu": (1024, torch.float32), "cuda": (8192, torch.bfloat16)}
 _COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
@@ -33,18 +35,7 @@ def device_seconds_of(function: Callable[[], object], device: str) -> float:
 
     The function must always do the same on the same tensors.
     """
-    if torch.device(device).type != "cuda":
-        return seconds_of(function, device)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # kernels are compiled and tuned before anything is recorded
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return seconds_of(graph.replay, device)
+    return seconds_of(recorded(function, device, warm_up=3), device)
 
 
 def copy_bandwidth(device: str) -> float:

@@ -27,6 +27,7 @@ from mambify.errors import (
     UnknownSourceError,
     UsageError,
 )
+from mambify.io import read_text
 from mambify.tokenization import tokenizer_fingerprint
 
 if TYPE_CHECKING:
@@ -262,7 +263,7 @@ def _synthesized(path: Path, tokenizer: PreTrainedTokenizerBase, split: Split) -
 
 
 def _text_rows(path: Path, *, whole: bool) -> Iterator[tuple[str, Row]]:
-    text = _read_text(path)
+    text = read_text(path)
     if whole:
         if text.strip():
             yield str(path), text
@@ -299,7 +300,7 @@ def _interpreted(rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Row]]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    text = _read_text(path)
+    text = read_text(path)
     if path.suffix == ".json":
         rows = _parse(text, str(path))
         if not isinstance(rows, list):
@@ -316,13 +317,6 @@ def _parse(text: str, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise UsageError(f"{where}: not JSON ({error.msg})") from error
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # universal newlines; a byte order mark is dropped
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text (byte {error.start})") from error
 
 
 def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:

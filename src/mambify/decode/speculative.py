@@ -58,6 +58,11 @@ def speculator(
     )
 
 
+def seed_or_drawn(seed: int | None) -> int:
+    """``seed``, or one from torch's global generator."""
+    return int(torch.randint(2**40, ())) if seed is None else seed
+
+
 def generate_speculatively(
     target: PreTrainedModel,
     input_ids_BT: Tensor,
@@ -76,12 +81,8 @@ def generate_speculatively(
         mask_BT: 0 where a row is padded, on the left.
         seed: of the draws; drawn from torch's global generator where ``None``.
     """
-    rows = input_ids_BT.tolist()
-    if mask_BT is not None:
-        rows = [
-            [token for token, real in zip(*pair, strict=True) if real]
-            for pair in zip(rows, mask_BT.tolist(), strict=True)
-        ]
+    real_BT = torch.ones_like(input_ids_BT) if mask_BT is None else mask_BT
+    rows = [ids_T[real_T.bool()].tolist() for ids_T, real_T in zip(input_ids_BT, real_BT, strict=True)]
     decoder = speculator(
         target,
         draft,
@@ -91,7 +92,7 @@ def generate_speculatively(
         num_draft_tokens=num_draft_tokens,
         num_slots=len(rows),
     )
-    first = int(torch.randint(2**40, ())) if seed is None else seed
+    first = seed_or_drawn(seed)
     answers: list[list[int]] = [[] for _ in rows]
     seeds = [first * 1_000_003 + number for number in range(len(rows))]
     for number, tokens in decoder.run(rows, max_new_tokens=sampling.max_new_tokens, seeds=seeds):

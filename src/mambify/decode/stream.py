@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mambify.decode.sampling import Sampling
+from mambify.decode.speculative import seed_or_drawn
 from mambify.decode.steps import decode_steps
 from mambify.decode.text import Detokenizer, Message, encode_prompt, stop_ids
 from mambify.engine import Speculator
@@ -67,8 +68,8 @@ def stream_text(
         ids_1T = torch.tensor([list(prompt_ids)], device=model.device)
         tokens = (int(next_1) for next_1 in decode_steps(model, ids_1T, sampling, seed=seed))
     else:
-        first = int(torch.randint(2**40, ())) if seed is None else seed
-        pieces = speculator.run([prompt_ids], max_new_tokens=sampling.max_new_tokens, seeds=[first])
+        seeds = [seed_or_drawn(seed)]
+        pieces = speculator.run([prompt_ids], max_new_tokens=sampling.max_new_tokens, seeds=seeds)
         tokens = (token for _, piece in pieces for token in piece)
     return TextStream(tokens, tokenizer, stop_ids(model, tokenizer))
 

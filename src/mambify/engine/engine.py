@@ -11,14 +11,16 @@ On a GPU the step is recorded as a CUDA graph, once for every size the batch shr
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mambify.engine.recording import recorded
 from mambify.engine.slots import Drawing, Slots
 from mambify.errors import InvalidOptionError
 from mambify.mixers import MIXERS
@@ -26,7 +28,6 @@ from mambify.model import HybridForCausalLM
 
 _WINDOW = 4  # steps between two looks of the host
 _SMALLEST = 32  # slots below which a batch does not shrink
-_WARM_UP = 2
 
 
 class Turn(NamedTuple):
@@ -109,7 +110,8 @@ class DecodeEngine:
         self._sizes = [num_slots]
         while self._sizes[-1] // 2 >= _SMALLEST:
             self._sizes.append(self._sizes[-1] // 2)
-        self._steps = {size: self._recorded(size) for size in self._sizes}
+        with torch.inference_mode():  # no slot is active yet, so the trial runs change none
+            self._steps = {size: recorded(partial(self._slots.step, size), model.device) for size in self._sizes}
 
     def _check_memory(self, num_slots: int, max_length: int) -> None:
         """Before anything is allocated: what the slots carry must leave a tenth of the free memory for the step."""
@@ -124,22 +126,6 @@ class DecodeEngine:
                 f"{num_slots} sequences of {max_length} tokens carry {num_slots * one / 1e9:.1f} GB and "
                 f"{free / 1e9:.1f} GB are free: lower batch_size to {max(1, int(0.9 * free / one))} or less"
             )
-
-    def _recorded(self, size: int) -> Callable[[], None]:
-        """The step over ``size`` slots; on a GPU as a graph. No slot is active yet, so the trial runs change none."""
-        if self._model.device.type != "cuda":
-            return lambda: self._slots.step(size)
-        with torch.inference_mode():
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(_WARM_UP):
-                    self._slots.step(size)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._slots.step(size)
-        return graph.replay
 
     @torch.inference_mode()
     def run(self, speakers: Sequence[Speaker]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mambify.engine.lookup import look_up
+from mambify.engine.recording import recorded
 from mambify.engine.slots import Drawing
 from mambify.engine.tower import Tower
 from mambify.errors import InvalidOptionError
@@ -29,7 +30,6 @@ from mambify.ops.draw import draw_tokens, uniform
 Draft = HybridForCausalLM | Literal["lookup"] | None
 
 _LOOK_EVERY = 4  # rounds
-_WARM_UP = 2
 _NUMBERS = 64  # uniform numbers that a round may use: K for the draft, K tests, one last draw
 MOST_DRAFTED = 16
 
@@ -95,7 +95,6 @@ class Speculator:
         self.K = 0 if draft is None else num_draft_tokens
         self.max_length = max_length
         self._settings = drawing.settings()
-        self._greedy = drawing.temperature == 0.0
         device = target.device
 
         def zeros(*sizes: int, dtype: torch.dtype = torch.long) -> Tensor:
@@ -114,22 +113,7 @@ class Speculator:
             if isinstance(draft, HybridForCausalLM):
                 self._draft = Tower(draft, most_new=self.K + 1, **common)  # type: ignore[arg-type]
             self._looks_up = draft == "lookup"
-            self._round = self._recorded()
-
-    def _recorded(self) -> Callable[[], None]:
-        """A round; on a GPU as a CUDA graph. No slot is active yet, so the trial runs change none."""
-        if self._active_S.device.type != "cuda":
-            return self._step
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
-                self._step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._step()
-        return graph.replay
+            self._round = recorded(self._step, device)  # no slot is active yet, so the trial runs change none
 
     # ---- a round, on the device ------------------------------------------------------------------------------------
 

@@ -15,7 +15,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mambify.config import LINEAR
 from mambify.mixers import MixerContext, RecurrentMixer, ReplayState
 from mambify.mixers.attention import SlotKV
 from mambify.model import HybridBlock, HybridForCausalLM
@@ -115,8 +114,3 @@ class Tower:
                 kept = layer.keys.shape[2]  # a sliding window keeps the last ones only
                 state.keys_SGLP[slot, :, len(ids) - kept : len(ids)] = layer.keys[0]
                 state.values_SGLP[slot, :, len(ids) - kept : len(ids)] = layer.values[0]
-
-
-def has_recurrent_layers(model: HybridForCausalLM) -> bool:
-    """Whether any layer's state cannot be cropped."""
-    return LINEAR in (model.config.layer_types or ())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mambify.errors import InvalidOptionError, TokenizerMismatchError, UnknownSourceError, UsageError
 from mambify.evaluate.scoring import as_ids
-from mambify.io import read_json
+from mambify.io import read_json, read_text
 from mambify.tokenization import tokenizer_fingerprint
 
 if TYPE_CHECKING:
@@ -68,20 +68,13 @@ def read_blocks(
     if path.is_dir():
         sequences = _heldout_ids(path, tokenizer)
     elif path.is_file():
-        sequences = [tokenizer.encode(_read_text(path), verbose=False)]
+        sequences = [tokenizer.encode(read_text(path), verbose=False)]
     else:
         raise UnknownSourceError(f"no text at {path}: give a text file or a synthesized directory")
     blocks = cut_into_blocks(sequences, context_length, max_tokens=max_tokens)
     if not blocks:
         raise UsageError(f"{path} holds no text to evaluate on")
     return blocks
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text (byte {error.start})") from error
 
 
 def _heldout_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

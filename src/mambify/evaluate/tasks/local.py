@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mambify.errors import InvalidOptionError, UnknownSourceError, UsageError, did_you_mean
+from mambify.io import read_text
 
 Row = dict[str, Any]
 _LETTERS = "ABCDEFGH"
@@ -104,7 +105,7 @@ def read_local(name: str, directory: str | Path) -> LocalQuestions:
     rows = _read_rows(file)
     if task.labels is not None:
         labels_file = _find(directory, task.labels, name)
-        labels = _text(labels_file).split()
+        labels = read_text(labels_file).split()
         if len(labels) != len(rows):
             raise UsageError(f"{labels_file} has {len(labels)} labels for the {len(rows)} rows of {file.name}")
         rows = [row | {"label": int(label)} for row, label in zip(rows, labels, strict=True)]
@@ -128,7 +129,7 @@ def _find(directory: Path, place: str, name: str) -> Path:
 
 def _read_rows(file: Path) -> list[Row]:
     rows = []
-    for number, line in enumerate(_text(file).split("\n"), 1):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -141,10 +142,3 @@ def _read_rows(file: Path) -> list[Row]:
     if not rows:
         raise UsageError(f"{file} holds no question")
     return rows
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{file} is not UTF-8 text (byte {error.start})") from error
