@@ -184,6 +184,16 @@ def test_a_run_that_was_left_does_not_disturb_the_next(teacher: HybridForCausalL
     assert answers(speculator, PROMPTS[:1], max_new_tokens=20) == [greedy(target, PROMPTS[0], 20)]
 
 
+def test_statistics_are_known_when_nobody_listens_to_the_end(teacher: HybridForCausalLM) -> None:
+    """As where an answer ends with a stop token: its reader stops there."""
+    target = converted(teacher, "mamba2", 0.5)
+    stop = greedy(target, PROMPTS[0], 1)[0]
+    speculator = Speculator(target, target, num_slots=1, max_length=64, drawing=GREEDY, stop_ids=[stop])
+    _, tokens = next(speculator.run(PROMPTS[:1], max_new_tokens=20))
+    assert tokens == [stop]
+    assert speculator.statistics.tokens == 1 and sum(speculator.statistics.accepted) == 1
+
+
 def test_lookup_finds_the_latest_occurrence() -> None:
     history = torch.tensor([[1, 2, 7, 1, 2, 8, 9, 1, 2, 0, 0, 0], [1, 2, 3, 4, 5, 6, 0, 0, 0, 0, 0, 0]])
     drafted, found = look_up(history, torch.tensor([9, 6]), 4)

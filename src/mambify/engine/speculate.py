@@ -213,6 +213,7 @@ class Speculator:
                 self._round()
             ends = self._target.length_S.tolist()
             active = self._active_S.tolist()
+            self.statistics.accepted = self._accepted_T.tolist()  # now: whoever meets a stop token listens no further
             for slot, seat in enumerate(seats):
                 if seat is None:
                     continue
@@ -223,7 +224,6 @@ class Speculator:
                     seats[slot] = None
                 if given:
                     yield seat.number, given
-        self.statistics.accepted = self._accepted_T.tolist()
 
     def _begin(self, slot: int, prompt: Sequence[int], budget: int, seed: int) -> None:
         for tower in (self._target, self._draft):
