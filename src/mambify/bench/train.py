@@ -106,7 +106,7 @@ CASES: dict[str, list[Case]] = {
         *(Case("size", stage, "8B", 2048, 2) for stage in ("align", "kd")),
         *(Case("size", "kd", "8B", 2048, 1, plain=plain) for plain in (False, True)),
         Case("size", "kd", "8B", 2048, 8, checkpointing=True),
-        *(Case("processes", stage, "1B", 2048, 8) for stage in ("align", "kd")),
+        *(Case("processes", stage, "1B", 2048, n) for n in (8, 32) for stage in ("align", "kd")),
     ],
 }
 
