@@ -5,12 +5,14 @@ Only what is known is said. A training, a licence or a figure that nobody record
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mambify.card.results import results_section
+from mambify.card.text import table, without_way
 from mambify.config import HybridConfig
 from mambify.layer_map import kinds_of_layers, legend, name, plain_map, ranges
 from mambify.provenance import Provenance
@@ -38,7 +40,7 @@ def render_card(
     if provenance is not None and (provenance.stages or provenance.recipe):
         sections.append(f"## Training\n\n{_training(provenance)}")
     if provenance is not None and provenance.results:
-        sections.append(f"## Results\n\n{_results(provenance.results)}")
+        sections.append(f"## Results\n\n{results_section(provenance.results)}")
     limits = [*_limit_lines(config, provenance), *limits]
     sections.append("## Limits\n\n" + "\n".join(f"- {line}" for line in limits))
     return "\n\n".join(sections) + "\n"
@@ -76,7 +78,7 @@ def _what_it_is(config: HybridConfig) -> str:
     linked = f"[{teacher}](https://huggingface.co/{teacher})" if config.teacher_hub_id else teacher or "a Transformer"
     if not config.converted_layers:
         return f"The weights of {linked}, as mambify saves them; no layer is converted."
-    read_as = _without_way(config.teacher)
+    read_as = without_way(config.teacher)
     loaded_as = f" (read as `{read_as}`)" if read_as not in ("", teacher) else ""
     lines = (
         f"A hybrid of attention and Mamba layers made from {linked}{loaded_as} with mambify, by the method of "
@@ -94,12 +96,7 @@ def _what_it_is(config: HybridConfig) -> str:
 
 def _base_name(config: HybridConfig) -> str:
     assert config.base is not None
-    return _without_way(config.base["name"])
-
-
-def _without_way(name: str) -> str:
-    """A name without the folders of the machine that it comes from."""
-    return Path(name).name if Path(name).is_absolute() else name
+    return without_way(config.base["name"])
 
 
 def _layers(config: HybridConfig) -> str:
@@ -115,7 +112,7 @@ def _layers(config: HybridConfig) -> str:
         ("vocabulary", f"{config.vocab_size:,}"),
         ("positions of the teacher", f"{config.max_position_embeddings:,}"),
     ]
-    return f"```\n{plain_map(kinds)}\n{legend(kinds)}\n```\n\n" + _table(("", ""), rows)
+    return f"```\n{plain_map(kinds)}\n{legend(kinds)}\n```\n\n" + table(("", ""), rows)
 
 
 def _use(config: HybridConfig) -> str:
@@ -154,7 +151,7 @@ def _training(provenance: Provenance) -> str:
             )
             for stage in provenance.stages
         ]
-        parts.append(_table(("stage", "layers with attention", "steps", "tokens", "seconds"), rows))
+        parts.append(table(("stage", "layers with attention", "steps", "tokens", "seconds"), rows))
         parts.append(f"In all {provenance.tokens:,} tokens.")
     made = [
         f"{key} {provenance.environment[key]}"
@@ -167,40 +164,6 @@ def _training(provenance: Provenance) -> str:
         text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).strip()
         parts.append(f"<details><summary>The recipe</summary>\n\n```yaml\n{text}\n```\n\n</details>")
     return "\n\n".join(parts)
-
-
-def _results(results: Mapping[str, Any]) -> str:
-    sources: Mapping[str, Mapping[str, Any]] = results["sources"]
-    beside_teacher = any("teacher" in source for source in sources.values())
-    headings = ["text", "tokens", "perplexity"]
-    if beside_teacher:
-        headings += ["teacher's", "ratio", "KL", "top-1 agreement"]
-    rows = []
-    for text, source in sources.items():
-        cells = [text, f"{source['num_tokens']:,}", _figure(source["student"], "perplexity", ".2f")]
-        if beside_teacher:
-            cells += [
-                _figure(source.get("teacher", {}), "perplexity", ".2f"),
-                _figure(source["student"], "perplexity_ratio", ".3f"),
-                _figure(source["student"], "kl", ".4f"),
-                _figure(source["student"], "top1_agreement", ".1%"),
-            ]
-        rows.append(cells)
-    length = f" of {results['context_length']} tokens" if "context_length" in results else ""
-    return (
-        _table(headings, rows)
-        + f"\n\nMeasured by `mambify evaluate` on blocks{length}; in brackets 95% bootstrap intervals over blocks."
-    )
-
-
-def _figure(figures: Mapping[str, Any], key: str, form: str) -> str:
-    if key not in figures:
-        return ""
-    text = f"{figures[key]:{form}}"
-    if f"{key}_interval" in figures:
-        low, high = figures[f"{key}_interval"]
-        text += f" ({low:{form}}–{high:{form}})"
-    return text
 
 
 def _limit_lines(config: HybridConfig, provenance: Provenance | None) -> Iterator[str]:
@@ -219,13 +182,3 @@ def _limit_lines(config: HybridConfig, provenance: Provenance | None) -> Iterato
         yield "No evaluation is recorded."
     else:
         yield "What the table above does not measure was not measured."
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    """Text that cannot end its cell or its row."""
-    return " ".join(text.replace("|", "\\|").split())
