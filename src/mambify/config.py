@@ -10,6 +10,7 @@ from mambify.errors import InvalidOptionError
 
 ATTENTION = "attention"
 LINEAR = "linear_attention"
+STOCK = "stock_"  # how the names of mixers begin that are never made from attention
 
 _LEAST = {"vocab_size": 1, "hidden_size": 1, "intermediate_size": 0, "num_attention_heads": 1} | dict.fromkeys(
     ("ssm_inner_size", "ssm_state_size", "ssm_dt_rank", "ssm_num_heads", "ssm_num_groups"), 1
@@ -38,8 +39,7 @@ class HybridConfig(PreTrainedConfig):  # type: ignore[misc]
         ssm_inner_size: I, channels of a stock Mamba mixer (``stock_mamba1``, ``stock_mamba2``).
         ssm_state_size: N of a stock mixer.
         ssm_dt_rank: rank of ``stock_mamba1``'s Δ projection.
-        ssm_num_heads, ssm_num_groups: of ``stock_mamba2``: heads of I / heads channels; groups of heads that share B and C
-            and a norm.
+        ssm_num_heads, ssm_num_groups: heads of ``stock_mamba2``, and groups of them that share B, C and a norm.
         ssm_proj_bias, ssm_conv_bias: whether a stock mixer's in_proj and out_proj, and its convolution, have biases.
         ssm_dt_min, ssm_dt_max: Δ of ``stock_mamba2`` is kept within these; ``None`` for no upper end.
         ops_backend: implementation of the Mamba mixers' operations over sequences: ``auto`` takes the fastest that
@@ -147,5 +147,10 @@ class HybridConfig(PreTrainedConfig):  # type: ignore[misc]
 
     @property
     def converted_layers(self) -> list[int]:
-        """Indices of the layers whose attention was replaced."""
+        """Indices of the layers whose attention was replaced, or which never had any."""
         return [i for i, mixer in enumerate(self.layer_mixers or []) if mixer != ATTENTION]
+
+    @property
+    def stock_layers(self) -> list[int]:
+        """Indices of the layers that are Mamba in the checkpoint they were read from, as it is published."""
+        return [i for i, mixer in enumerate(self.layer_mixers or []) if mixer.startswith(STOCK)]

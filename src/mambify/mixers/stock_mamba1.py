@@ -1,7 +1,7 @@
 """Mamba1 as it is published and as transformers' ``MambaForCausalLM`` has it: all channels share one B and one C.
 
-Legend: B batch, T tokens, D hidden size, I inner channels, N state size, K conv width, R rank of Δ. To the operations it
-is one sub-head of all channels, J = 1 and M = I.
+Legend: B batch, T tokens, D hidden size, I inner channels, N state size, K conv width, R rank of Δ. To the operations
+it is one sub-head of all channels, J = 1 and M = I.
 """
 
 from __future__ import annotations
@@ -82,9 +82,11 @@ class StockMamba1Mixer(RecurrentMixer):
             y_BTI, ssm = selective_scan_step(x_BTI, dt_BTI, A_1IN, B_BTN, C_BTN, D_1I, state.ssm)
         else:
             y_BT1I, ssm = selective_scan(
-                *(v[:, :, None] for v in (x_BTI, dt_BTI)),
+                x_BTI[:, :, None],
+                dt_BTI[:, :, None],
                 A_1IN,
-                *(v[:, :, None] for v in (B_BTN, C_BTN)),
+                B_BTN[:, :, None],
+                C_BTN[:, :, None],
                 D_1I,
                 initial_state_BJMN=None if state is None else state.ssm,
                 seq_idx_BT=context.seq_idx_BT,

@@ -17,7 +17,7 @@ def check_head_groups(operation: str, heads: int, **shared: int) -> None:
 
 def is_key_value(heads: int, G: int, U: int, V: int) -> bool:
     """Whether x and B come by the same key/value heads and C by query heads, as attention leaves them."""
-    return G == U and V == heads
+    return G == U and heads == V
 
 
 def as_key_values(x: Tensor, B: Tensor, C: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -220,16 +220,16 @@ def _after_pending(
     s, A, ring_x, ring_B, ring_delta, row, i_JM, here_JM, BN, here_JN, head, pending,
     x_size: tl.constexpr, B_size: tl.constexpr, R: tl.constexpr, AT_ONCE: tl.constexpr = 4,
 ):  # fmt: skip
-    """The state [J, M, N] after the pending tokens. The inputs of AT_ONCE of them are on their way together: one by one,
-    each would wait for memory. Those beyond the last one have Δ = 0 and change nothing."""
+    """The state [J, M, N] after the pending tokens. The inputs of AT_ONCE of them are on their way together: one by
+    one, each would wait for memory. Those beyond the last one have Δ = 0 and change nothing."""
     for start in range(0, pending, AT_ONCE):
         deltas, xs, Bs = (), (), ()
         for k in tl.static_range(AT_ONCE):
-            x_end, B_end = tl.where(start + k < pending, x_size, 0), tl.where(start + k < pending, B_size, 0)
+            end_x, end_B = tl.where(start + k < pending, x_size, 0), tl.where(start + k < pending, B_size, 0)
             place = row * R + ((head - pending + start + k) & (R - 1))
-            deltas += (tl.load(ring_delta + place * x_size + i_JM, mask=here_JM & (i_JM < x_end), other=0.0),)
-            xs += (tl.load(ring_x + place * x_size + i_JM, mask=here_JM & (i_JM < x_end), other=0.0),)
-            Bs += (tl.load(ring_B + place * B_size + BN, mask=here_JN & (BN < B_end), other=0.0),)
+            deltas += (tl.load(ring_delta + place * x_size + i_JM, mask=here_JM & (i_JM < end_x), other=0.0),)
+            xs += (tl.load(ring_x + place * x_size + i_JM, mask=here_JM & (i_JM < end_x), other=0.0),)
+            Bs += (tl.load(ring_B + place * B_size + BN, mask=here_JN & (end_B > BN), other=0.0),)
         for k in tl.static_range(AT_ONCE):
             s = _step(s, A, deltas[k], xs[k].to(tl.float32), Bs[k].to(tl.float32))
     return s

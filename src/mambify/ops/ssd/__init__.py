@@ -35,8 +35,8 @@ def ssd_scan(
 
         S_t = exp(A Δ_t) S_{t-1} + Δ_t x_t B_tᵀ        y_t = S_t C_t + D x_t
 
-    Head h reads head h // (H // G) of ``x``, and likewise of ``B`` and ``C``; none of them is repeated, unless a gradient
-    is wanted of another grouping than G = U, V = H.
+    Head h reads head h // (H // G) of ``x``, and likewise of ``B`` and ``C``. The kernels repeat none of them, unless
+    gradients are wanted of another grouping than G = U, V = H.
 
     Args:
         x_BTGP: values. Sets the dtype of ``y``; large matrix products run in the widest dtype of x, B and C.

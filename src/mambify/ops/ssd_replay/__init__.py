@@ -84,9 +84,9 @@ def ssd_replay(
 
         S ← e^{c_n} S₀ + Σ_{j≤n} e^{c_n−c_j} Δ_j x_j B_jᵀ
 
-    Head h reads head h // (H // G) of x, and likewise of B and C; the kernels repeat none of them. In rows that are not active
-    neither state nor ring changes, and y is zero. Nothing waits for the device: all shapes are static, and T = 1 is
-    plain decoding that writes a state once in about R tokens.
+    Head h reads head h // (H // G) of x, and likewise of B and C; the kernels repeat none of them. In rows that are not
+    active neither state nor ring changes, and y is zero. Nothing waits for the device: all shapes are static, and T = 1
+    is plain decoding that writes a state once in about R tokens.
 
     Args:
         x_STGP: values. Sets the dtype of ``y``.

@@ -3,7 +3,8 @@
 Letters: S rows, T new tokens, R places of a ring, E = R + T tokens of a window (pending ones, then new ones), H = G·Q
 query heads, G key/value heads, P head dimension, N state size.
 
-Heads that are grouped otherwise are repeated, where a window is read. What is not pending in the first R of a window has Δ = 0, x = 0 and B = 0: it neither decays nor writes.
+What is not pending in the first R of a window has Δ = 0, x = 0 and B = 0: it neither decays nor writes. Heads that are
+grouped otherwise are repeated once they have been read (ops/head_groups.py).
 """
 
 from __future__ import annotations

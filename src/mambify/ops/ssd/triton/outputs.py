@@ -18,10 +18,12 @@ def output_kernel(
     x_ptr, B_ptr, C_ptr, D_ptr, steps_ptr, sums_ptr, states_ptr, y_ptr, tokens, x_stride_B, B_stride_B, C_stride_B,
     x_stride_T: tl.constexpr, x_stride_G: tl.constexpr, B_stride_T: tl.constexpr, B_stride_G: tl.constexpr,
     C_stride_T: tl.constexpr, C_stride_G: tl.constexpr,
-    H: tl.constexpr, X_SHARE: tl.constexpr, B_SHARE: tl.constexpr, C_SHARE: tl.constexpr, P: tl.constexpr, N: tl.constexpr, RAGGED: tl.constexpr,
+    H: tl.constexpr, X_SHARE: tl.constexpr, B_SHARE: tl.constexpr, C_SHARE: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, RAGGED: tl.constexpr,
     Q: tl.constexpr, BLOCK_P: tl.constexpr, INNER_N: tl.constexpr,
 ):  # fmt: skip
-    """So many heads share one of x, B and C. ``D_ptr`` is None where there is no skip; sums over N are made INNER_N at a time."""
+    """X_SHARE, B_SHARE, C_SHARE heads read the same x, B and C. ``D_ptr`` is None where there is no skip; sums over N
+    are made INNER_N at a time."""
     BLOCKS: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     chunks = tl.cdiv(tokens, Q)
     block = tl.program_id(0) % BLOCKS
