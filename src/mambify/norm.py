@@ -21,8 +21,8 @@ class RMSNorm(nn.RMSNorm):
 
 
 class StreamRMSNorm(RMSNorm):
-    """Of a residual stream that is wider than the weights (float32 over bfloat16): normed as it is, then rounded to the
-    dtype of the weight, for the mixer that reads it."""
+    """Of a residual stream wider than the weights (float32 over bfloat16): rounded to the dtype of the weight, then
+    normed, as transformers' Mamba blocks do."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).to(self.weight.dtype)
+        return super().forward(x.to(self.weight.dtype))

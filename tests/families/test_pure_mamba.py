@@ -233,6 +233,21 @@ def test_fewest_and_most_drafted_tokens(pairs: Pairs, kind: str, drafted: int) -
     assert found == plain(theirs, PROMPTS[2], 50)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", *ONE_EACH])
+def test_speculation_by_kernels(pairs: Pairs, kind: str, tmp_path: Path) -> None:
+    """The same tokens on a GPU, where a round is a recorded graph of the kernels."""
+    theirs, _ = pairs(kind)
+    theirs.save_pretrained(tmp_path)
+    target = mambify.load(tmp_path, device="cuda").model
+    for draft in (None, target):
+        speculator = Speculator(target, draft, num_slots=3, max_length=96, drawing=Drawing(temperature=0.0))
+        answers: list[list[int]] = [[] for _ in PROMPTS]
+        for number, given in speculator.run(PROMPTS, max_new_tokens=40):
+            answers[number] += given
+        assert answers == [plain(theirs, prompt, 40) for prompt in PROMPTS]
+
+
 @pytest.mark.parametrize("kind", ONE_EACH)
 def test_slots_need_no_positions(pairs: Pairs, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs, ours = pairs(kind)

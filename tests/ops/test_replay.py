@@ -17,6 +17,7 @@ from mambify.ops.ssd_replay import SSDRing, ssd_fold, ssd_replay
 from replaying import Conv, Mamba1, Mamba2, Replayed, StockMamba1, StockMamba2
 
 if HAS_TRITON:
+    from mambify.ops.selective_replay import triton as selective_kernels
     from mambify.ops.ssd_replay import triton as ssd_kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")  # the mode that gives NaN in allocations
@@ -142,6 +143,16 @@ def test_products(
     plan = ssd_kernels._plan
     monkeypatch.setattr(ssd_kernels, "_plan", lambda *given: plan(*given)._replace(products=True))
     go_through(Mamba2(most_new=new, capacity=capacity, dtype=torch.float16, device=DEVICE, backend="triton"), new, 3)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("layer", [Mamba1, StockMamba1])
+def test_tiles_of_many_rows(layer: type[Mamba1], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows, as everywhere here, have programs of their own size."""
+    assert selective_kernels._blocks(3, 8, layer.M, 16)[:2] == (1, 8)
+    monkeypatch.setattr(selective_kernels, "_BUSY", 0)
+    assert selective_kernels._blocks(3, 8, layer.M, 16)[:2] == ((4, 8) if layer is Mamba1 else (1, 32))
+    go_through(layer(device=DEVICE, backend="triton"), 5, 4)
 
 
 @pytest.mark.parametrize("products", [False, True])

@@ -26,6 +26,8 @@ from mambify.ops.ring import RingPlace, check_contiguous
 from mambify.ops.triton_math import softplus
 
 _TILE = 512  # state entries a program, 16 a thread: fewer would spend more on tokens than on entries
+_LEAST_TILE = 128  # where there are too few programs, what counts is how long one of them takes
+_BUSY = 132 * 4  # warps that give each scheduler of an H100 one
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -67,7 +69,7 @@ def selective_replay(
         z_STJM = _tokens_whole(z_STJM)
     z_strides = (0, 0) if z_STJM is None else z_STJM.stride()[:2]
     y_STJM = x_STJM.new_empty((S, T, J, M))
-    blocks = _blocks(J, M, N)
+    blocks = _blocks(S, J, M, N)
     with torch.cuda.device_of(x_STJM):  # Triton launches on the current device
         _replay[(blocks.programs(J, M), S)](
             x_STJM, dt_STJM, A_JMN.contiguous(), B_STGUN, C_STJN, _contiguous(D_JM), _contiguous(dt_bias_JM),
@@ -83,7 +85,7 @@ def selective_fold(state_LSJMN: Tensor, A_LJMN: Tensor, ring: tuple[Tensor, Tens
     L, S, J, M, N = state_LSJMN.shape
     check_contiguous("selective_fold", state_LSJMN, *ring)
     G, U = ring[1].shape[-3:-1]
-    blocks = _blocks(J, M, N)
+    blocks = _blocks(L * S, J, M, N)
     with torch.cuda.device_of(state_LSJMN):
         _fold[(blocks.programs(J, M), S, L)](
             A_LJMN.contiguous(), state_LSJMN, *ring, place.head_S, place.pending_S, place.active_S,
@@ -102,10 +104,13 @@ class _Blocks(NamedTuple):
         return int(triton.cdiv(J, self.BLOCK_J) * triton.cdiv(M, self.BLOCK_M))
 
 
-def _blocks(J: int, M: int, N: int) -> _Blocks:
+def _blocks(rows: int, J: int, M: int, N: int) -> _Blocks:
+    tile = _TILE
+    while tile > _LEAST_TILE and rows * triton.cdiv(J * M * N, tile) < _BUSY:
+        tile //= 2
     block_n = triton.next_power_of_2(N)
-    block_m = min(triton.next_power_of_2(M), max(1, _TILE // block_n))
-    return _Blocks(min(triton.next_power_of_2(J), max(1, _TILE // (block_m * block_n))), block_m, block_n)
+    block_m = min(triton.next_power_of_2(M), max(1, tile // block_n))
+    return _Blocks(min(triton.next_power_of_2(J), max(1, tile // (block_m * block_n))), block_m, block_n)
 
 
 def _tokens_whole(tensor: Tensor) -> Tensor:
