@@ -47,6 +47,28 @@ def test_as_stepping(layer: type[Replayed], new: int, eager: bool, dtype: torch.
     go_through(one, new)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("new", range(1, 18))
+@pytest.mark.parametrize(
+    ("layer", "sizes"),
+    [
+        (StockMamba1, {"M": 1536}),
+        (StockMamba1, {"M": 5120}),
+        (StockMamba1, {"M": 8192}),
+        (StockMamba2, {"H": 80, "G": 80, "P": 64, "N": 128, "heads_of_B": 1, "heads_of_C": 1}),
+        (StockMamba2, {"H": 128, "G": 128, "P": 64, "N": 128, "heads_of_B": 8, "heads_of_C": 8}),
+    ],
+    ids=["mamba-130m", "mamba-2.8b", "mamba-7b", "mamba2-2.7b", "mamba2-7b"],
+)
+def test_published_shapes(
+    layer: type[Replayed], sizes: dict[str, int], new: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every number of new tokens that speculation can ask for."""
+    for name, size in sizes.items():
+        monkeypatch.setattr(layer, name, size)
+    go_through(layer(most_new=new, capacity=ring_capacity(new), dtype=dtype, device="cuda", backend="triton"), new)
+
+
 @pytest.mark.parametrize("layer", [Mamba2, Mamba1, StockMamba2, StockMamba1, Conv])
 @pytest.mark.parametrize("sizes", ["8B"], indirect=True)
 def test_many_rows(layer: type[Replayed], sizes: str) -> None:
