@@ -90,6 +90,15 @@ class Tower:
         self.place.pending_S.sub_(taken_S)
         self.place.head_S.sub_(taken_S).remainder_(self.place.capacity)
 
+    def clear(self, slot_E: Tensor) -> None:
+        """Empties slots."""
+        for count_S in (self.length_S, self.place.head_S, self.place.pending_S):
+            count_S.index_fill_(0, slot_E, 0)
+        for state in self._states:
+            if isinstance(state, ReplayState):
+                state.ssm.index_fill_(0, slot_E, 0)
+                state.conv.index_fill_(0, slot_E, 0)
+
     def begin(self, slot: int, ids: Sequence[int], *, chunk: int = 2048) -> None:
         """Empties a slot and reads ``ids`` into it, ``chunk`` tokens at a time; the slot is not active meanwhile."""
         device = self.model.device
