@@ -18,8 +18,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mambify.engine.lookup import look_up
 from mambify.engine.looks import Looks
+from mambify.engine.lookup import look_up
 from mambify.engine.recording import recorded
 from mambify.engine.slots import Drawing
 from mambify.engine.tower import Tower
