@@ -158,7 +158,7 @@ class Bench:
 
 @torch.inference_mode()
 def _parts_of_a_round(decoder: Speculator, device: str) -> tuple[float, float]:
-    """Seconds of drafting, and of the target's pass, each by itself with all slots taking part; sequences have ended."""
+    """Seconds of drafting, and of the target's pass, each by itself, all slots taking part; sequences have ended."""
     draft, target, T = decoder._draft, decoder._target, decoder.K + 1
     assert draft is not None
     decoder._active_S.fill_(True)
