@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from mambify.config import HybridConfig
+from mambify.config import STOCK, HybridConfig
 from mambify.layer_map import kinds_of_layers, legend, name, plain_map, ranges
 from mambify.provenance import Provenance
 
@@ -46,13 +46,18 @@ def render_card(
 
 def _header(config: HybridConfig, provenance: Provenance | None) -> str:
     trained = provenance is not None and bool(provenance.stages)
-    mixers = sorted({kind for kind in config.layer_mixers or () if kind != "attention"})
+    mixers = sorted({kind.removeprefix(STOCK) for kind in config.layer_mixers or () if kind != "attention"})
     fields: dict[str, Any] = dict(config.teacher_license or {})
     if config.teacher_hub_id:
         fields["base_model"] = config.teacher_hub_id
     fields["library_name"] = "transformers"
     fields["pipeline_tag"] = "text-generation"
-    fields["tags"] = ["mambify", *(["hybrid"] if mixers else []), *mixers, *(["distillation"] if trained else [])]
+    fields["tags"] = [
+        "mambify",
+        *(["hybrid"] if mixers and not config.stock_layers else []),
+        *mixers,
+        *(["distillation"] if trained else []),
+    ]
     return "---\n" + yaml.safe_dump(fields, sort_keys=False, allow_unicode=True) + "---"
 
 
@@ -65,7 +70,7 @@ def _teacher(config: HybridConfig) -> str:
 
 def _title(config: HybridConfig) -> str:
     teacher = _teacher(config).rpartition("/")[2] or "A hybrid model"
-    if not config.converted_layers:
+    if not config.converted_layers or config.stock_layers:
         return teacher
     mixers = " and ".join(sorted({name(kind) for kind in config.layer_mixers or () if kind != "attention"}))
     return f"{teacher}, {len(config.converted_layers)} of {config.num_hidden_layers} layers as {mixers}"
@@ -74,7 +79,7 @@ def _title(config: HybridConfig) -> str:
 def _what_it_is(config: HybridConfig) -> str:
     teacher = _teacher(config)
     linked = f"[{teacher}](https://huggingface.co/{teacher})" if config.teacher_hub_id else teacher or "a Transformer"
-    if not config.converted_layers:
+    if not config.converted_layers or config.stock_layers:
         return f"The weights of {linked}, as mambify saves them; no layer is converted."
     read_as = _without_way(config.teacher)
     loaded_as = f" (read as `{read_as}`)" if read_as not in ("", teacher) else ""
@@ -104,17 +109,24 @@ def _without_way(name: str) -> str:
 
 def _layers(config: HybridConfig) -> str:
     kinds = kinds_of_layers(config)
-    rows = [
-        ("layers that keep attention", ranges(config.attention_layers)),
-        ("layers converted", ranges(config.converted_layers)),
-        ("hidden size, feed-forward size", f"{config.hidden_size:,}, {config.intermediate_size:,}"),
-        (
-            "heads (query, key/value, dimension)",
-            f"{config.num_attention_heads}, {config.num_key_value_heads}, {config.head_dim}",
-        ),
-        ("vocabulary", f"{config.vocab_size:,}"),
-        ("positions of the teacher", f"{config.max_position_embeddings:,}"),
-    ]
+    if config.stock_layers:
+        rows = [
+            ("hidden size, inner size", f"{config.hidden_size:,}, {config.ssm_inner_size:,}"),
+            ("state size", f"{config.ssm_state_size:,}"),
+            ("vocabulary", f"{config.vocab_size:,}"),
+        ]
+    else:
+        rows = [
+            ("layers that keep attention", ranges(config.attention_layers)),
+            ("layers converted", ranges(config.converted_layers)),
+            ("hidden size, feed-forward size", f"{config.hidden_size:,}, {config.intermediate_size:,}"),
+            (
+                "heads (query, key/value, dimension)",
+                f"{config.num_attention_heads}, {config.num_key_value_heads}, {config.head_dim}",
+            ),
+            ("vocabulary", f"{config.vocab_size:,}"),
+            ("positions of the teacher", f"{config.max_position_embeddings:,}"),
+        ]
     return f"```\n{plain_map(kinds)}\n{legend(kinds)}\n```\n\n" + _table(("", ""), rows)
 
 

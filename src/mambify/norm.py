@@ -18,3 +18,11 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class StreamRMSNorm(RMSNorm):
+    """Of a residual stream that is wider than the weights (float32 over bfloat16): normed as it is, then rounded to the
+    dtype of the weight, for the mixer that reads it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).to(self.weight.dtype)

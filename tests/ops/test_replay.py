@@ -14,7 +14,7 @@ from mambify.ops.conv_replay import conv_replay
 from mambify.ops.ring import RingPlace, ring_capacity
 from mambify.ops.selective_replay import SelectiveRing, selective_fold, selective_replay
 from mambify.ops.ssd_replay import SSDRing, ssd_fold, ssd_replay
-from replaying import Conv, Mamba1, Mamba2, Replayed
+from replaying import Conv, Mamba1, Mamba2, Replayed, StockMamba1, StockMamba2
 
 if HAS_TRITON:
     from mambify.ops.ssd_replay import triton as ssd_kernels
@@ -22,7 +22,7 @@ if HAS_TRITON:
 pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")  # the mode that gives NaN in allocations
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["reference", pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"))]
-LAYERS = [Mamba2, Mamba1, Conv]
+LAYERS = [Mamba2, Mamba1, StockMamba2, StockMamba1, Conv]
 ROWS, MOST_NEW = 3, 5
 
 
@@ -128,11 +128,17 @@ def test_half_precision(layer: type[Replayed], backend: str, dtype: torch.dtype)
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 @pytest.mark.parametrize("sizes", [(4, 2, 16, 16), (2, 1, 48, 80), (2, 1, 64, 128)])
+@pytest.mark.parametrize("stock", [False, True])
 @pytest.mark.parametrize(("new", "capacity"), [(5, 16), (5, 32), (17, 64)])
-def test_products(sizes: tuple[int, int, int, int], new: int, capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products(
+    sizes: tuple[int, int, int, int], stock: bool, new: int, capacity: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The bfloat16 kernel of many tokens, in float16 as the interpreter knows it: what is float32 goes in as halves."""
     for name, size in zip("HGPN", sizes, strict=True):
         monkeypatch.setattr(Mamba2, name, size)
+    if stock:
+        for name, count in {"G": sizes[0], "heads_of_B": sizes[1], "heads_of_C": sizes[1]}.items():
+            monkeypatch.setattr(Mamba2, name, count)
     plan = ssd_kernels._plan
     monkeypatch.setattr(ssd_kernels, "_plan", lambda *given: plan(*given)._replace(products=True))
     go_through(Mamba2(most_new=new, capacity=capacity, dtype=torch.float16, device=DEVICE, backend="triton"), new, 3)

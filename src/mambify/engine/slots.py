@@ -154,7 +154,9 @@ class Slots:
         """Logits ``[S, V]`` after each slot's token; what its layers carry is taken on with it."""
         core = self.model.model
         x_S1D = core.embed_tokens(c.token_S)[:, None]
-        with_positions = MixerContext(position_embeddings=core.rotary_emb(x_S1D, c.length_S[:, None]))
+        with_positions = MixerContext()
+        if self.model.config.attention_layers:
+            with_positions = MixerContext(position_embeddings=core.rotary_emb(x_S1D, c.length_S[:, None]))
         slots = len(c.token_S)
         for block, state in zip(self._layers(), self.states, strict=True):
             normed_S1D = block.input_layernorm(x_S1D)

@@ -63,7 +63,9 @@ class Tower:
         place = replace(self.place, eager=fold)
         x_STD = core.embed_tokens(token_ST)
         position_ST = self.length_S[:, None] + torch.arange(token_ST.shape[1], device=token_ST.device)
-        with_positions = MixerContext(position_embeddings=core.rotary_emb(x_STD, position_ST))
+        with_positions = MixerContext()
+        if self.model.config.attention_layers:
+            with_positions = MixerContext(position_embeddings=core.rotary_emb(x_STD, position_ST))
         for block, state in zip(self._blocks, self._states, strict=True):
             replays = isinstance(state, ReplayState)
             here = state._replace(place=place) if isinstance(state, ReplayState) else state

@@ -49,6 +49,10 @@ def granite_layout(config: HybridConfig, *, split: int = 1) -> GraniteLayout:
 
 
 def _require_mixers(config: HybridConfig) -> None:
+    if config.stock_layers:
+        raise UnsupportedError(
+            "this is a pure Mamba model, which stock transformers reads as it is published: there is nothing to export"
+        )
     others = [i for i, mixer in enumerate(config.layer_mixers or ()) if mixer not in (ATTENTION, "mamba2")]
     if others:
         name = (config.layer_mixers or [])[others[0]]

@@ -44,6 +44,8 @@ def require_no_output_bias(model: HybridForCausalLM) -> None:
 
 
 def _reasons(config: HybridConfig) -> Iterator[str]:
+    if config.stock_layers:
+        yield "it is a pure Mamba model; llama.cpp's own converter reads it as it is published"
     others = sorted(set(config.layer_mixers or ()) - {ATTENTION, "mamba2"})
     if others:
         layers = [i for i, mixer in enumerate(config.layer_mixers or ()) if mixer == others[0]]
