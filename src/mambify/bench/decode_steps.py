@@ -23,19 +23,18 @@ from mambify.model import HybridForCausalLM
 _MOST_TOKENS = 131_072
 
 
-class TrimmedHead(nn.Module):
+class TrimmedHead(nn.Linear):
     """The head of a draft that can only say the first ``words`` tokens: logits of all others are −∞.
 
     Which words a real draft keeps does not matter to what it costs.
     """
 
-    def __init__(self, hidden: int, words: int, vocabulary: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(hidden, words, bias=False)
+    def __init__(self, hidden: int, vocabulary: int, words: int) -> None:
+        super().__init__(hidden, words, bias=False)
         self._beyond = vocabulary - words
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pad(self.proj(x), (0, self._beyond), value=-torch.inf)
+        return F.pad(super().forward(x), (0, self._beyond), value=-torch.inf)
 
 
 def drawn_model(shape: str, device: str, *, words: int | None = None, **config: Any) -> HybridForCausalLM:
@@ -43,14 +42,13 @@ def drawn_model(shape: str, device: str, *, words: int | None = None, **config: 
 
     Args:
         words: tokens that its head knows; all of them by default.
-        config: see :func:`mambify.bench.shapes.config_of_shape`; half of the layers keep attention by default.
+        config: see :func:`mambify.bench.shapes.config_of_shape`.
     """
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    settings: dict[str, Any] = {"attention": 0.5, "max_position_embeddings": _MOST_TOKENS}
-    model = model_of_shape(shape, device, dtype, seed=0, **settings | config)
+    model = model_of_shape(shape, device, dtype, seed=0, **{"max_position_embeddings": _MOST_TOKENS} | config)
     if words is not None:
         facts = model.config
-        model.lm_head = TrimmedHead(facts.hidden_size, words, facts.vocab_size).to(device, dtype)
+        model.lm_head = TrimmedHead(facts.hidden_size, facts.vocab_size, words).to(device, dtype)
     return model
 
 

@@ -102,7 +102,7 @@ class Passes:
     def measure(self, case: Case) -> dict[str, Any]:
         """Milliseconds of a pass over T tokens and of a plain step, and their ratio."""
         if self._shape != case.shape:
-            self._model, self._shape = drawn_model(case.shape, self._device), case.shape
+            self._model, self._shape = drawn_model(case.shape, self._device, attention=0.5), case.shape
         plain = (case.shape, case.S, case.context)
         seconds = partial(pass_seconds, self._model, slots=case.S, context=case.context)
         if plain not in self._steps:

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mambify.engine.looks import Looks
+from mambify.engine.looks import Look, Looks
 from mambify.engine.lookup import look_up
 from mambify.engine.recording import recorded
 from mambify.engine.slots import Drawing
@@ -41,10 +41,14 @@ class Statistics:
 
     Attributes:
         tokens: given out in all.
+        rounds: passes of the target, whatever number of slots took part in each.
+        seconds: that they took; the reading of prompts is left out.
         accepted: in how many rounds of a slot 0, 1, … K drafted tokens were accepted.
     """
 
     tokens: int = 0
+    rounds: int = 0
+    seconds: float = 0.0
     accepted: list[int] = field(default_factory=list)
 
     @property
@@ -233,23 +237,26 @@ class Speculator:
             free = [slot for slot, seat in enumerate(seats) if seat is None][: len(waiting)]
             begun = {slot: waiting.popleft() for slot in free}
             self._begin(begun, max_new_tokens)
-            for slot, prompt in begun.items():
-                seats[slot] = _Seat(prompt.number, since=looks.number)
+            for slot, newcomer in begun.items():
+                seats[slot] = _Seat(newcomer.number, since=looks.number)
+            looks.begin()
             for _ in range(_LOOK_EVERY):
                 self._round()
             self._report()
             looks.take(self._told_X)
-            for number, told_X in looks.ready():
-                yield from self._hear(told_X, number, seats)
+            for look in looks.ready():
+                yield from self._hear(look, seats)
 
-    def _hear(self, told_X: Tensor, look: int, seats: list[_Seat | None]) -> Iterator[tuple[int, list[int]]]:
+    def _hear(self, look: Look, seats: list[_Seat | None]) -> Iterator[tuple[int, list[int]]]:
         """Gives out what a look found, and frees the seats of sequences that have ended."""
-        counts, active, accepted, tokens = told_X.split(self._told)
+        counts, active, accepted, tokens = look.values.split(self._told)
+        self.statistics.rounds += _LOOK_EVERY
+        self.statistics.seconds += look.seconds
         self.statistics.accepted = accepted.tolist()  # now: whoever meets a stop token listens no further
         given = zip(counts.tolist(), active.tolist(), tokens.view(len(seats), -1).tolist(), strict=True)
         for slot, (count, goes_on, new) in enumerate(given):
             seat = seats[slot]
-            if seat is None or look < seat.since:
+            if seat is None or look.number < seat.since:
                 continue
             self.statistics.tokens += count
             if not goes_on:
