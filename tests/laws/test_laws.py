@@ -9,7 +9,7 @@ from mambify.bench import laws
 from mambify.bench.shapes import model_of_shape
 from mambify.engine import Drawing
 
-SIZE = laws.Size(prompts=8, new=16, samples=4000, slots=1000)
+SIZE = laws.Size(prompts=8, new=16, samples=1500, slots=1500)
 
 
 @pytest.mark.parametrize("name", laws.TRIALS)

@@ -27,6 +27,7 @@ from mambify.errors import InvalidOptionError
 from mambify.model import HybridForCausalLM
 from mambify.ops.accept import accept_drafts
 from mambify.ops.draw import draw_tokens, uniform
+from mambify.ops.rounds import settle_round
 
 Draft = HybridForCausalLM | Literal["lookup"] | None
 
@@ -131,13 +132,14 @@ class Speculator:
         logits_STV = self._target.read(torch.cat([self._token_S[:, None], drafted_SK], 1))
         assert logits_STV is not None
         kept_S, next_S = self._accept(logits_STV, draft_SKV, drafted_SK, num_drafted_S)
-        token_ST = torch.cat([drafted_SK, next_S[:, None]], 1).scatter_(1, kept_S[:, None], next_S[:, None])
-        count_S, ends_S = self._standing(token_ST, kept_S)
-        self._write_down(token_ST, count_S, kept_S)
+        count_S, goes_on_S = settle_round(
+            drafted_SK, kept_S, next_S, self._stops_E, self._target.length_S, self._active_S, self._token_S,
+            self._budget_S, self._history_SL, self._accepted_T,
+        )  # fmt: skip
         self._target.keep(count_S, self.K + 1)
         if self._draft is not None:
             self._draft.take_back(self.K + 1 - count_S)
-        self._active_S &= ~ends_S
+        self._active_S.copy_(goes_on_S)
 
     def _put_forward(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Drafted tokens ``[S, K]``, the logits they were drawn from, and how many there are in each slot."""
@@ -167,28 +169,6 @@ class Speculator:
         """Uniform numbers ``[S, count]`` of this round: they depend on the slot's seed and position alone."""
         number = first + torch.arange(count, device=self._seed_S.device)
         return uniform(self._seed_S[:, None], self._target.length_S[:, None] * _NUMBERS + number)
-
-    def _standing(self, token_ST: Tensor, kept_S: Tensor) -> tuple[Tensor, Tensor]:
-        """How many of the round's tokens stand in active slots, and which slots end with them."""
-        T = self.K + 1
-        index_T = torch.arange(T, device=kept_S.device)
-        stops_ST = (token_ST[..., None] == self._stops_E).any(-1) & (index_T <= kept_S[:, None])
-        stop_S = torch.where(stops_ST.any(1), stops_ST.int().argmax(1), T)
-        count_S = torch.minimum(torch.minimum(kept_S, stop_S) + 1, self._budget_S)
-        ends_S = (count_S > stop_S) | (count_S == self._budget_S)
-        return torch.where(self._active_S, count_S, 0), self._active_S & ends_S
-
-    def _write_down(self, token_ST: Tensor, count_S: Tensor, kept_S: Tensor) -> None:
-        """Puts the tokens that stand into the history; the last of them is the next to be read."""
-        index_T = torch.arange(self.K + 1, device=kept_S.device)
-        place_ST = self._target.length_S[:, None] + 1 + index_T
-        nowhere = self._history_SL.shape[1] - 1
-        place_ST = torch.where(index_T < count_S[:, None], place_ST, nowhere)
-        self._history_SL.scatter_(1, place_ST, token_ST)
-        last_S = token_ST.gather(1, (count_S - 1).clamp(min=0)[:, None])[:, 0]
-        self._token_S.copy_(torch.where(self._active_S, last_S, self._token_S))
-        self._budget_S -= count_S
-        self._accepted_T.index_add_(0, kept_S, self._active_S.long())
 
     def _tell(self) -> None:
         """Puts what the host is to see into one tensor: of each slot how many tokens are new, whether it goes on, and
