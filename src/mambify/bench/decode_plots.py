@@ -66,6 +66,6 @@ def plot_laws(result: dict[str, Any], path: Path) -> None:
 
 
 def _label(row: dict[str, Any]) -> str:
-    if row["part"] == "real":
+    if "group" in row:
         return f"{row['draft']}, {row['group']}, temperature {row['temperature']:g}, K={row['K']}"
     return f"{row['target']} × {row['batch']}, draft {row['draft']}, K={row['K']}"

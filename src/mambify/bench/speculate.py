@@ -16,10 +16,10 @@ from rich.table import Table
 
 from mambify.bench import speculate_shapes
 from mambify.bench.decode_steps import forget
-from mambify.bench.speculate_real import Trials
+from mambify.bench.speculate_real import TEMPERATURES, Trials
 from mambify.errors import InvalidOptionError, did_you_mean
 
-REAL = ("real", "context")
+REAL = (*TEMPERATURES, "context")
 
 
 def run(
@@ -34,7 +34,7 @@ def run(
     """Measures every part, or one.
 
     Args:
-        only: a part of the shapes without a target; ``real`` or ``context`` with one.
+        only: a part of the shapes without a target; one of :data:`REAL` with one.
         target: a model to be made faster.
         draft: what drafts for it: models, or ``lookup``.
         prompts: files of questions; see :func:`mambify.bench.questions.read_questions`.
@@ -58,8 +58,9 @@ def run(
         progress(len(chosen), len(chosen))
         return {"read_bytes_per_second": bench.bandwidth, "results": rows}
     trials, rows = Trials(device, target, prompts), []
-    if only in (None, "real"):
-        rows += trials.measure(draft, progress)
+    for part in TEMPERATURES:
+        if only in (None, part):
+            rows += trials.measure(part, draft, progress)
     if only in (None, "context"):
         rows += trials.contexts(draft)
     return {"target": target, "results": rows}
@@ -79,8 +80,16 @@ def table(result: dict[str, Any]) -> Table:
         shown.add_column(heading, justify="right")
     shown.add_column("")
     for row in result["results"]:
-        shown.add_row(*_CELLS.get(row["part"], _shape_cells)(row))
+        shown.add_row(*_cells(row))
     return shown
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    if "peer" in row:
+        return _peer_cells(row)
+    if "context" in row and "model" in row:
+        return _context_cells(row)
+    return _real_cells(row) if "group" in row else _shape_cells(row)
 
 
 def _shape_cells(row: dict[str, Any]) -> list[str]:
@@ -106,16 +115,9 @@ def _real_cells(row: dict[str, Any]) -> list[str]:
 def _peer_cells(row: dict[str, Any]) -> list[str]:
     speed = f"{row['tokens_per_second']:,.0f}" if "tokens_per_second" in row else ""
     of = f"{row['group']}, temperature {row['temperature']:g}"
-    return [row["part"], row["draft"], of, "", "", speed, "", "", "", row.get("failed", "")[:60]]
+    return [row["peer"], row["draft"], of, "", "", speed, "", "", "", row.get("failed", "")[:60]]
 
 
 def _context_cells(row: dict[str, Any]) -> list[str]:
     speed, held = f"{row['tokens_per_second']:,.1f}", f"{row['state_bytes'] / 1e6:.1f} MB of keys, values and states"
     return [row["part"], row["model"], f"after {row['context']:,} tokens", "", "", "", speed, "", "", held]
-
-
-_CELLS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
-    "real": _real_cells,
-    "transformers": _peer_cells,
-    "context": _context_cells,
-}

@@ -50,7 +50,8 @@ SIZES = {
     "cpu": Size(3, 48, (2, 4, 8), (256, 2048, 8192)),
     "cuda": Size(8, 160, (2, 3, 4, 5, 6, 8), (1024, 4096, 16_384, 65_536)),
 }
-TEMPERATURES = (0.0, 1.0)
+#: part of the benchmark → temperature
+TEMPERATURES = {"temperature-0": 0.0, "temperature-1": 1.0}
 
 
 @dataclass
@@ -81,12 +82,12 @@ class Trials:
         self._stops = sorted(stop_ids(self.target, tokenizer))
         self._plain: dict[tuple[float, str], _Sum] = {}
 
-    def measure(self, names: Sequence[str], say: Callable[[int, int], None]) -> list[dict[str, Any]]:
-        """Rows of every draft, temperature, K and group."""
-        rows = []
-        configurations = [(name, temperature) for name in names for temperature in TEMPERATURES]
-        for done, (name, temperature) in enumerate(configurations):
-            say(done, len(configurations))
+    def measure(self, part: str, names: Sequence[str], say: Callable[[int, int], None]) -> list[dict[str, Any]]:
+        """Rows of every draft, K and group at one temperature."""
+        rows: list[dict[str, Any]] = []
+        temperature = TEMPERATURES[part]
+        for done, name in enumerate(names):
+            say(done, len(names))
             draft = self._load_draft(name)
             swept: dict[int, list[dict[str, Any]]] = {
                 K: self._rows(name, draft, temperature, K, [g for g in self._questions if g in _SWEPT])
@@ -96,8 +97,8 @@ class Trials:
             best = max(swept, key=lambda K: sum(row["ratio"] for row in swept[K]))
             rows += self._rows(name, draft, temperature, best, [g for g in self._questions if g not in _SWEPT])
             rows.append(self._assisted(name, draft, temperature))
-        say(len(configurations), len(configurations))
-        return rows
+        say(len(names), len(names))
+        return [{"part": part} | row for row in rows]
 
     def _load_draft(self, name: str) -> Draft:
         return "lookup" if name == "lookup" else load(name, dtype=self._dtype, device=self._device).model
@@ -116,7 +117,6 @@ class Trials:
             same = [ours == theirs for ours, theirs in zip(found.answers, plain_sum.answers, strict=True)]
             rows.append(
                 {
-                    "part": "real",
                     "draft": name,
                     "temperature": temperature,
                     "K": K,
@@ -157,7 +157,7 @@ class Trials:
 
     def _assisted(self, name: str, draft: Draft, temperature: float) -> dict[str, Any]:
         """transformers' own assisted generation of the same models, where it runs."""
-        facts = {"part": "transformers", "draft": name, "temperature": temperature, "group": CHAT}
+        facts = {"peer": "transformers", "draft": name, "temperature": temperature, "group": CHAT}
         helper = {"prompt_lookup_num_tokens": 4} if draft == "lookup" else {"assistant_model": draft}
         tokens, seconds = 0, 0.0
         try:

@@ -33,6 +33,7 @@ from mambify.ops.ring import RingPlace, ring_capacity
 
 #: bytes of states that are timed in a row: several times what a second-level cache holds
 _COLD_BYTES = {"cpu": 2**16, "cuda": 2**28}
+_MOST_LAYERS = 256
 _CHECKED_ROWS = 8  # more are not held against the reference: it would take gigabytes
 _MAKERS: dict[str, Callable[..., LayerCase]] = {"mamba2": ssd_replay_case, "mamba1": selective_replay_case}
 REPLAY = "replay"
@@ -128,7 +129,7 @@ def _layer(case: Case, device: str, copy: float) -> dict[str, Any]:
         return {"red": f"off by {error:.2e} of the largest value"}
     first = make(shape, random, pending=pending)
     state = first.inputs["state"].nbytes
-    count = -(-_COLD_BYTES[torch.device(device).type] // state)
+    count = min(-(-_COLD_BYTES[torch.device(device).type] // state), _MOST_LAYERS)
     layers = [first, *(make(shape, random, pending=pending) for _ in range(count - 1))]
     seconds = {REPLAY: _seconds(layers, lambda layer: lambda i: layer.ours(i, "auto"), device)}
     for name in first.peers:

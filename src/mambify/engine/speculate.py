@@ -26,7 +26,7 @@ from mambify.engine.tower import Tower
 from mambify.errors import InvalidOptionError
 from mambify.model import HybridForCausalLM
 from mambify.ops.accept import accept_drafts
-from mambify.ops.draw import draw_tokens, uniform
+from mambify.ops.draw import draw_tokens, settings_of, uniform
 from mambify.ops.rounds import settle_round
 
 Draft = HybridForCausalLM | Literal["lookup"] | None
@@ -100,8 +100,10 @@ class Speculator:
             )
         self.K = 0 if draft is None else num_draft_tokens
         self.max_length = max_length
-        self._settings = drawing.settings()
         device = target.device
+        self._settings = drawing.settings()
+        if drawing.temperature > 0:  # as tensors, which are then not made anew for every token
+            self._settings = settings_of(**self._settings, rows=num_slots, device=device).named()
 
         def zeros(*sizes: int, dtype: torch.dtype = torch.long) -> Tensor:
             return torch.zeros(num_slots, *sizes, dtype=dtype, device=device)

@@ -63,7 +63,8 @@ def settle_round(
     parts = drafted_SK, kept_S, next_S, stops_E, length_S, active_S, token_S, budget_S, history_SL, accepted_T
     supported = all(part.is_contiguous() for part in parts)
     chosen = pick_backend("settle_round", backend, backends_on(kept_S.device, supported=supported))
-    return (reference if chosen == "reference" else kernels).settle_round(*parts)
+    run = reference.settle_round if chosen == "reference" else kernels.settle_round
+    return run(*parts)
 
 
 def move_on(
@@ -87,4 +88,5 @@ def move_on(
     supported = all(part.is_contiguous() for part in (place.head_S, place.pending_S, length_S, count_S))
     chosen = pick_backend("move_on", backend, backends_on(length_S.device, supported=supported))
     limit = place.capacity if folds_above is None else folds_above
-    (reference if chosen == "reference" else kernels).move_on(place, length_S, count_S, limit)
+    run = reference.move_on if chosen == "reference" else kernels.move_on
+    run(place, length_S, count_S, limit)
