@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mambify.engine.looks import Look, Looks
 from mambify.engine.lookup import look_up
 from mambify.engine.recording import recorded
 from mambify.engine.slots import Drawing
@@ -25,7 +26,8 @@ from mambify.engine.tower import Tower
 from mambify.errors import InvalidOptionError
 from mambify.model import HybridForCausalLM
 from mambify.ops.accept import accept_drafts
-from mambify.ops.draw import draw_tokens, uniform
+from mambify.ops.draw import draw_tokens, settings_of, uniform
+from mambify.ops.rounds import settle_round
 
 Draft = HybridForCausalLM | Literal["lookup"] | None
 
@@ -40,10 +42,14 @@ class Statistics:
 
     Attributes:
         tokens: given out in all.
+        rounds: passes of the target, whatever number of slots took part in each.
+        seconds: that they took; the reading of prompts is left out.
         accepted: in how many rounds of a slot 0, 1, … K drafted tokens were accepted.
     """
 
     tokens: int = 0
+    rounds: int = 0
+    seconds: float = 0.0
     accepted: list[int] = field(default_factory=list)
 
     @property
@@ -94,18 +100,23 @@ class Speculator:
             )
         self.K = 0 if draft is None else num_draft_tokens
         self.max_length = max_length
-        self._settings = drawing.settings()
         device = target.device
+        self._settings = drawing.settings()
+        if drawing.temperature > 0:  # as tensors, which are then not made anew for every token
+            self._settings = settings_of(**self._settings, rows=num_slots, device=device).named()
 
         def zeros(*sizes: int, dtype: torch.dtype = torch.long) -> Tensor:
             return torch.zeros(num_slots, *sizes, dtype=dtype, device=device)
 
         self._active_S = zeros(dtype=torch.bool)
-        self._token_S, self._budget_S, self._seed_S = zeros(), zeros(), zeros()
+        self._token_S, self._budget_S, self._seed_S, self._heard_S = zeros(), zeros(), zeros(), zeros()
         self.statistics = Statistics()
         self._history_SL = zeros(max_length + 1 + MOST_DRAFTED)
         self._accepted_T = torch.zeros(self.K + 1, dtype=torch.long, device=device)
         self._stops_E = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
+        #: sizes of the parts of what the host is told
+        self._told = [num_slots, num_slots, self.K + 1, num_slots * _LOOK_EVERY * (self.K + 1)]
+        self._told_X = torch.zeros(sum(self._told), dtype=torch.long, device=device)
         with torch.inference_mode():
             common = {"num_slots": num_slots, "length": max_length, "active_S": self._active_S}
             self._target = Tower(target, most_new=self.K + 1, **common)  # type: ignore[arg-type]
@@ -113,7 +124,8 @@ class Speculator:
             if isinstance(draft, HybridForCausalLM):
                 self._draft = Tower(draft, most_new=self.K + 1, **common)  # type: ignore[arg-type]
             self._looks_up = draft == "lookup"
-            self._round = recorded(self._step, device)  # no slot is active yet, so the trial runs change none
+            # No slot is active yet, so the trial runs change none.
+            self._round, self._report = recorded(self._step, device), recorded(self._tell, device)
 
     # ---- a round, on the device ------------------------------------------------------------------------------------
 
@@ -121,16 +133,15 @@ class Speculator:
         drafted_SK, draft_SKV, num_drafted_S = self._put_forward()
         logits_STV = self._target.read(torch.cat([self._token_S[:, None], drafted_SK], 1))
         assert logits_STV is not None
-        kept_S, next_S = accept_drafts(
-            logits_STV, draft_SKV, drafted_SK, self._numbers(self.K, self.K + 1), num_drafted_S, **self._settings
-        )
-        token_ST = torch.cat([drafted_SK, next_S[:, None]], 1).scatter_(1, kept_S[:, None], next_S[:, None])
-        count_S, ends_S = self._standing(token_ST, kept_S)
-        self._write_down(token_ST, count_S, kept_S)
+        kept_S, next_S = self._accept(logits_STV, draft_SKV, drafted_SK, num_drafted_S)
+        count_S, goes_on_S = settle_round(
+            drafted_SK, kept_S, next_S, self._stops_E, self._target.length_S, self._active_S, self._token_S,
+            self._budget_S, self._history_SL, self._accepted_T,
+        )  # fmt: skip
         self._target.keep(count_S, self.K + 1)
         if self._draft is not None:
             self._draft.take_back(self.K + 1 - count_S)
-        self._active_S &= ~ends_S
+        self._active_S.copy_(goes_on_S)
 
     def _put_forward(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Drafted tokens ``[S, K]``, the logits they were drawn from, and how many there are in each slot."""
@@ -149,32 +160,30 @@ class Speculator:
                 tokens.append(draw_tokens(logits[k], numbers_SK[:, k].contiguous(), **self._settings))
         return torch.stack(tokens[1:], 1), torch.stack(logits, 1), None
 
+    def _accept(
+        self, logits_STV: Tensor, draft_SKV: Tensor | None, drafted_SK: Tensor, num_drafted_S: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """How many drafted tokens of each slot stand, and the token after them."""
+        numbers_ST = self._numbers(self.K, self.K + 1)
+        return accept_drafts(logits_STV, draft_SKV, drafted_SK, numbers_ST, num_drafted_S, **self._settings)
+
     def _numbers(self, first: int, count: int) -> Tensor:
         """Uniform numbers ``[S, count]`` of this round: they depend on the slot's seed and position alone."""
         number = first + torch.arange(count, device=self._seed_S.device)
         return uniform(self._seed_S[:, None], self._target.length_S[:, None] * _NUMBERS + number)
 
-    def _standing(self, token_ST: Tensor, kept_S: Tensor) -> tuple[Tensor, Tensor]:
-        """How many of the round's tokens stand in active slots, and which slots end with them."""
-        T = self.K + 1
-        index_T = torch.arange(T, device=kept_S.device)
-        stops_ST = (token_ST[..., None] == self._stops_E).any(-1) & (index_T <= kept_S[:, None])
-        stop_S = torch.where(stops_ST.any(1), stops_ST.int().argmax(1), T)
-        count_S = torch.minimum(torch.minimum(kept_S, stop_S) + 1, self._budget_S)
-        ends_S = (count_S > stop_S) | (count_S == self._budget_S)
-        return torch.where(self._active_S, count_S, 0), self._active_S & ends_S
-
-    def _write_down(self, token_ST: Tensor, count_S: Tensor, kept_S: Tensor) -> None:
-        """Puts the tokens that stand into the history; the last of them is the next to be read."""
-        index_T = torch.arange(self.K + 1, device=kept_S.device)
-        place_ST = self._target.length_S[:, None] + 1 + index_T
-        nowhere = self._history_SL.shape[1] - 1
-        place_ST = torch.where(index_T < count_S[:, None], place_ST, nowhere)
-        self._history_SL.scatter_(1, place_ST, token_ST)
-        last_S = token_ST.gather(1, (count_S - 1).clamp(min=0)[:, None])[:, 0]
-        self._token_S.copy_(torch.where(self._active_S, last_S, self._token_S))
-        self._budget_S -= count_S
-        self._accepted_T.index_add_(0, kept_S, self._active_S.long())
+    def _tell(self) -> None:
+        """Puts what the host is to see into one tensor: of each slot how many tokens are new, whether it goes on, and
+        the tokens; and the statistics.
+        """
+        new_W = torch.arange(1, self._told[-1] // len(self._token_S) + 1, device=self._token_S.device)
+        place_SW = (self._heard_S[:, None] + new_W).clamp(max=self._history_SL.shape[1] - 1)
+        parts = (
+            self._target.length_S - self._heard_S, self._active_S, self._accepted_T,
+            self._history_SL.gather(1, place_SW).flatten(),
+        )  # fmt: skip
+        torch.cat([part.long() for part in parts], out=self._told_X)
+        self._heard_S.copy_(self._target.length_S)
 
     # ---- the host --------------------------------------------------------------------------------------------------
 
@@ -198,45 +207,79 @@ class Speculator:
                     f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones do not fit slots of "
                     f"{self.max_length} tokens"
                 )
-        waiting = deque(enumerate(prompts))
+        waiting = deque(
+            _Prompt(number, prompt, number if seeds is None else seeds[number]) for number, prompt in enumerate(prompts)
+        )
         seats: list[_Seat | None] = [None] * len(self._token_S)
         self._active_S.zero_()  # a run that was not heard to its end
         self._accepted_T.zero_()
         self.statistics = Statistics()
+        looks = Looks(self._told_X.device)
         while waiting or any(seats):
-            for slot, seat in enumerate(seats):
-                if seat is None and waiting:
-                    number, prompt = waiting.popleft()
-                    self._begin(slot, prompt, max_new_tokens, number if seeds is None else seeds[number])
-                    seats[slot] = _Seat(number, len(prompt))
+            free = [slot for slot, seat in enumerate(seats) if seat is None][: len(waiting)]
+            begun = {slot: waiting.popleft() for slot in free}
+            self._begin(begun, max_new_tokens)
+            for slot, newcomer in begun.items():
+                seats[slot] = _Seat(newcomer.number, since=looks.number)
+            looks.begin()
             for _ in range(_LOOK_EVERY):
                 self._round()
-            ends = self._target.length_S.tolist()
-            active = self._active_S.tolist()
-            self.statistics.accepted = self._accepted_T.tolist()  # now: whoever meets a stop token listens no further
-            for slot, seat in enumerate(seats):
-                if seat is None:
-                    continue
-                given = self._history_SL[slot, seat.heard : ends[slot] + 1].tolist()
-                seat.heard += len(given)
-                self.statistics.tokens += len(given)
-                if not active[slot]:
-                    seats[slot] = None
-                if given:
-                    yield seat.number, given
+            self._report()
+            looks.take(self._told_X)
+            for look in looks.ready():
+                yield from self._hear(look, seats)
 
-    def _begin(self, slot: int, prompt: Sequence[int], budget: int, seed: int) -> None:
+    def _hear(self, look: Look, seats: list[_Seat | None]) -> Iterator[tuple[int, list[int]]]:
+        """Gives out what a look found, and frees the seats of sequences that have ended."""
+        counts, active, accepted, tokens = look.values.split(self._told)
+        self.statistics.rounds += _LOOK_EVERY
+        self.statistics.seconds += look.seconds
+        self.statistics.accepted = accepted.tolist()  # now: whoever meets a stop token listens no further
+        given = zip(counts.tolist(), active.tolist(), tokens.view(len(seats), -1).tolist(), strict=True)
+        for slot, (count, goes_on, new) in enumerate(given):
+            seat = seats[slot]
+            if seat is None or look.number < seat.since:
+                continue
+            self.statistics.tokens += count
+            if not goes_on:
+                seats[slot] = None
+            if count:
+                yield seat.number, new[:count]
+
+    def _begin(self, begun: Mapping[int, _Prompt], budget: int) -> None:
+        """Seats prompts in free slots."""
+        if not begun:
+            return
+        width = max(len(prompt.ids) for prompt in begun.values())
+        rows = [
+            [slot, ids[-1], budget, seed, len(ids) - 1, *ids, *[0] * (width - len(ids))]
+            for slot, (_, ids, seed) in begun.items()
+        ]
+        packed = torch.tensor(rows)
+        if self._token_S.device.type == "cuda":
+            packed = packed.pin_memory().to(self._token_S.device, non_blocking=True)
+        slot_E, token_E, budget_E, seed_E, heard_E = packed[:, :5].unbind(1)
         for tower in (self._target, self._draft):
             if tower is not None:
-                tower.begin(slot, prompt[:-1])
-        self._history_SL[slot, : len(prompt)] = torch.tensor(list(prompt), device=self._history_SL.device)
-        self._token_S[slot], self._budget_S[slot], self._seed_S[slot] = prompt[-1], budget, seed
-        self._active_S[slot] = True
+                tower.clear(slot_E)
+                for slot, prompt in begun.items():
+                    if len(prompt.ids) > 1:
+                        tower.begin(slot, prompt.ids[:-1])
+        self._token_S[slot_E], self._budget_S[slot_E], self._seed_S[slot_E] = token_E, budget_E, seed_E
+        self._heard_S[slot_E] = heard_E
+        self._history_SL[slot_E, :width] = packed[:, 5:]
+        self._active_S.index_fill_(0, slot_E, True)
+
+
+class _Prompt(NamedTuple):
+    number: int
+    ids: Sequence[int]
+    seed: int
 
 
 @dataclass
 class _Seat:
-    """Which prompt sits in a slot, and up to which position its tokens have been given out."""
+    """Which prompt sits in a slot, and the first look that shows it there."""
 
     number: int
-    heard: int
+    since: int

@@ -19,6 +19,7 @@ from mambify.mixers import MixerContext, RecurrentMixer, ReplayState
 from mambify.mixers.attention import SlotKV
 from mambify.model import HybridBlock, HybridForCausalLM
 from mambify.ops.ring import RingPlace
+from mambify.ops.rounds import move_on
 
 
 class Tower:
@@ -82,15 +83,21 @@ class Tower:
         Args:
             fold: as it was said to :meth:`read`.
         """
-        replace(self.place, eager=fold).advance(count_S, read)
-        self.length_S += torch.where(self.place.active_S, count_S, 0)
+        above = replace(self.place, eager=fold).folds_above(read)
+        move_on(self.place, self.length_S, count_S, folds_above=above)
 
     def take_back(self, count_S: Tensor) -> None:
         """The last ``count_S`` tokens do not stand after all, in active slots: none that a state was taken over."""
-        taken_S = torch.where(self.place.active_S, count_S, 0)
-        self.length_S -= taken_S
-        self.place.pending_S.sub_(taken_S)
-        self.place.head_S.sub_(taken_S).remainder_(self.place.capacity)
+        move_on(self.place, self.length_S, -count_S)
+
+    def clear(self, slot_E: Tensor) -> None:
+        """Empties slots."""
+        for count_S in (self.length_S, self.place.head_S, self.place.pending_S):
+            count_S.index_fill_(0, slot_E, 0)
+        for state in self._states:
+            if isinstance(state, ReplayState):
+                state.ssm.index_fill_(0, slot_E, 0)
+                state.conv.index_fill_(0, slot_E, 0)
 
     def begin(self, slot: int, ids: Sequence[int], *, chunk: int = 2048) -> None:
         """Empties a slot and reads ``ids`` into it, ``chunk`` tokens at a time; the slot is not active meanwhile."""
