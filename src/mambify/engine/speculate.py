@@ -69,6 +69,7 @@ class Speculator:
         max_length: the most tokens of a sequence, prompt included.
         drawing: the distribution that tokens are drawn from, by target and draft alike.
         stop_ids: tokens that end a sequence.
+        backend: of target and draft; see :class:`mambify.engine.tower.Tower`.
 
     Raises:
         InvalidOptionError: K out of range, or a draft of another vocabulary.
@@ -84,6 +85,7 @@ class Speculator:
         drawing: Drawing,
         num_draft_tokens: int = 4,
         stop_ids: Sequence[int] = (),
+        backend: str = "auto",
     ) -> None:
         if draft is not None and not 1 <= num_draft_tokens <= MOST_DRAFTED:
             raise InvalidOptionError(f"num_draft_tokens must be 1 to {MOST_DRAFTED}, not {num_draft_tokens}")
@@ -107,8 +109,8 @@ class Speculator:
         self._accepted_T = torch.zeros(self.K + 1, dtype=torch.long, device=device)
         self._stops_E = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
         with torch.inference_mode():
-            common = {"num_slots": num_slots, "length": max_length, "active_S": self._active_S}
-            self._target = Tower(target, most_new=self.K + 1, **common)  # type: ignore[arg-type]
+            common = {"num_slots": num_slots, "length": max_length, "active_S": self._active_S, "backend": backend}
+            self._target = Tower(target, most_new=self.K + 1, final=draft is None, **common)  # type: ignore[arg-type]
             self._draft: Tower | None = None
             if isinstance(draft, HybridForCausalLM):
                 self._draft = Tower(draft, most_new=self.K + 1, **common)  # type: ignore[arg-type]
