@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from mambify.bench import inits, ops, synthesize, train
+from mambify.bench import decode, inits, ops, synthesize, train
 from mambify.bench.clock import copy_bandwidth
-from mambify.bench.plot import plot_inits, plot_ops, plot_recipes, plot_synthesize, plot_train
+from mambify.bench.plot import plot_decode, plot_inits, plot_ops, plot_recipes, plot_synthesize, plot_train
 from mambify.errors import InvalidOptionError, did_you_mean
 from mambify.experiments.registry import EXPERIMENTS
 from mambify.machine import environment
@@ -40,6 +40,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "ops": Benchmark(ops.run, ops.table, plot_ops),
     "train": Benchmark(train.run, train.table, plot_train),
     "synthesize": Benchmark(synthesize.run, synthesize.table, plot_synthesize),
+    "decode": Benchmark(decode.run, decode.table, plot_decode),
     "inits": Benchmark(inits.run, inits.table, plot_inits, learns=True),
 }
 #: what draws an experiment (:data:`mambify.experiments.registry.EXPERIMENTS`); these are not among ``all``
@@ -73,7 +74,7 @@ def run_benchmark(
 
     Args:
         only: leaves out what is not called so: an operation (``ops``), a curve (``train``), a way (``synthesize``),
-            an initialisation (``inits``).
+            parts with commas between them (``decode``), an initialisation (``inits``).
         text, tokens: for benchmarks that learn; see :func:`mambify.bench.inits.run`.
 
     Raises:

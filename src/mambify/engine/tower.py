@@ -128,6 +128,29 @@ class Tower:
         self.place.pending_S.sub_(taken_S)
         self.place.head_S.sub_(taken_S).remainder_(self.place.capacity)
 
+    @property
+    def carried_bytes(self) -> int:
+        """Bytes of keys, values, states and rings of all slots."""
+        parts = [state[:2] if isinstance(state, SlotKV) else (*state[:2], *state.ring) for state in self._states]
+        return sum(part.nbytes for each in parts for part in each)
+
+    def pretend(self, length: int) -> None:
+        """Every slot goes on as if it held ``length`` tokens, of random contents: to measure what reading then costs.
+
+        Args:
+            length: at most the slots' own.
+        """
+        self.rewind(length)
+        for state in self._states:
+            for part in state[:2]:
+                part.normal_()
+
+    def rewind(self, length: int) -> None:
+        """Sets how many tokens every slot holds, whatever they are, of which nothing is pending."""
+        self.length_S.fill_(length)
+        self.place.head_S.zero_()
+        self.place.pending_S.zero_()
+
     def begin(self, slot: int, ids: Sequence[int], *, chunk: int = 2048) -> None:
         """Empties a slot and reads ``ids`` into it, ``chunk`` tokens at a time; the slot is not active meanwhile."""
         device = self.model.device
