@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mambify.bench.clock import device_seconds_of, seconds_of
+from mambify.bench.decode_linears import linears_of, read_rates
 from mambify.bench.decode_peers import llama, seconds_a_token
 from mambify.bench.train import SHAPES, Shape
 from mambify.config import HybridConfig
@@ -52,7 +53,8 @@ class Case:
         batch: slots.
         context: tokens that each slot holds already.
         tokens: read at once.
-        way: of our own engine "fused" or "modules", with "overlap" before it where kernels overlap; or transformers'.
+        way: of our own engine "fused" or "modules", with "overlap" before it where kernels overlap; or transformers'
+            "eager" or "compiled"; or the name of a linear layer.
     """
 
     part: str
@@ -65,6 +67,7 @@ class Case:
 
 
 def _cuda_cases() -> Iterator[Case]:
+    yield from (Case("linears", "8B", tokens=rows, way=way) for way in linears_of(SHAPES["8B"]) for rows in (1, 5))
     big = Case("step", "8B")
     yield from (replace(big, way=way) for way in ("fused", "overlap fused", "modules"))
     yield from (replace(big, attention=share, way=way) for share in (1.0, 0.25, 0.0) for way in _OURS)
@@ -86,6 +89,7 @@ _OURS = ("fused", "overlap fused")
 DECODE_SHAPES = SHAPES | {"3B": Shape(128_256, 3072, 8192, 28, 24, 8, 128)}  # Llama 3.2 3B
 CASES: dict[str, list[Case]] = {
     "cpu": [
+        *(Case("linears", "tiny", tokens=rows, way=way) for way in ("q, k, v", "gate, up", "down") for rows in (1, 5)),
         *(
             Case("step", "tiny", share, way=way, context=16)
             for share in (1.0, 0.5, 0.0)
@@ -126,9 +130,8 @@ def run(device: str, progress: Progress, only: str | None = None) -> dict[str, A
 
 def read_bandwidth(device: str, rows: int) -> float:
     """Bytes of weights a second that a chain of recorded linear layers reads, each with weights of its own."""
-    on_gpu = torch.device(device).type == "cuda"
-    wide, narrow, pairs = (14_336, 4096, 8) if on_gpu else (1024, 512, 8)
-    dtype = torch.bfloat16 if on_gpu else torch.float32
+    wide, narrow, pairs = (14_336, 4096, 8) if torch.device(device).type == "cuda" else (1024, 512, 8)
+    dtype = _dtype(device)
     weights = [torch.randn(s, device=device, dtype=dtype) / 64 for s in ((wide, narrow), (narrow, wide)) * pairs]
     x = torch.randn(rows, narrow, device=device, dtype=dtype)
 
@@ -159,6 +162,12 @@ class _Machine:
         self._model, self._key = None, None
 
     def measure(self, case: Case) -> dict[str, Any]:
+        if case.part == "linears":
+            self.forget()
+            _clear()
+            dtype = _dtype(self._device)
+            linear = linears_of(DECODE_SHAPES[case.shape])[case.way]
+            return {"read_bytes_per_second": read_rates(linear, case.tokens, self._device, dtype)}
         if case.way in ("eager", "compiled"):
             self.forget()
             _clear()
@@ -236,7 +245,7 @@ def random_model(shape: str, attention: float, device: str) -> HybridForCausalLM
     )
     config = plan(config, mixer="mamba2", attention=attention).student
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16 if use_bfloat16("auto", torch.device(device).type) else torch.float32)
+    torch.set_default_dtype(_dtype(device))
     try:
         with torch.device(device):
             model: HybridForCausalLM = HybridForCausalLM(config).eval().requires_grad_(False)
@@ -330,13 +339,16 @@ def most_slots(model: HybridForCausalLM, length: int, device: str) -> int:
 
 def _peer_seconds(case: Case, device: str) -> float:
     s = DECODE_SHAPES[case.shape]
-    dtype = torch.bfloat16 if use_bfloat16("auto", torch.device(device).type) else torch.float32
     model = llama(
-        device, dtype, vocab_size=s.vocabulary, hidden_size=s.hidden, intermediate_size=s.intermediate,
+        device, _dtype(device), vocab_size=s.vocabulary, hidden_size=s.hidden, intermediate_size=s.intermediate,
         num_hidden_layers=s.layers, num_attention_heads=s.heads, num_key_value_heads=s.groups, head_dim=s.head_dim,
         tie_word_embeddings=s.tied, max_position_embeddings=131_072,
     )  # fmt: skip
     return seconds_a_token(model, case.context, compiled=case.way == "compiled")
+
+
+def _dtype(device: str) -> torch.dtype:
+    return torch.bfloat16 if use_bfloat16("auto", torch.device(device).type) else torch.float32
 
 
 def _clear() -> None:
@@ -367,6 +379,12 @@ def table(result: dict[str, Any]) -> Table:
         start += [f"{row['context']:,}", str(row["tokens"])]
         if "error" in row:
             shown.add_row(*start, f"failed: {row['error'][:120]}")
+            continue
+        if "read_bytes_per_second" in row:
+            rates = row["read_bytes_per_second"].items()
+            shown.add_row(
+                *start, ", ".join(f"{n} {v / 1e12:.2f}" if isinstance(v, float) else n + " failed" for n, v in rates)
+            )
             continue
         carried = f"{row['carried_bytes'] / 1e6:.1f} MB" if "carried_bytes" in row else ""
         shares = [f"{row[key]:.1%}" if row.get(key) else "" for key in ("of_bound", "of_bandwidth")]

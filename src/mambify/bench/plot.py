@@ -135,7 +135,7 @@ def plot_synthesize(result: dict[str, Any], path: Path) -> None:
 
 def plot_decode(result: dict[str, Any], path: Path) -> None:
     """Milliseconds of a step by context, tokens a second by batch, and one step beside others, a panel each."""
-    rows = [row for row in result["results"] if "error" not in row]
+    rows = [row for row in result["results"] if "ms" in row]
     figure, grid = _figure(11.0, 3.4, columns=3)
     contexts, batches, steps = grid[0]
     for panel, part, key, value in (

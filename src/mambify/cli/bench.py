@@ -21,12 +21,14 @@ def bench(
         str,
         typer.Argument(
             metavar="NAME",
-            help="ops, train, synthesize, inits, or all of these; recipes; paper-table-6, -7, -8, -9.",
+            help="ops, train, synthesize, decode, inits, or all of these; recipes; paper-table-6, -7, -8, -9.",
         ),
     ],
     only: Annotated[
         str | None,
-        typer.Option(help="A part: one operation (ops), curve (train), way (synthesize), initialisation (inits)."),
+        typer.Option(
+            help="A part: one operation (ops), curve (train), way (synthesize), initialisation (inits); parts (decode)."
+        ),
     ] = None,
     tokens: Annotated[
         str | None, typer.Option(help="To train each student on: 1M; several in recipes: 5M,20M; 0 in inits: none.")

@@ -64,14 +64,16 @@ def decode_linear(
     gated: bool,
     add_to_MO: Tensor | None,
     overlap: bool,
+    block: int | None = None,
 ) -> Tensor:
-    """See :func:`mambify.ops.decode_linear.decode_linear`."""
+    """See :func:`mambify.ops.decode_linear.decode_linear`; ``block``: outputs a program, by default what suits."""
     M, D = x_MD.shape
     heights = [len(weights[0])] if gated else [*map(len, weights)]
     y_MO = x_MD.new_empty(M, sum(heights)) if add_to_MO is None else add_to_MO
     if not M:
         return y_MO
-    block, warps, vector = block_of(M, sum(heights), gated=gated), num_warps_of(D), 16 // x_MD.element_size()
+    block = block or block_of(M, sum(heights), gated=gated)
+    warps, vector = num_warps_of(D), 16 // x_MD.element_size()
     three = [*weights, None, None][:3], [*biases, None, None][:3], [*heights, 0, 0][:3]
     with torch.cuda.device_of(x_MD):  # Triton launches on the current device
         _stream[(sum(triton.cdiv(height, block) for height in heights),)](
@@ -125,6 +127,7 @@ def _rows_of(
 ):  # fmt: skip
     """BLOCK_O outputs of one weight, or of a pair of them."""
     E: tl.constexpr = BLOCK_D // VEC
+    ROWS: tl.constexpr = 1 if M == 1 else 2 if M == 2 else 4 if M <= 4 else 8
     o = block * BLOCK_O + tl.arange(0, BLOCK_O)
     d = tl.arange(0, BLOCK_D)
     tile = o.to(tl.int64)[:, None] * D + d[None, :]
@@ -139,10 +142,10 @@ def _rows_of(
         gdc_launch_dependents()
         gdc_wait()
     sums, up_sums, squares = (), (), ()
-    for _ in tl.static_range(M):
+    for _ in tl.static_range(ROWS):
         sums += (tl.zeros((BLOCK_O, E), tl.float32),)
         up_sums += (tl.zeros((BLOCK_O, E), tl.float32),)
-        squares += (tl.zeros((E,), tl.float32),)
+        squares += (tl.zeros((1, E), tl.float32),)
     for start in range(0, D, BLOCK_D):
         w_now = tl.reshape(w.to(tl.float32), (BLOCK_O, E, VEC))
         up_now = w_now
@@ -160,7 +163,7 @@ def _rows_of(
             x = tl.load(x_ptr + m * x_row + start + d, mask=inside, other=0.0).to(tl.float32)
             x = tl.reshape(x, (1, E, VEC))
             if norm_ptr is not None:
-                next_squares += (squares[m] + tl.reshape(tl.sum(x * x, 2), (E,)),)
+                next_squares += (squares[m] + tl.sum(x * x, 2),)
                 x = x * scale
             else:
                 next_squares += (squares[m],)
@@ -169,24 +172,56 @@ def _rows_of(
                 next_up_sums += (up_sums[m] + tl.sum(up_now * x, 2),)
             else:
                 next_up_sums += (up_sums[m],)
+        for m in tl.static_range(M, ROWS):
+            next_sums += (sums[m],)
+            next_up_sums += (up_sums[m],)
+            next_squares += (squares[m],)
         sums, up_sums, squares = next_sums, next_up_sums, next_squares
 
-    for m in tl.static_range(M):
-        y = tl.sum(sums[m], 1)
-        up_y = tl.sum(up_sums[m], 1)
-        if norm_ptr is not None:
-            scale_m = tl.rsqrt(tl.sum(squares[m], 0) / D + eps)
-            y *= scale_m
-            up_y *= scale_m
-        if b_ptr is not None:
-            y += tl.load(b_ptr + o, mask=o < O, other=0.0).to(tl.float32)
-        if up_b_ptr is not None:
-            up_y += tl.load(up_b_ptr + o, mask=o < O, other=0.0).to(tl.float32)
-        if GATED:
-            y = y * tl.sigmoid(y) * up_y
-        if ADD:
-            y += tl.load(y_ptr + m * y_row + o, mask=o < O, other=0.0).to(tl.float32)
-        tl.store(y_ptr + m * y_row + o, y.to(y_ptr.dtype.element_ty), mask=o < O)
+    m = tl.arange(0, ROWS)
+    y = tl.sum(_side_by_side(sums, ROWS), 1)
+    up_y = y
+    if GATED:
+        up_y = tl.sum(_side_by_side(up_sums, ROWS), 1)
+    if norm_ptr is not None:
+        scale_1M = tl.rsqrt(tl.sum(_side_by_side(squares, ROWS), 1) / D + eps)
+        y *= scale_1M
+        up_y *= scale_1M
+    if b_ptr is not None:
+        y += tl.load(b_ptr + o, mask=o < O, other=0.0).to(tl.float32)[:, None]
+    if up_b_ptr is not None:
+        up_y += tl.load(up_b_ptr + o, mask=o < O, other=0.0).to(tl.float32)[:, None]
+    if GATED:
+        y = y * tl.sigmoid(y) * up_y
+    target = y_ptr + m[None, :] * y_row + o[:, None]
+    written = (m < M)[None, :] & here
+    if ADD:
+        y += tl.load(target, mask=written, other=0.0).to(tl.float32)
+    tl.store(target, y.to(y_ptr.dtype.element_ty), mask=written)
+
+
+@triton.jit
+def _side_by_side(parts, ROWS: tl.constexpr):
+    """1, 2, 4 or 8 tensors of one shape along a new last axis, so that one sum over another serves them all."""
+    tl.static_assert(ROWS <= 8)
+    if ROWS == 1:
+        whole = tl.expand_dims(parts[0], -1)
+    elif ROWS == 2:
+        whole = tl.join(parts[0], parts[1])
+    elif ROWS == 4:
+        whole = _interleaved(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))
+    else:
+        even = _interleaved(tl.join(parts[0], parts[4]), tl.join(parts[2], parts[6]))
+        odd = _interleaved(tl.join(parts[1], parts[5]), tl.join(parts[3], parts[7]))
+        whole = _interleaved(even, odd)
+    return whole
+
+
+@triton.jit
+def _interleaved(even, odd):
+    joined = tl.join(even, odd)
+    shape: tl.constexpr = joined.shape[:-2] + [joined.shape[-2] * 2]  # noqa: RUF005 (what the compiler reads)
+    return tl.reshape(joined, shape)
 
 
 @triton.jit
