@@ -76,8 +76,9 @@ def steps_at_once(model: HybridForCausalLM, slots: int) -> bool:
 
 
 def can_fuse(model: HybridForCausalLM) -> bool:
-    """Whether a model's rotations can be looked up by position."""
-    return str(getattr(model.model.rotary_emb, "rope_type", "default")) not in _MOVING
+    """Whether a model is one of these blocks, and its rotations can be looked up by position."""
+    moves = str(getattr(model.model.rotary_emb, "rope_type", "default")) in _MOVING
+    return not moves and all(type(block) is HybridBlock for block in model.model.layers)
 
 
 class FusedStep:
