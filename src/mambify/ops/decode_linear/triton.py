@@ -49,7 +49,7 @@ def num_warps_of(inputs: int) -> int:
 
 def block_of(rows: int, outputs: int, *, gated: bool) -> int:
     """Outputs of a program: as many as registers hold sums of, and still enough programs. A gated one is two rows."""
-    block = (8 if rows <= 4 else 4) // (2 if gated else 1)
+    block = (4 if rows <= 5 else 2) if gated else (8 if rows <= 4 else 4)
     while block > 1 and triton.cdiv(outputs, block) < _PROGRAMS:
         block //= 2
     return block
