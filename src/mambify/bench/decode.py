@@ -362,7 +362,7 @@ def table(result: dict[str, Any]) -> Table:
     read = ", ".join(f"{name} {rate / 1e12:.2f} TB/s" for name, rate in result["read_bytes_per_second"].items())
     shown = Table(
         title=f"{result['machine']['device']}; recorded linear layers read {read}",
-        caption="of bound: reading the weights alone; of bandwidth: states, keys and values too",
+        caption="of bound: reading the weights alone; of bandwidth: states, keys and values too; linears: TB/s",
         title_justify="left",
         caption_justify="left",
         box=SIMPLE,

@@ -163,7 +163,9 @@ def plot_decode(result: dict[str, Any], path: Path) -> None:
     steps.barh(range(len(bars)), [row["tokens_per_second"] for row in bars], color=colours)
     steps.set_yticks(range(len(bars)), labels, fontsize=5)
     steps.invert_yaxis()
-    steps.set_xscale("log")
+    if bars:
+        steps.set_xscale("log")
+        steps.set_xlim(left=1)
     steps.set_xlabel("tokens a second, one sequence")
     figure.suptitle(result["machine"]["device"], fontsize=9)
     _save(figure, path)
