@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from mambify.bench import inits, laws, ops, speculate, synthesize, train, verify
+from mambify.bench import decode, inits, laws, ops, speculate, synthesize, train, verify
 from mambify.bench.clock import copy_bandwidth
 from mambify.bench.decode_plots import plot_laws, plot_speculate, plot_verify
-from mambify.bench.plot import plot_inits, plot_ops, plot_recipes, plot_synthesize, plot_train
+from mambify.bench.plot import plot_decode, plot_inits, plot_ops, plot_recipes, plot_synthesize, plot_train
 from mambify.errors import InvalidOptionError, did_you_mean
 from mambify.experiments.registry import EXPERIMENTS
 from mambify.machine import environment
@@ -41,6 +41,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "ops": Benchmark(ops.run, ops.table, plot_ops),
     "train": Benchmark(train.run, train.table, plot_train),
     "synthesize": Benchmark(synthesize.run, synthesize.table, plot_synthesize),
+    "decode": Benchmark(decode.run, decode.table, plot_decode),
     "inits": Benchmark(inits.run, inits.table, plot_inits, ("text", "tokens")),
     "verify": Benchmark(verify.run, verify.table, plot_verify),
     "speculate": Benchmark(speculate.run, speculate.table, plot_speculate, ("target", "draft", "prompts")),
@@ -71,7 +72,8 @@ def run_benchmark(
 
     Args:
         only: leaves out what is not called so: an operation (``ops``), a curve (``train``), a way (``synthesize``),
-            an initialisation (``inits``), a part (``verify``, ``speculate``).
+            an initialisation (``inits``), a part (``verify``, ``speculate``), parts with commas between them
+            (``decode``).
         options: see the benchmark's own ``run``.
 
     Raises:

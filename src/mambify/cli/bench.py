@@ -21,7 +21,7 @@ def bench(
         str,
         typer.Argument(
             metavar="NAME",
-            help="ops, train, synthesize, inits, verify, speculate, or all; recipes; paper-table-6, -7, -8, -9.",
+            help="ops, train, synthesize, decode, inits, verify, speculate, laws, or all; recipes; paper-table-6, -7, -8, -9.",
         ),
     ],
     only: Annotated[

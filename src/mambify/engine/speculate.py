@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -34,6 +34,7 @@ Draft = HybridForCausalLM | Literal["lookup"] | None
 _LOOK_EVERY = 4  # rounds
 _NUMBERS = 64  # uniform numbers that a round may use: K for the draft, K tests, one last draw
 MOST_DRAFTED = 16
+_ENDLESS = 2**40  # tokens
 
 
 @dataclass
@@ -75,6 +76,7 @@ class Speculator:
         max_length: the most tokens of a sequence, prompt included.
         drawing: the distribution that tokens are drawn from, by target and draft alike.
         stop_ids: tokens that end a sequence.
+        backend, overlap: of target and draft; see :class:`mambify.engine.tower.Tower`.
 
     Raises:
         InvalidOptionError: K out of range, or a draft of another vocabulary.
@@ -90,6 +92,8 @@ class Speculator:
         drawing: Drawing,
         num_draft_tokens: int = 4,
         stop_ids: Sequence[int] = (),
+        backend: str = "auto",
+        overlap: bool = False,
     ) -> None:
         if draft is not None and not 1 <= num_draft_tokens <= MOST_DRAFTED:
             raise InvalidOptionError(f"num_draft_tokens must be 1 to {MOST_DRAFTED}, not {num_draft_tokens}")
@@ -119,7 +123,8 @@ class Speculator:
         self._told_X = torch.zeros(sum(self._told), dtype=torch.long, device=device)
         with torch.inference_mode():
             common = {"num_slots": num_slots, "length": max_length, "active_S": self._active_S}
-            self._target = Tower(target, most_new=self.K + 1, **common)  # type: ignore[arg-type]
+            common |= {"backend": backend, "overlap": overlap}
+            self._target = Tower(target, most_new=self.K + 1, final=draft is None, **common)  # type: ignore[arg-type]
             self._draft: Tower | None = None
             if isinstance(draft, HybridForCausalLM):
                 self._draft = Tower(draft, most_new=self.K + 1, **common)  # type: ignore[arg-type]
@@ -184,6 +189,19 @@ class Speculator:
         )  # fmt: skip
         torch.cat([part.long() for part in parts], out=self._told_X)
         self._heard_S.copy_(self._target.length_S)
+
+    def pretend(self, length: int) -> Callable[[], object]:
+        """Every slot goes on as if it held ``length`` tokens; returns a round, to measure what it costs.
+
+        Rounds may follow each other until the slots are full. A later :meth:`run` begins anew.
+        """
+        with torch.inference_mode():
+            for tower in (self._target, self._draft):
+                if tower is not None:
+                    tower.pretend(length)
+            self._active_S.fill_(True)
+            self._budget_S.fill_(_ENDLESS)
+        return self._round
 
     # ---- the host --------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mambify.engine.fused import FusedStep, can_fuse, steps_at_once
+from mambify.errors import InvalidOptionError, did_you_mean
 from mambify.mixers import MixerContext, RecurrentMixer, ReplayState
 from mambify.mixers.attention import SlotKV
 from mambify.model import HybridBlock, HybridForCausalLM
@@ -30,14 +32,33 @@ class Tower:
         length: the most tokens a slot may hold.
         most_new: the most tokens of one read.
         active_S: which slots take part; shared with whoever sets it.
+        final: one token is read at a time and always stands.
+        backend: "modules" runs the model's own, "fused" the kernels of :mod:`mambify.engine.fused`; "auto" takes these
+            on a GPU.
+        overlap: as :class:`mambify.engine.fused.FusedStep` takes it.
 
     Attributes:
         length_S: tokens that stand in each slot.
+
+    Raises:
+        InvalidOptionError: a backend that there is not, or not for this model.
     """
 
     def __init__(
-        self, model: HybridForCausalLM, *, num_slots: int, length: int, most_new: int, active_S: Tensor
+        self,
+        model: HybridForCausalLM,
+        *,
+        num_slots: int,
+        length: int,
+        most_new: int,
+        active_S: Tensor,
+        final: bool = False,
+        backend: str = "auto",
+        overlap: bool = False,
     ) -> None:
+        available = ("modules", "fused") if can_fuse(model) else ("modules",)
+        if backend not in ("auto", *available):
+            raise InvalidOptionError(f"no backend '{backend}' for this model: {did_you_mean(backend, available)}")
         self.model, self.num_slots, self.length = model, num_slots, length
         device, dtype, config = model.device, model.dtype, model.config
         self.length_S = torch.zeros(num_slots, dtype=torch.long, device=device)
@@ -52,6 +73,18 @@ class Tower:
                 shape = (num_slots, config.num_key_value_heads, length + most_new, config.head_dim)
                 keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
                 self._states.append(SlotKV(keys, values, self.length_S))
+        self._fused: FusedStep | None = None
+        self._at_once = False
+        if backend == "fused" or (backend == "auto" and device.type == "cuda" and "fused" in available):
+            self._at_once = final and most_new == 1 and steps_at_once(model, num_slots)
+            self._fused = FusedStep(
+                model,
+                self._states,
+                self.length_S,
+                places=length + most_new,
+                at_once=self._at_once,
+                overlap=overlap,
+            )
 
     def read(self, token_ST: Tensor, *, fold: bool = False, logits: bool = True) -> Tensor | None:
         """Logits ``[S, T, V]`` after each of T tokens, put behind those that stand in each slot.
@@ -62,6 +95,8 @@ class Tower:
         """
         core = self.model.model
         place = replace(self.place, eager=fold)
+        if self._fused is not None:
+            return self._fused.read(token_ST, place, logits=logits)
         x_STD = core.embed_tokens(token_ST)
         position_ST = self.length_S[:, None] + torch.arange(token_ST.shape[1], device=token_ST.device)
         with_positions = MixerContext()
@@ -83,6 +118,10 @@ class Tower:
         Args:
             fold: as it was said to :meth:`read`.
         """
+        if self._at_once:
+            self.place.step()
+            self.length_S += torch.where(self.place.active_S, count_S, 0)
+            return
         above = replace(self.place, eager=fold).folds_above(read)
         move_on(self.place, self.length_S, count_S, folds_above=above)
 
@@ -98,6 +137,29 @@ class Tower:
             if isinstance(state, ReplayState):
                 state.ssm.index_fill_(0, slot_E, 0)
                 state.conv.index_fill_(0, slot_E, 0)
+
+    @property
+    def carried_bytes(self) -> int:
+        """Bytes of keys, values, states and rings of all slots."""
+        parts = [state[:2] if isinstance(state, SlotKV) else (*state[:2], *state.ring) for state in self._states]
+        return sum(part.nbytes for each in parts for part in each)
+
+    def pretend(self, length: int) -> None:
+        """Every slot goes on as if it held ``length`` tokens, of random contents: to measure what reading then costs.
+
+        Args:
+            length: at most the slots' own.
+        """
+        self.rewind(length)
+        for state in self._states:
+            for part in state[:2]:
+                part.normal_()
+
+    def rewind(self, length: int) -> None:
+        """Sets how many tokens every slot holds, whatever they are, of which nothing is pending."""
+        self.length_S.fill_(length)
+        self.place.head_S.zero_()
+        self.place.pending_S.zero_()
 
     def begin(self, slot: int, ids: Sequence[int], *, chunk: int = 2048) -> None:
         """Empties a slot and reads ``ids`` into it, ``chunk`` tokens at a time; the slot is not active meanwhile."""
