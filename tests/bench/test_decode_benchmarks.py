@@ -91,7 +91,7 @@ def test_a_pace_counts_what_comes_between_looks() -> None:
     decoder = Speculator(model, None, num_slots=3, max_length=40, drawing=Drawing(temperature=0.0))
     pace = pace_of(decoder, [[1], [2, 3], [4]], max_new_tokens=20)
     assert [len(answer) for answer in pace.answers] == [20, 20, 20]
-    assert pace.tokens == 48 and pace.seconds > 0  # all but the first look's four tokens of each
+    assert (pace.tokens, pace.rounds) == (48, 16) and pace.seconds > 0  # all but the first look's four tokens of each
     assert decoder.statistics.rounds == 20 and decoder.statistics.seconds > 0
 
 
@@ -110,6 +110,8 @@ def test_shapes() -> None:
     assert [row["part"] for row in result["results"]] == ["8B", "batch", "paper"]
     for row in result["results"]:
         assert row["acceptance"] == "injected"
+        assert row["tokens_per_second"] == pytest.approx(1e3 * row["batch"] * row["tokens_per_round"] / row["round_ms"])
+        assert 1 <= row["drawn_tokens_per_round"] <= row["K"] + 1 and row["drawn_tokens_per_second"] > 0
         assert row["ratio"] == row["tokens_per_second"] / row["plain_tokens_per_second"]
         assert row["round_ms"] == pytest.approx(row["draft_ms"] + row["verify_ms"] + row["rest_ms"])
     assert {case.part for case in speculate_shapes.CASES["cuda"]} == {"8B", "K", "batch", "paper"}

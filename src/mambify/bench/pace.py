@@ -16,11 +16,13 @@ class Pace:
     Attributes:
         tokens: all that came in that time.
         seconds: from the end of the first look at the device to the end of the last one.
+        rounds: in that time.
         answers: everything that came, by prompt, the tokens before the clock ran too.
     """
 
     tokens: int = 0
     seconds: float = 0.0
+    rounds: int = 0
     answers: list[list[int]] = field(default_factory=list)
 
     @property
@@ -37,7 +39,7 @@ def pace_of(
     What comes later is waited for but not counted: the slots are not all busy then.
     """
     pace = Pace(answers=[[] for _ in prompts])
-    count, start, since, together = len(prompts), 0.0, 0, True
+    count, start, rounds, since, together = len(prompts), 0.0, 0, 0, True
     pieces = decoder.run(prompts, max_new_tokens=max_new_tokens, seeds=seeds)
     for piece, (number, tokens) in enumerate(pieces):
         now = time.perf_counter()
@@ -48,6 +50,7 @@ def pace_of(
         if piece >= count:
             since += len(tokens)
         if number == count - 1:
-            start = start or now
-            pace.tokens, pace.seconds = since, now - start
+            if not start:
+                start, rounds = now, decoder.statistics.rounds
+            pace.tokens, pace.seconds, pace.rounds = since, now - start, decoder.statistics.rounds - rounds
     return pace

@@ -97,7 +97,7 @@ def _shape_cells(row: dict[str, Any]) -> list[str]:
     published = f"; published {row['published']:.0f}" if row["published"] else ""
     return [
         row["part"], row["draft"], f"{row['target']} × {row['batch']}", str(row["K"]),
-        f"{row['found_tokens_per_round']:.2f}", f"{row['tokens_per_second']:,.0f}",
+        f"{row['tokens_per_round']:.2f}", f"{row['tokens_per_second']:,.0f}",
         f"{row['plain_tokens_per_second']:,.0f}", f"{row['ratio']:.2f}×", f"{row['of_bound']:.0%}", times + published,
     ]  # fmt: skip
 
