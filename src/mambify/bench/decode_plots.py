@@ -1,11 +1,49 @@
-"""Plots of what is measured of decoding: verification and speculation."""
+"""Plots of what is measured of decoding: steps, verification and speculation."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from mambify.bench.plot import OTHERS, OURS, figure_of, save
+from mambify.bench.plot import OTHERS, OURS, figure_of, save, thousands
+
+
+def plot_decode(result: dict[str, Any], path: Path) -> None:
+    """Milliseconds of a step by context, tokens a second by batch, and one step beside others, a panel each."""
+    rows = [row for row in result["results"] if "ms" in row]
+    figure, grid = figure_of(11.0, 3.4, columns=3)
+    contexts, batches, steps = grid[0]
+    for panel, part, key, value in (
+        (contexts, "context", "context", "ms"),
+        (batches, "batch", "batch", "tokens_per_second"),
+    ):
+        points = [row for row in rows if row["part"] == part]
+        for index, share in enumerate(dict.fromkeys(row["attention"] for row in points)):
+            line = sorted((row for row in points if row["attention"] == share), key=lambda row: int(row[key]))
+            colour = OURS if index == 0 else OTHERS[(index - 1) % len(OTHERS)]
+            places, values = [row[key] for row in line], [row[value] for row in line]
+            panel.plot(places, values, marker="o", markersize=4, color=colour, label=f"{share:.0%} attention")
+        if points:
+            panel.set_xscale("log", base=2)
+            panel.legend(fontsize=7)
+    contexts.set_ylim(bottom=0)
+    contexts.set_xlabel("tokens of context")
+    contexts.set_ylabel("ms a token")
+    batches.set_xlabel("sequences at once")
+    batches.set_ylabel("tokens a second")
+    bars = [row for row in rows if row["part"] == "step" or row["way"] in ("eager", "compiled")]
+    labels = [f"{row['shape']} {row['attention']:.0%} {row['way']}" for row in bars]
+    labels = [f"{label}, {thousands(row['context'])}" for label, row in zip(labels, bars, strict=True)]
+    colours = [OURS if "fused" in row["way"] else OTHERS[0] for row in bars]
+    steps.barh(range(len(bars)), [row["tokens_per_second"] for row in bars], color=colours)
+    steps.set_yticks(range(len(bars)), labels, fontsize=5)
+    steps.invert_yaxis()
+    if bars:
+        steps.set_xscale("log")
+        steps.set_xlim(left=1)
+    steps.set_xlabel("tokens a second, one sequence")
+    figure.suptitle(result["machine"]["device"], fontsize=9)
+    save(figure, path)
 
 
 def plot_verify(result: dict[str, Any], path: Path) -> None:

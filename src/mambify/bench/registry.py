@@ -11,8 +11,8 @@ from rich.table import Table
 
 from mambify.bench import decode, inits, laws, ops, speculate, synthesize, train, verify
 from mambify.bench.clock import copy_bandwidth
-from mambify.bench.decode_plots import plot_laws, plot_speculate, plot_verify
-from mambify.bench.plot import plot_decode, plot_inits, plot_ops, plot_recipes, plot_synthesize, plot_train
+from mambify.bench.decode_plots import plot_decode, plot_laws, plot_speculate, plot_verify
+from mambify.bench.plot import plot_inits, plot_ops, plot_recipes, plot_synthesize, plot_train
 from mambify.errors import InvalidOptionError, did_you_mean
 from mambify.experiments.registry import EXPERIMENTS
 from mambify.machine import environment

@@ -21,7 +21,8 @@ def bench(
         str,
         typer.Argument(
             metavar="NAME",
-            help="ops, train, synthesize, decode, inits, verify, speculate, laws, or all; recipes; paper-table-6, -7, -8, -9.",
+            help="ops, train, synthesize, inits, decode, verify, speculate, laws, or all; recipes; "
+            "paper-table-6, -7, -8, -9.",
         ),
     ],
     only: Annotated[
