@@ -23,6 +23,7 @@ _PUBLIC = {
     "export_transformers": "mambify.export.transformers",
     "generate": "mambify.decode.generate",
     "load": "mambify.families.load",
+    "stream": "mambify.decode.stream",
     "save": "mambify.families.load",
     "pack": "mambify.families.pack",
     "synthesize": "mambify.data.synthesize",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from mambify.conversion.convert import convert
     from mambify.data.synthesize import synthesize
     from mambify.decode.generate import generate
+    from mambify.decode.stream import stream
     from mambify.errors import MambifyError
     from mambify.export.gguf import export_gguf
     from mambify.export.transformers import export_transformers
@@ -52,6 +54,7 @@ __all__ = [
     "load",
     "pack",
     "save",
+    "stream",
     "synthesize",
 ]
 

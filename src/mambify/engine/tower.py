@@ -15,7 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mambify.mixers import MixerContext, RecurrentMixer, ReplayState
+from mambify.engine.prefill import read_prompts
+from mambify.mixers import MixerContext, RecurrentMixer, RecurrentState, ReplayState
 from mambify.mixers.attention import SlotKV
 from mambify.model import HybridBlock, HybridForCausalLM
 from mambify.ops.ring import RingPlace
@@ -42,9 +43,13 @@ class Tower:
         self.length_S = torch.zeros(num_slots, dtype=torch.long, device=device)
         self.place = replace(RingPlace.empty(num_slots, most_new, device=device), active_S=active_S)
         self._blocks = [block for block in model.model.layers if isinstance(block, HybridBlock)]
-        self._states: list[SlotKV | ReplayState] = []
+        self._states: list[SlotKV | ReplayState | RecurrentState] = []
+        # A token that stands whatever comes of it needs no ring. On a CPU the plain step is the quicker one.
+        steps = most_new == 1 and device.type == "cpu"
         for block in self._blocks:
-            if isinstance(block.mixer, RecurrentMixer):
+            if isinstance(block.mixer, RecurrentMixer) and steps:
+                self._states.append(_empty_state(block, num_slots, dtype, device))
+            elif isinstance(block.mixer, RecurrentMixer):
                 self._states.append(block.mixer.replay_state(num_slots, self.place))
             else:
                 assert config.num_key_value_heads and config.head_dim
@@ -64,10 +69,12 @@ class Tower:
         x_STD = core.embed_tokens(token_ST)
         position_ST = self.length_S[:, None] + torch.arange(token_ST.shape[1], device=token_ST.device)
         with_positions = MixerContext(position_embeddings=core.rotary_emb(x_STD, position_ST))
-        for block, state in zip(self._blocks, self._states, strict=True):
-            replays = isinstance(state, ReplayState)
+        for index, (block, state) in enumerate(zip(self._blocks, self._states, strict=True)):
+            context = with_positions if isinstance(state, SlotKV) else MixerContext()
             here = state._replace(place=place) if isinstance(state, ReplayState) else state
-            y_STD, _ = block.mixer(block.input_layernorm(x_STD), MixerContext() if replays else with_positions, here)
+            y_STD, after = block.mixer(block.input_layernorm(x_STD), context, here)
+            if isinstance(state, RecurrentState):
+                self._states[index] = _stepped(state, after, self.place.active_S)
             x_STD = block.feed_forward(x_STD + y_STD)
         if not logits:
             return None
@@ -90,27 +97,29 @@ class Tower:
         self.place.pending_S.sub_(taken_S)
         self.place.head_S.sub_(taken_S).remainder_(self.place.capacity)
 
-    def begin(self, slot: int, ids: Sequence[int], *, chunk: int = 2048) -> None:
-        """Empties a slot and reads ``ids`` into it, ``chunk`` tokens at a time; the slot is not active meanwhile."""
-        device = self.model.device
-        self.length_S[slot] = len(ids)
-        self.place.head_S[slot] = 0
-        self.place.pending_S[slot] = 0
-        cache = None
-        for start in range(0, len(ids), chunk):
-            given = torch.tensor([ids[start : start + chunk]], device=device)
-            cache = self.model.model(input_ids=given, past_key_values=cache, use_cache=True).past_key_values
-        row = torch.tensor([slot], device=device)
-        for block, state in zip(self._blocks, self._states, strict=True):
-            if isinstance(state, ReplayState):
-                carried = None if cache is None else block.mixer.load_state(cache)
-                if carried is None:
-                    state.ssm[slot] = 0
-                    state.conv[slot] = 0
-                else:
-                    state.load(row, carried)
-            elif cache is not None:
-                layer = cache.layers[block.layer_idx]
-                kept = layer.keys.shape[2]  # a sliding window keeps the last ones only
-                state.keys_SGLP[slot, :, len(ids) - kept : len(ids)] = layer.keys[0]
-                state.values_SGLP[slot, :, len(ids) - kept : len(ids)] = layer.values[0]
+    def begin(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+        """Empties slots and reads a prompt into each, which may be empty; they are not active meanwhile."""
+        for slot, ids in zip(slots, prompts, strict=True):
+            self.length_S[slot] = len(ids)
+            self.place.head_S[slot] = 0
+            self.place.pending_S[slot] = 0
+        read_prompts(self.model, self._states, slots, prompts)
+
+
+def _stepped(before: RecurrentState, after: RecurrentState, active_S: Tensor) -> RecurrentState:
+    """The state after a plain step, in which slots that are not active did not take part."""
+    if bool(active_S.all()):
+        return after
+
+    def chosen(old: Tensor, new: Tensor) -> Tensor:
+        return torch.where(active_S.view(-1, *[1] * (old.dim() - 1)), new.to(old.dtype), old)
+
+    return RecurrentState(chosen(before.conv, after.conv), chosen(before.ssm, after.ssm))
+
+
+def _empty_state(block: HybridBlock, rows: int, dtype: torch.dtype, device: torch.device) -> RecurrentState:
+    """What a recurrent block carries before the first token: zeros, in shapes found by showing it one token."""
+    assert isinstance(block.mixer, RecurrentMixer)
+    width: int = block.input_layernorm.weight.shape[0]
+    _, state = block.mixer(torch.zeros(1, 1, width, dtype=dtype, device=device), MixerContext(), None)
+    return RecurrentState(*(part.new_zeros(rows, *part.shape[1:]) for part in state))
