@@ -19,6 +19,7 @@ _PUBLIC = {
     "HybridForCausalLM": "mambify.model",
     "MambifyError": "mambify.errors",
     "convert": "mambify.conversion.convert",
+    "custom_generate": "mambify.decode.custom",
     "export_gguf": "mambify.export.gguf",
     "export_transformers": "mambify.export.transformers",
     "generate": "mambify.decode.generate",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from mambify.config import HybridConfig
     from mambify.conversion.convert import convert
     from mambify.data.synthesize import synthesize
+    from mambify.decode.custom import custom_generate
     from mambify.decode.generate import generate
     from mambify.decode.stream import stream
     from mambify.errors import MambifyError
@@ -48,6 +50,7 @@ __all__ = [
     "MambifyError",
     "__version__",
     "convert",
+    "custom_generate",
     "export_gguf",
     "export_transformers",
     "generate",

@@ -41,11 +41,14 @@ def chat(
     quiet_libraries()
     from mambify.decode import Conversation, Sampling, Session, stop_strings
     from mambify.decode.rows import require_count
+    from mambify.engine import require_drafted
     from mambify.families.load import load, require_tokenizer
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     require_count(max_new_tokens)
     strings = stop_strings(stop)
+    if draft is not None:
+        require_drafted(num_draft_tokens)
     place = options.pick_device(device)
     with working(f"loading {model}"):
         loaded = load(model, dtype=dtype, device=place)

@@ -53,11 +53,14 @@ def generate(
     quiet_libraries()
     from mambify.decode import Sampling, Session, encode_prompt, stop_strings
     from mambify.decode.rows import require_count, require_positions
+    from mambify.engine import require_drafted
     from mambify.families.load import load, require_tokenizer
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     require_count(max_new_tokens)
     strings = stop_strings(stop)
+    if draft is not None:
+        require_drafted(num_draft_tokens)
     place = options.pick_device(device)
     with working(f"loading {model}", quiet=json):
         loaded = load(model, dtype=dtype, device=place)
@@ -70,6 +73,7 @@ def generate(
         tokenizer,
         sampling,
         max_length=len(prompt_ids) + max_new_tokens,
+        first=len(prompt_ids) + max_new_tokens,
         draft=options.load_draft(draft, target=loaded, dtype=dtype, device=place, quiet=json),
         num_draft_tokens=num_draft_tokens,
         stop=strings,

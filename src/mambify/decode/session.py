@@ -29,11 +29,13 @@ class Session:
 
     Args:
         max_length: the most tokens of a prompt and its answer; buffers never grow beyond it.
+        first: tokens that the first buffers hold.
         stop: strings that end an answer.
         on_growth: told how many tokens new buffers hold, once they replace smaller ones.
 
     Raises:
-        InvalidOptionError: a stop that is no string.
+        InvalidOptionError: a stop that is no string, a draft that does not suit, buffers that do not fit the memory.
+        UnsupportedError: a draft for a model that is not of this package.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Session:
         sampling: Sampling,
         *,
         max_length: int,
+        first: int = _FIRST,
         draft: Draft = None,
         num_draft_tokens: int = 4,
         stop: str | Sequence[str] | None = None,
@@ -53,24 +56,29 @@ class Session:
         self._strings, self._stops = stop_strings(stop), stop_ids(model, tokenizer)
         self._on_growth = on_growth
         self._decoder: Decoder | None = None
-        self._holds = 0
+        self._holds = min(first, max_length)
         self._prompt_tokens = 0
+        self._make()
 
     def answer(self, prompt_ids: Sequence[int], *, max_new_tokens: int, seed: int | None = None) -> TextStream:
         """The answer to one prompt; an earlier one that was not heard to its end is dropped.
 
         Raises:
-            InvalidOptionError: too long for the session, an empty prompt, a draft that does not suit, or buffers that
-                do not fit the memory.
-            UnsupportedError: a draft for a model that is not of this package.
+            InvalidOptionError: too long for the session, an empty prompt, or buffers that do not fit the memory.
         """
         needed = len(prompt_ids) + max_new_tokens
         if needed > self.max_length:
             raise InvalidOptionError(
-                f"a prompt of {len(prompt_ids)} tokens and {max_new_tokens} new ones do not fit {self.max_length} tokens"
+                f"a prompt of {len(prompt_ids)} tokens and {max_new_tokens} new ones do not fit "
+                f"{self.max_length} tokens"
             )
-        if self._decoder is None or needed > self._holds:
-            self._grow(needed)
+        if needed > self._holds:
+            while self._holds < needed:
+                self._holds *= 2
+            self._holds = min(self._holds, self.max_length)
+            self._make()
+            if self._on_growth is not None:
+                self._on_growth(self._holds)
         assert self._decoder is not None
         self._prompt_tokens = len(prompt_ids)
         return stream_tokens(
@@ -89,21 +97,13 @@ class Session:
             return None
         return Speed.of(self._decoder, prompt_tokens=self._prompt_tokens, with_bandwidth=with_bandwidth)
 
-    def _grow(self, needed: int) -> None:
-        holds = max(self._holds, _FIRST)
-        while holds < needed:
-            holds *= 2
-        holds = min(holds, self.max_length)
-        replaces = self._decoder is not None
+    def _make(self) -> None:
         self._decoder = None  # its buffers are free before the new ones are made
         self._decoder = decoder_for(
             self.model,
             self._draft,
             self.sampling,
-            max_length=holds,
+            max_length=self._holds,
             stop_ids=sorted(self._stops),
             num_draft_tokens=self._num_draft_tokens,
         )
-        self._holds = holds
-        if replaces and self._on_growth is not None:
-            self._on_growth(holds)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mambify.engine import Sampling
+from mambify.engine.speculate import NUMBERS
 from mambify.errors import InvalidOptionError
 from mambify.ops.draw import draw_tokens, penalise, uniform
 
@@ -76,7 +77,8 @@ class StepDecoder:
                 else:
                     seen_BV.scatter_(1, tokens_BT, True)
                 logits_BV = penalise(logits_BV[:, None], seen_BV, penalty=self.sampling.repetition_penalty)[:, 0]
-            next_B = draw_tokens(logits_BV, uniform(seed_B, length_B + step), **settings)
+            number_B = uniform(seed_B, (length_B - 1 + step) * NUMBERS)  # the engine's, so that seeds mean the same
+            next_B = draw_tokens(logits_BV, number_B, **settings)
             tokens_BT = next_B[:, None]
             for row, token in enumerate(next_B.tolist()):
                 if row in active:

@@ -33,7 +33,7 @@ from mambify.ops.draw import draw_tokens, penalise, uniform
 Draft = HybridForCausalLM | Literal["lookup"] | None
 
 _LOOK_EVERY = 4  # rounds; each on a CPU, where looking costs nothing
-_NUMBERS = 64  # uniform numbers that a round may use: K for the draft, K tests, one last draw
+NUMBERS = 64  # uniform numbers that a round may use: K for the draft, K tests, one last draw
 MOST_DRAFTED = 16
 
 
@@ -92,8 +92,8 @@ class Speculator:
         num_draft_tokens: int = 4,
         stop_ids: Sequence[int] = (),
     ) -> None:
-        if draft is not None and not 1 <= num_draft_tokens <= MOST_DRAFTED:
-            raise InvalidOptionError(f"num_draft_tokens must be 1 to {MOST_DRAFTED}, not {num_draft_tokens}")
+        if draft is not None:
+            require_drafted(num_draft_tokens)
         if isinstance(draft, HybridForCausalLM):
             require_same_vocabulary(target.config, draft.config)
         self.K = 0 if draft is None else num_draft_tokens
@@ -169,7 +169,7 @@ class Speculator:
     def _numbers(self, first: int, count: int) -> Tensor:
         """Uniform numbers ``[S, count]`` of this round: they depend on the slot's seed and position alone."""
         number = first + torch.arange(count, device=self._seed_S.device)
-        return uniform(self._seed_S[:, None], self._target.length_S[:, None] * _NUMBERS + number)
+        return uniform(self._seed_S[:, None], self._target.length_S[:, None] * NUMBERS + number)
 
     def _standing(self, token_ST: Tensor, kept_S: Tensor) -> tuple[Tensor, Tensor]:
         """How many of the round's tokens stand in active slots, and which slots end with them."""
@@ -290,6 +290,12 @@ class Speculator:
                 self._seen_SV[slot, given] = True
             self._token_S[slot], self._budget_S[slot], self._seed_S[slot] = prompt[-1], budget, seed
             self._active_S[slot] = True
+
+
+def require_drafted(num_draft_tokens: int) -> None:
+    """Raises InvalidOptionError unless a round can put forward so many tokens."""
+    if not 1 <= num_draft_tokens <= MOST_DRAFTED:
+        raise InvalidOptionError(f"num_draft_tokens must be 1 to {MOST_DRAFTED}, not {num_draft_tokens}")
 
 
 def require_same_vocabulary(target: HybridConfig, draft: HybridConfig) -> None:
