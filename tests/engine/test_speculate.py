@@ -214,6 +214,8 @@ def test_what_cannot_be_is_refused(teacher: HybridForCausalLM, tmp_path: Path) -
         Speculator(teacher, model(tmp_path, vocabulary=50), **settings)
     speculator = Speculator(teacher, "lookup", **settings)
     with pytest.raises(InvalidOptionError, match="do not fit"):
-        next(speculator.run([[1] * 15], max_new_tokens=6))
+        speculator.run([[1] * 15], max_new_tokens=6)  # before the first token is asked for
     with pytest.raises(InvalidOptionError, match="empty"):
-        next(speculator.run([[]], max_new_tokens=6))
+        speculator.run([[]], max_new_tokens=6)
+    with pytest.raises(InvalidOptionError, match="1 seeds for 2 prompts"):
+        speculator.run([[1], [2]], max_new_tokens=6, seeds=[1])

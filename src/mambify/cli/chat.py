@@ -102,7 +102,7 @@ def chat(
         sys.stdout.write("\n")
         conversation.answer("".join(said))
         if stats and (speed := session.speed(with_bandwidth=True)) is not None:
-            console.print(speed.line(), style="dim", markup=False)
+            console.print(speed.line(), style="dim", markup=False, soft_wrap=True)
 
 
 def _lines(*, interactive: bool) -> Iterator[str]:

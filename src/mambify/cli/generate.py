@@ -91,7 +91,7 @@ def generate(
         sys.stdout.write("\n")
         speed = session.speed(with_bandwidth=stats) if stats or draft is not None else None
         if speed is not None:
-            stderr().print(speed.line(), style="dim", markup=False)
+            stderr().print(speed.line(), style="dim", markup=False, soft_wrap=True)
         return
     speed = session.speed(with_bandwidth=stats)
     result: dict[str, Any] = {

@@ -198,7 +198,6 @@ class Speculator:
 
     # ---- the host --------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def run(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, seeds: Sequence[int] | None = None
     ) -> Iterator[tuple[int, list[int]]]:
@@ -221,6 +220,12 @@ class Speculator:
         seeds = self.sampling.seeds(len(prompts)) if seeds is None else seeds
         if len(seeds) != len(prompts):
             raise InvalidOptionError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one for each")
+        return self._rounds(prompts, max_new_tokens, seeds)
+
+    @torch.inference_mode()
+    def _rounds(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seeds: Sequence[int]
+    ) -> Iterator[tuple[int, list[int]]]:
         look_every = 1 if self._active_S.device.type == "cpu" else _LOOK_EVERY
         waiting = deque((_Seat(number, len(prompt)), prompt) for number, prompt in enumerate(prompts))
         seats: list[_Seat | None] = [None] * len(self._token_S)
