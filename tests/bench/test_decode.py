@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from mambify.bench import clock, decode
+from mambify.bench.decode_steps import drawn_model, read_weight_bytes
 from mambify.bench.registry import BENCHMARKS, run_benchmark
 from mambify.conversion import state_bytes
-from mambify.engine import Drawing, Speculator
+from mambify.engine import Sampling, Speculator
 from mambify.errors import InvalidOptionError
 
 
@@ -64,19 +65,19 @@ def test_parts_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bytes_that_a_token_reads() -> None:
-    model = decode.random_model("tiny", 0.5, "cpu")
-    assert decode.weight_bytes(model) == sum(p.nbytes for p in model.parameters())  # tied
+    model = drawn_model("tiny", "cpu", attention=0.5)
+    assert read_weight_bytes(model) == sum(p.nbytes for p in model.parameters())  # tied
     assert decode.carried_at(model, 100) == state_bytes(model.config, 100)
 
 
 def test_a_pretended_text_is_as_long_as_it_says() -> None:
-    model = decode.random_model("tiny", 0.5, "cpu")
-    speculator = Speculator(model, None, num_slots=2, max_length=64, drawing=Drawing(temperature=0.0))
+    model = drawn_model("tiny", "cpu", attention=0.5)
+    speculator = Speculator(model, None, num_slots=2, max_length=64, sampling=Sampling(temperature=0.0))
     step = speculator.pretend(40)
     with torch.inference_mode():
         for _ in range(3):
             step()
     assert speculator._target.length_S.tolist() == [43, 43]
     first = next(iter(speculator.run([[3, 4, 5]], max_new_tokens=4)))
-    again = Speculator(model, None, num_slots=2, max_length=64, drawing=Drawing(temperature=0.0))
+    again = Speculator(model, None, num_slots=2, max_length=64, sampling=Sampling(temperature=0.0))
     assert first == next(iter(again.run([[3, 4, 5]], max_new_tokens=4)))

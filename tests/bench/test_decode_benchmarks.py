@@ -15,7 +15,7 @@ from mambify.bench.injected import InjectedSpeculator, rates_for
 from mambify.bench.pace import pace_of
 from mambify.bench.questions import CHAT, CODE_AND_MATH, read_questions
 from mambify.cli.main import main
-from mambify.engine import Drawing, Speculator
+from mambify.engine import Sampling, Speculator
 from mambify.errors import InvalidOptionError
 from tiny import byte_tokenizer, llama
 
@@ -79,7 +79,7 @@ def test_acceptance_is_as_it_was_injected() -> None:
         rates_for(4.04, 3)
     target, draft = drawn_model("tiny", "cpu", attention=0.5), drawn_model("tiny", "cpu", num_hidden_layers=1)
     speculator = InjectedSpeculator(
-        target, draft, rates=[0.9, 0.5, 0.0], num_slots=20, max_length=200, drawing=Drawing()
+        target, draft, rates=[0.9, 0.5, 0.0], num_slots=20, max_length=200, sampling=Sampling()
     )
     list(speculator.run([[1, 2]] * 20, max_new_tokens=190))
     found = speculator.statistics.acceptance_by_position
@@ -88,7 +88,7 @@ def test_acceptance_is_as_it_was_injected() -> None:
 
 def test_a_pace_counts_what_comes_between_looks() -> None:
     model = drawn_model("tiny", "cpu", attention=0.5)
-    decoder = Speculator(model, None, num_slots=3, max_length=40, drawing=Drawing(temperature=0.0))
+    decoder = Speculator(model, None, num_slots=3, max_length=40, sampling=Sampling(temperature=0.0))
     pace = pace_of(decoder, [[1], [2, 3], [4]], max_new_tokens=20)
     assert [len(answer) for answer in pace.answers] == [20, 20, 20]
     assert (pace.tokens, pace.rounds) == (48, 16) and pace.seconds > 0  # all but the first look's four tokens of each

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mambify.conversion import apply_plan, plan
-from mambify.engine import Drawing, Speculator
+from mambify.engine import Sampling, Speculator
 from mambify.engine.tower import Tower
 from mambify.errors import InvalidOptionError
 from mambify.families.load import load
@@ -154,7 +154,7 @@ def test_tokens_of_the_real_teacher_half_converted(smollm2: LoadedModel, draft: 
     runs = []
     for backend in ("modules", "fused"):
         speculator = Speculator(
-            student, draft, num_slots=2, max_length=32, drawing=Drawing(temperature=0.0), backend=backend
+            student, draft, num_slots=2, max_length=32, sampling=Sampling(temperature=0.0), backend=backend
         )
         answers: list[list[int]] = [[], []]
         for number, tokens in speculator.run(prompts, max_new_tokens=10):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mambify.engine import Drawing, Speculator
+from mambify.engine import Sampling, Speculator
 from mambify.engine.tower import Tower
 from mambify.model import HybridForCausalLM
 from mambify.ops.decode_linear import decode_linear
@@ -83,7 +83,7 @@ def test_recorded_rounds_in_float32_give_the_models_tokens(
     runs = []
     for backend in ("modules", "fused"):
         speculator = Speculator(
-            model, draft, num_slots=2, max_length=96, drawing=Drawing(temperature=0.0), backend=backend,
+            model, draft, num_slots=2, max_length=96, sampling=Sampling(temperature=0.0), backend=backend,
             overlap=overlap and backend == "fused",
         )  # fmt: skip
         answers: list[list[int]] = [[], [], []]

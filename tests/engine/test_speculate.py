@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mambify.conversion import apply_plan, plan
-from mambify.engine import Drawing, Speculator
+from mambify.engine import Sampling, Speculator
 from mambify.engine.lookup import look_up
 from mambify.errors import InvalidOptionError
 from mambify.families.load import load
@@ -17,7 +17,7 @@ from mambify.model import HybridForCausalLM
 from tiny import llama
 
 VOCABULARY = 96
-GREEDY = Drawing(temperature=0.0)
+GREEDY = Sampling(temperature=0.0)
 PROMPTS = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8, 9, 10, 3, 4, 5], [20, 21], [90, 3, 90, 3, 90], list(range(30, 60))]
 
 
@@ -68,7 +68,7 @@ def test_greedy_tokens_are_the_targets(
     drafts: dict[str, Any] = {
         "none": None, "lookup": "lookup", "small": small, "hybrid": converted(small, mixer, 0.5), "target": target
     }  # fmt: skip
-    speculator = Speculator(target, drafts[kind], num_slots=4, max_length=64, drawing=GREEDY, num_draft_tokens=3)
+    speculator = Speculator(target, drafts[kind], num_slots=4, max_length=64, sampling=GREEDY, num_draft_tokens=3)
     found = answers(speculator, PROMPTS, max_new_tokens=25)
     assert found == [greedy(target, prompt, 25) for prompt in PROMPTS]
     statistics = speculator.statistics
@@ -84,7 +84,7 @@ def test_greedy_tokens_are_the_targets(
 def test_any_number_of_drafted_tokens(teacher: HybridForCausalLM, num_draft_tokens: int) -> None:
     target = converted(teacher, "mamba2", 0.5)
     speculator = Speculator(
-        target, target, num_slots=2, max_length=96, drawing=GREEDY, num_draft_tokens=num_draft_tokens
+        target, target, num_slots=2, max_length=96, sampling=GREEDY, num_draft_tokens=num_draft_tokens
     )
     found = answers(speculator, PROMPTS[:3], max_new_tokens=40)
     assert found == [greedy(target, prompt, 40) for prompt in PROMPTS[:3]]
@@ -100,7 +100,7 @@ def test_a_sliding_window(tmp_path: Path) -> None:
     )  # fmt: skip
     MistralForCausalLM(config).save_pretrained(tmp_path)
     target = converted(load(tmp_path).model, "mamba2", 0.5)
-    speculator = Speculator(target, "lookup", num_slots=2, max_length=80, drawing=GREEDY)
+    speculator = Speculator(target, "lookup", num_slots=2, max_length=80, sampling=GREEDY)
     assert answers(speculator, PROMPTS[-2:], max_new_tokens=30) == [greedy(target, p, 30) for p in PROMPTS[-2:]]
 
 
@@ -112,25 +112,25 @@ def test_a_stop_within_the_accepted_run_ends_the_sequence(
     drafts: dict[str, Any] = {"target": target, "small": small, "lookup": "lookup"}
     whole = [greedy(target, prompt, 30) for prompt in PROMPTS]
     for stop in sorted({answer[place] for answer in whole for place in (1, 4, 9)})[:6]:
-        speculator = Speculator(target, drafts[kind], num_slots=3, max_length=64, drawing=GREEDY, stop_ids=[stop])
+        speculator = Speculator(target, drafts[kind], num_slots=3, max_length=64, sampling=GREEDY, stop_ids=[stop])
         wanted = [answer[: answer.index(stop) + 1] if stop in answer else answer for answer in whole]
         assert answers(speculator, PROMPTS, max_new_tokens=30) == wanted
 
 
 def test_what_is_drawn_depends_on_the_seed_and_not_on_the_company(teacher: HybridForCausalLM) -> None:
-    target, drawing = converted(teacher, "mamba2", 0.5), Drawing(temperature=1.0, top_k=40)
+    target, sampling = converted(teacher, "mamba2", 0.5), Sampling(temperature=1.0, top_k=40)
     runs = []
     for slots in (1, 3):
-        speculator = Speculator(target, "lookup", num_slots=slots, max_length=64, drawing=drawing)
+        speculator = Speculator(target, "lookup", num_slots=slots, max_length=64, sampling=sampling)
         runs.append(answers(speculator, PROMPTS, max_new_tokens=20, seeds=[11, 12, 13, 14, 15, 16]))
     assert runs[0] == runs[1]
-    again = Speculator(target, "lookup", num_slots=3, max_length=64, drawing=drawing)
+    again = Speculator(target, "lookup", num_slots=3, max_length=64, sampling=sampling)
     assert answers(again, PROMPTS, max_new_tokens=20, seeds=[21, 22, 23, 24, 25, 26]) != runs[0]
 
 
 def test_a_run_that_was_left_does_not_disturb_the_next(teacher: HybridForCausalLM) -> None:
     target = converted(teacher, "mamba2", 0.5)
-    speculator = Speculator(target, "lookup", num_slots=2, max_length=64, drawing=GREEDY)
+    speculator = Speculator(target, "lookup", num_slots=2, max_length=64, sampling=GREEDY)
     next(iter(speculator.run(PROMPTS, max_new_tokens=30)))
     assert answers(speculator, PROMPTS[:1], max_new_tokens=20) == [greedy(target, PROMPTS[0], 20)]
 
@@ -139,7 +139,7 @@ def test_statistics_are_known_when_nobody_listens_to_the_end(teacher: HybridForC
     """As where an answer ends with a stop token: its reader stops there."""
     target = converted(teacher, "mamba2", 0.5)
     stop = greedy(target, PROMPTS[0], 1)[0]
-    speculator = Speculator(target, target, num_slots=1, max_length=64, drawing=GREEDY, stop_ids=[stop])
+    speculator = Speculator(target, target, num_slots=1, max_length=64, sampling=GREEDY, stop_ids=[stop])
     _, tokens = next(speculator.run(PROMPTS[:1], max_new_tokens=20))
     assert tokens == [stop]
     assert speculator.statistics.tokens == 1 and sum(speculator.statistics.accepted) == 1
@@ -156,7 +156,7 @@ def test_lookup_finds_the_latest_occurrence() -> None:
 
 
 def test_what_cannot_be_is_refused(teacher: HybridForCausalLM, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"num_slots": 1, "max_length": 20, "drawing": GREEDY}
+    settings: dict[str, Any] = {"num_slots": 1, "max_length": 20, "sampling": GREEDY}
     for count in (0, 17):
         with pytest.raises(InvalidOptionError, match="1 to 16"):
             Speculator(teacher, "lookup", **settings, num_draft_tokens=count)
@@ -164,6 +164,8 @@ def test_what_cannot_be_is_refused(teacher: HybridForCausalLM, tmp_path: Path) -
         Speculator(teacher, model(tmp_path, vocabulary=50), **settings)
     speculator = Speculator(teacher, "lookup", **settings)
     with pytest.raises(InvalidOptionError, match="do not fit"):
-        next(speculator.run([[1] * 15], max_new_tokens=6))
+        speculator.run([[1] * 15], max_new_tokens=6)  # before the first token is asked for
     with pytest.raises(InvalidOptionError, match="empty"):
-        next(speculator.run([[]], max_new_tokens=6))
+        speculator.run([[]], max_new_tokens=6)
+    with pytest.raises(InvalidOptionError, match="1 seeds for 2 prompts"):
+        speculator.run([[1], [2]], max_new_tokens=6, seeds=[1])

@@ -18,7 +18,7 @@ import mambify
 from mambify import HybridConfig, HybridForCausalLM
 from mambify.cli.main import app
 from mambify.conversion import plan, state_bytes
-from mambify.engine import Drawing, Speculator
+from mambify.engine import Sampling, Speculator
 from mambify.engine.slots import Slots
 from mambify.errors import InvalidOptionError, UnsupportedError
 from mambify.export.formats import FORMATS
@@ -212,7 +212,7 @@ def test_speculation_gives_transformers_tokens(pairs: Pairs, kind: str, drafts: 
     elif drafts == "itself":
         draft = target
     speculator = Speculator(
-        target, draft, num_slots=3, max_length=96, drawing=Drawing(temperature=0.0), num_draft_tokens=4
+        target, draft, num_slots=3, max_length=96, sampling=Sampling(temperature=0.0), num_draft_tokens=4
     )
     answers: list[list[int]] = [[] for _ in PROMPTS]
     for number, given in speculator.run(PROMPTS, max_new_tokens=40):
@@ -227,7 +227,7 @@ def test_speculation_gives_transformers_tokens(pairs: Pairs, kind: str, drafts: 
 def test_fewest_and_most_drafted_tokens(pairs: Pairs, kind: str, drafted: int) -> None:
     theirs, target = pairs(kind)
     speculator = Speculator(
-        target, target, num_slots=1, max_length=96, drawing=Drawing(temperature=0.0), num_draft_tokens=drafted
+        target, target, num_slots=1, max_length=96, sampling=Sampling(temperature=0.0), num_draft_tokens=drafted
     )
     found = [token for _, given in speculator.run([PROMPTS[2]], max_new_tokens=50) for token in given]
     assert found == plain(theirs, PROMPTS[2], 50)
@@ -241,7 +241,7 @@ def test_speculation_by_kernels(pairs: Pairs, kind: str, tmp_path: Path) -> None
     theirs.save_pretrained(tmp_path)
     target = mambify.load(tmp_path, device="cuda").model
     for draft in (None, target):
-        speculator = Speculator(target, draft, num_slots=3, max_length=96, drawing=Drawing(temperature=0.0))
+        speculator = Speculator(target, draft, num_slots=3, max_length=96, sampling=Sampling(temperature=0.0))
         answers: list[list[int]] = [[] for _ in PROMPTS]
         for number, given in speculator.run(PROMPTS, max_new_tokens=40):
             answers[number] += given
@@ -257,13 +257,13 @@ def test_slots_need_no_positions(pairs: Pairs, kind: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(ours.model.rotary_emb, "forward", refuse)
     with torch.inference_mode():
-        slots = Slots(ours, num_slots=1, length=32, num_forced=1, drawing=Drawing(temperature=0.0), stop_ids=[])
+        slots = Slots(ours, num_slots=1, length=32, num_forced=1, sampling=Sampling(temperature=0.0), stop_ids=[])
         control = slots.control
         control.token_S[0], control.budget_S[0], control.active_S[0] = 9, 20, True
         for _ in range(20):
             slots.step(1)
     assert control.history_SL[0, 1:21].tolist() == plain(theirs, [9], 20)
-    Speculator(ours, ours, num_slots=1, max_length=32, drawing=Drawing(temperature=0.0))
+    Speculator(ours, ours, num_slots=1, max_length=32, sampling=Sampling(temperature=0.0))
 
 
 @pytest.mark.parametrize("kind", ONE_EACH)

@@ -7,7 +7,7 @@ import torch
 
 from mambify.bench import laws
 from mambify.bench.shapes import model_of_shape
-from mambify.engine import Drawing
+from mambify.engine import Sampling
 
 SIZE = laws.Size(prompts=8, new=16, samples=1500, slots=1500)
 
@@ -45,7 +45,7 @@ def test_a_damaged_ring_is_noticed() -> None:
 def test_exact_probabilities_add_up() -> None:
     target = model_of_shape("tiny", "cpu", torch.float32, vocab_size=5, seed=0, initializer_range=0.3)
     for stops in ([], [4]):
-        exact = laws.exact_probabilities(target, Drawing(top_k=3), stops)
+        exact = laws.exact_probabilities(target, Sampling(top_k=3), stops)
         assert sum(exact.values()) == pytest.approx(1.0)
         assert all(len(answer) == 6 or answer[-1] == 4 for answer in exact)
         assert len(exact) == 3**6 or stops

@@ -27,11 +27,11 @@ from torch.nn import functional as F
 from mambify.bench.clock import device_seconds_of, seconds_of
 from mambify.bench.decode_linears import linears_of, read_rates
 from mambify.bench.decode_peers import llama, seconds_a_token
-from mambify.bench.train import SHAPES, Shape
-from mambify.config import HybridConfig
-from mambify.conversion import plan, state_bytes
+from mambify.bench.decode_steps import drawn_model, read_weight_bytes
+from mambify.bench.shapes import SHAPES
+from mambify.conversion import state_bytes
 from mambify.distill.arguments import use_bfloat16
-from mambify.engine import Drawing, Speculator
+from mambify.engine import Sampling, Speculator
 from mambify.engine.recording import recorded
 from mambify.engine.tower import Tower
 from mambify.model import HybridForCausalLM
@@ -86,7 +86,6 @@ def _cuda_cases() -> Iterator[Case]:
 
 
 _OURS = ("fused", "overlap fused")
-DECODE_SHAPES = SHAPES | {"3B": Shape(128_256, 3072, 8192, 28, 24, 8, 128)}  # Llama 3.2 3B
 CASES: dict[str, list[Case]] = {
     "cpu": [
         *(Case("linears", "tiny", tokens=rows, way=way) for way in ("q, k, v", "gate, up", "down") for rows in (1, 5)),
@@ -166,14 +165,14 @@ class _Machine:
             self.forget()
             _clear()
             dtype = _dtype(self._device)
-            linear = linears_of(DECODE_SHAPES[case.shape])[case.way]
+            linear = linears_of(SHAPES[case.shape])[case.way]
             return {"read_bytes_per_second": read_rates(linear, case.tokens, self._device, dtype)}
         if case.way in ("eager", "compiled"):
             self.forget()
             _clear()
             return self._figures(_peer_seconds(case, self._device), case)
         model = self._of(case)
-        weights = weight_bytes(model)
+        weights = read_weight_bytes(model)
         if case.part == "throughput":
             return self._throughput(model, case)
         if case.part == "verify":
@@ -191,7 +190,7 @@ class _Machine:
         if self._key != key or self._model is None:
             self.forget()
             _clear()
-            self._model, self._key = random_model(case.shape, case.attention, self._device), key
+            self._model, self._key = drawn_model(case.shape, self._device, attention=case.attention), key
         return self._model
 
     def _figures(
@@ -228,38 +227,6 @@ class _Machine:
         }
 
 
-def random_model(shape: str, attention: float, device: str) -> HybridForCausalLM:
-    """A model of a Transformer's sizes, some of its layers Mamba2, its weights drawn on the device."""
-    s = DECODE_SHAPES[shape]
-    config = HybridConfig(
-        vocab_size=s.vocabulary,
-        hidden_size=s.hidden,
-        intermediate_size=s.intermediate,
-        num_hidden_layers=s.layers,
-        num_attention_heads=s.heads,
-        num_key_value_heads=s.groups,
-        head_dim=s.head_dim,
-        tie_word_embeddings=s.tied,
-        max_position_embeddings=131_072,
-        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
-    )
-    config = plan(config, mixer="mamba2", attention=attention).student
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(_dtype(device))
-    try:
-        with torch.device(device):
-            model: HybridForCausalLM = HybridForCausalLM(config).eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(before)
-    return model
-
-
-def weight_bytes(model: HybridForCausalLM) -> int:
-    """Bytes of the weights that one token reads: all but an embedding that is not also the head."""
-    unread = 0 if model.config.tie_word_embeddings else model.model.embed_tokens.weight.nbytes
-    return int(sum(parameter.nbytes for parameter in model.parameters()) - unread)
-
-
 def step_seconds(model: HybridForCausalLM, case: Case, device: str, length: int | None = None) -> tuple[float, int]:
     """Mean time of a round from ``case.context`` tokens on, and the bytes one slot carries there.
 
@@ -272,7 +239,7 @@ def step_seconds(model: HybridForCausalLM, case: Case, device: str, length: int 
         None,
         num_slots=case.batch,
         max_length=length,
-        drawing=Drawing(temperature=0.0),
+        sampling=Sampling(temperature=0.0),
         backend=case.way.split()[-1],
         overlap=case.way.startswith("overlap"),
     )
@@ -338,7 +305,7 @@ def most_slots(model: HybridForCausalLM, length: int, device: str) -> int:
 
 
 def _peer_seconds(case: Case, device: str) -> float:
-    s = DECODE_SHAPES[case.shape]
+    s = SHAPES[case.shape]
     model = llama(
         device, _dtype(device), vocab_size=s.vocabulary, hidden_size=s.hidden, intermediate_size=s.intermediate,
         num_hidden_layers=s.layers, num_attention_heads=s.heads, num_key_value_heads=s.groups, head_dim=s.head_dim,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mambify.bench.clock import device_seconds_of
-from mambify.bench.train import Shape
+from mambify.bench.shapes import Shape
 from mambify.ops.backends import HAS_TRITON
 from mambify.ops.decode_linear import decode_linear
 

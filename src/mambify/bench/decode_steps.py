@@ -69,7 +69,7 @@ def pass_of(model: HybridForCausalLM, *, slots: int, new: int, context: int) -> 
     Nothing is kept of it, so it can be repeated.
     """
     active_S = torch.ones(slots, dtype=torch.bool, device=model.device)
-    tower = Tower(model, num_slots=slots, length=context + new, most_new=new, active_S=active_S)
+    tower = Tower(model, num_slots=slots, length=context + new, most_new=new, active_S=active_S, final=new == 1)
     tower.length_S.fill_(context)
     token_ST = torch.randint(model.config.vocab_size, (slots, new), device=model.device)
 

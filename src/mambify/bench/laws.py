@@ -26,7 +26,7 @@ from torch import Tensor
 from mambify.bench.decode_steps import forget
 from mambify.bench.questions import read_questions
 from mambify.bench.shapes import model_of_shape
-from mambify.engine import Drawing, Speculator
+from mambify.engine import Sampling, Speculator
 from mambify.engine.speculate import Draft
 from mambify.families.load import load, require_tokenizer
 from mambify.mixers import ReplayState
@@ -156,7 +156,7 @@ def greedy(
     """Tokens with the draft beside those without, and both beside passes over whole texts."""
     slots = min(len(prompts), 64)
     settings: dict[str, Any] = {
-        "num_slots": slots, "max_length": max(map(len, prompts)) + new, "drawing": Drawing(temperature=0.0)
+        "num_slots": slots, "max_length": max(map(len, prompts)) + new, "sampling": Sampling(temperature=0.0)
     }  # fmt: skip
     plain = _answers(Speculator(target, None, **settings), prompts, new)
     kind = Damaged if damaged else Speculator
@@ -200,9 +200,9 @@ def _answers(decoder: Speculator, prompts: Sequence[Sequence[int]], new: int) ->
 
 # ---- what is drawn ---------------------------------------------------------------------------------------------------
 
-_PLAIN, _CUT, _TWO = Drawing(), Drawing(temperature=0.7, top_k=4, top_p=0.9), Drawing(top_k=2)
+_PLAIN, _CUT, _TWO = Sampling(), Sampling(temperature=0.7, top_k=4, top_p=0.9), Sampling(top_k=2)
 #: what is tried → how tokens are drawn, which draft there is, whether a token ends the answer
-TRIALS: dict[str, tuple[Drawing, str, bool]] = {
+TRIALS: dict[str, tuple[Sampling, str, bool]] = {
     "another model drafts": (_PLAIN, "other", False),
     "with top-k and top-p": (_CUT, "other", False),
     "ends within accepted runs": (_PLAIN, "other", True),
@@ -222,7 +222,7 @@ def distribution_trials(device: str, size: Size) -> list[Callable[[], dict[str, 
 @torch.inference_mode()
 def distribution(name: str, device: str, size: Size) -> dict[str, Any]:
     """Draws answers and compares every pair of neighbouring tokens in them with its exact probability."""
-    drawing, kind, stops = TRIALS[name]
+    sampling, kind, stops = TRIALS[name]
     mixer = "mamba1" if name == "Mamba1" else "mamba2"
     target = _small(device, torch.float32, _WORDS, mixer=mixer)
     draft: Draft = "lookup"
@@ -236,11 +236,11 @@ def distribution(name: str, device: str, size: Size) -> dict[str, Any]:
         draft.lm_head.weight.neg_()
     stop_ids = [_STOP] if stops else []
     decoder = (Damaged if name == "damaged" else Speculator)(
-        target, draft, num_slots=size.slots, max_length=_ANSWER + 1, drawing=drawing, num_draft_tokens=_K,
+        target, draft, num_slots=size.slots, max_length=_ANSWER + 1, sampling=sampling, num_draft_tokens=_K,
         stop_ids=stop_ids,
     )  # fmt: skip
     answers = Counter(map(tuple, _answers(decoder, [[1]] * size.samples, _ANSWER)))
-    exact = exact_probabilities(target, drawing, stop_ids)
+    exact = exact_probabilities(target, sampling, stop_ids)
     found = {answer: count / size.samples for answer, count in answers.items()}
     farthest, chance = 0.0, 0.0
     for place in range(_ANSWER - 1):
@@ -264,7 +264,7 @@ def distribution(name: str, device: str, size: Size) -> dict[str, Any]:
 
 
 def exact_probabilities(
-    target: HybridForCausalLM, drawing: Drawing, stop_ids: Sequence[int]
+    target: HybridForCausalLM, sampling: Sampling, stop_ids: Sequence[int]
 ) -> dict[tuple[int, ...], float]:
     """Of every answer to the prompt ``[1]`` that can be, by passes over whole texts."""
     going_on: dict[tuple[int, ...], float] = {(): 1.0}
@@ -272,7 +272,7 @@ def exact_probabilities(
     for _ in range(_ANSWER):
         prefixes = torch.tensor([[1, *prefix] for prefix in going_on], device=target.device)
         logits_NV = torch.cat([target(input_ids=part).logits[:, -1] for part in prefixes.split(1024)])
-        settings = settings_of(**drawing.settings(), rows=len(logits_NV), device=logits_NV.device)
+        settings = settings_of(**sampling.settings(), rows=len(logits_NV), device=logits_NV.device)
         p_NV: Tensor = weights(logits_NV, settings)
         p_NV = (p_NV / p_NV.sum(-1, keepdim=True)).cpu()
         following = {

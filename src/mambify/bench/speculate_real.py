@@ -21,7 +21,7 @@ from mambify.bench.pace import pace_of
 from mambify.bench.questions import CHAT, CODE_AND_MATH, read_questions
 from mambify.conversion.plan import state_bytes
 from mambify.decode.text import stop_ids
-from mambify.engine import Drawing, Speculator
+from mambify.engine import Sampling, Speculator
 from mambify.engine.speculate import Draft
 from mambify.families.load import load, require_tokenizer
 from mambify.model import HybridForCausalLM
@@ -139,7 +139,7 @@ class Trials:
         longest = max(len(ids) for prompts in asked.values() for ids in prompts)
         decoder = Speculator(
             self.target, draft, num_slots=1, max_length=longest + self._size.new,
-            drawing=Drawing(temperature=temperature), num_draft_tokens=max(K, 1), stop_ids=self._stops,
+            sampling=Sampling(temperature=temperature), num_draft_tokens=max(K, 1), stop_ids=self._stops,
         )  # fmt: skip
         sums: dict[str, _Sum] = {}
         for group, prompts in asked.items():

@@ -18,7 +18,7 @@ from mambify.bench.clock import seconds_of
 from mambify.bench.decode_steps import drawn_model, forget, read_bandwidth, read_weight_bytes
 from mambify.bench.injected import InjectedSpeculator, rates_for
 from mambify.bench.pace import pace_of
-from mambify.engine import Drawing, Speculator
+from mambify.engine import Sampling, Speculator
 from mambify.engine.recording import recorded
 from mambify.model import HybridForCausalLM
 
@@ -138,7 +138,7 @@ class Bench:
         generator = torch.Generator().manual_seed(0)
         prompts = torch.randint(vocabulary, (case.batch, case.context), generator=generator).tolist()
         settings: dict[str, Any] = {
-            "num_slots": case.batch, "max_length": case.context + case.new + 1, "drawing": Drawing(temperature=1.0)
+            "num_slots": case.batch, "max_length": case.context + case.new + 1, "sampling": Sampling(temperature=1.0)
         }  # fmt: skip
         kept = case.batch, case.context
         if kept not in self._plain:

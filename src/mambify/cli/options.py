@@ -11,6 +11,8 @@ from mambify.errors import InvalidOptionError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mambify.families.load import LoadedModel
+
 Teacher = Annotated[str, typer.Argument(metavar="TEACHER", help="Hub id, directory, file.gguf, or an alias: smollm2.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A student's directory, or anything a teacher may be.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; the GPU where there is one by default.")]
@@ -21,6 +23,16 @@ MaxNewTokens = Annotated[int, typer.Option(help="Length limit of the answer, in 
 Temperature = Annotated[float, typer.Option(help="0: always the likeliest token; 1: the model's own distribution.")]
 TopK = Annotated[int, typer.Option(help="Draw among this many likeliest tokens; 0 for all.")]
 TopP = Annotated[float, typer.Option(help="Draw among the likeliest tokens that hold this probability; 1 for all.")]
+MinP = Annotated[
+    float, typer.Option(help="Draw among tokens at least this times as likely as the likeliest; 0 for all.")
+]
+RepetitionPenalty = Annotated[
+    float, typer.Option(help="Above 1: tokens that occurred, in the prompt too, become less likely; 1 for none.")
+]
+Stop = Annotated[
+    list[str] | None, typer.Option(help=r"A string at which the answer ends, without it; several may be given.")
+]
+Stats = Annotated[bool, typer.Option("--stats", help="Say at the end how fast it was, of what the device can do.")]
 Draft = Annotated[
     str | None,
     typer.Option(help="A smaller model of the same vocabulary that guesses ahead, or lookup: from the text so far."),
@@ -56,15 +68,26 @@ def pick_device(name: str | None) -> str:
     return name
 
 
-def load_draft(name: str, *, dtype: str, device: str, quiet: bool = False) -> Any:
-    """The model that ``--draft`` names, or ``"lookup"`` itself."""
-    if name == LOOKUP:
+def load_draft(name: str | None, *, target: LoadedModel, dtype: str, device: str, quiet: bool = False) -> Any:
+    """The model that ``--draft`` names, ``"lookup"`` itself, or ``None``.
+
+    Raises:
+        InvalidOptionError: its vocabulary is of another size than the target's.
+        TokenizerMismatchError: its tokenizer gives other ids than the target's.
+    """
+    if name is None or name == LOOKUP:
         return name
     from mambify.cli.console import working
+    from mambify.engine import require_same_vocabulary
     from mambify.families.load import load
+    from mambify.tokenization import require_same_tokenizer
 
     with working(f"loading {name}", quiet=quiet):
-        return load(name, dtype=dtype, device=device).model
+        loaded = load(name, dtype=dtype, device=device)
+    require_same_vocabulary(target.model.config, loaded.model.config)
+    if target.tokenizer is not None and loaded.tokenizer is not None:
+        require_same_tokenizer(target.tokenizer, loaded.tokenizer, names=("target", "draft"))
+    return loaded.model
 
 
 def parse_tokens(text: str) -> int:

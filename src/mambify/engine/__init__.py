@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mambify.engine.engine import DecodeEngine, Turn
-from mambify.engine.slots import Drawing
-from mambify.engine.speculate import Speculator, Statistics
+from mambify.engine.sampling import Sampling
+from mambify.engine.speculate import Speculator, Statistics, require_drafted, require_same_vocabulary
 
-__all__ = ["DecodeEngine", "Drawing", "Speculator", "Statistics", "Turn"]
+__all__ = ["DecodeEngine", "Sampling", "Speculator", "Statistics", "Turn", "require_drafted", "require_same_vocabulary"]

@@ -76,9 +76,9 @@ def steps_at_once(model: HybridForCausalLM, slots: int) -> bool:
 
 
 def can_fuse(model: HybridForCausalLM) -> bool:
-    """Whether a model is one of these blocks, and its rotations can be looked up by position."""
+    """Whether a model is one of these blocks, each with its MLP, and its rotations can be looked up by position."""
     moves = str(getattr(model.model.rotary_emb, "rope_type", "default")) in _MOVING
-    return not moves and all(type(block) is HybridBlock for block in model.model.layers)
+    return not moves and all(type(block) is HybridBlock and block.mlp is not None for block in model.model.layers)
 
 
 class FusedStep:
@@ -267,6 +267,7 @@ class _Unfused:
 
 def _feed_forward(block: HybridBlock, product: _Product) -> Callable[[Tensor], Tensor]:
     mlp = block.mlp
+    assert mlp is not None  # :func:`can_fuse`
     parts = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     if type(mlp) is not GatedMLP or mlp.config.hidden_act != "silu" or not all(map(_is_plain, parts)):
         return block.feed_forward

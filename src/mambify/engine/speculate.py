@@ -18,21 +18,23 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from mambify.config import HybridConfig
 from mambify.engine.looks import Look, Looks
 from mambify.engine.lookup import look_up
+from mambify.engine.memory import check_memory, read_bytes
 from mambify.engine.recording import recorded
-from mambify.engine.slots import Drawing
+from mambify.engine.sampling import Sampling
 from mambify.engine.tower import Tower
 from mambify.errors import InvalidOptionError
 from mambify.model import HybridForCausalLM
 from mambify.ops.accept import accept_drafts
-from mambify.ops.draw import draw_tokens, settings_of, uniform
+from mambify.ops.draw import draw_tokens, penalise, settings_of, uniform
 from mambify.ops.rounds import settle_round
 
 Draft = HybridForCausalLM | Literal["lookup"] | None
 
-_LOOK_EVERY = 4  # rounds
-_NUMBERS = 64  # uniform numbers that a round may use: K for the draft, K tests, one last draw
+_LOOK_EVERY = 4  # rounds; each on a CPU, where looking costs nothing
+NUMBERS = 64  # uniform numbers that a round may use: K for the draft, K tests, one last draw
 MOST_DRAFTED = 16
 _ENDLESS = 2**40  # tokens
 
@@ -74,12 +76,12 @@ class Speculator:
             plain decoding.
         num_draft_tokens: K, 1 to 16; without a draft it is 0.
         max_length: the most tokens of a sequence, prompt included.
-        drawing: the distribution that tokens are drawn from, by target and draft alike.
+        sampling: the distribution that tokens are drawn from, by target and draft alike.
         stop_ids: tokens that end a sequence.
         backend, overlap: of target and draft; see :class:`mambify.engine.tower.Tower`.
 
     Raises:
-        InvalidOptionError: K out of range, or a draft of another vocabulary.
+        InvalidOptionError: K out of range, a draft of another vocabulary, or more sequences than free memory holds.
     """
 
     def __init__(
@@ -89,24 +91,24 @@ class Speculator:
         *,
         num_slots: int,
         max_length: int,
-        drawing: Drawing,
+        sampling: Sampling,
         num_draft_tokens: int = 4,
         stop_ids: Sequence[int] = (),
         backend: str = "auto",
         overlap: bool = False,
     ) -> None:
-        if draft is not None and not 1 <= num_draft_tokens <= MOST_DRAFTED:
-            raise InvalidOptionError(f"num_draft_tokens must be 1 to {MOST_DRAFTED}, not {num_draft_tokens}")
-        if isinstance(draft, HybridForCausalLM) and draft.config.vocab_size != target.config.vocab_size:
-            raise InvalidOptionError(
-                f"the draft has a vocabulary of {draft.config.vocab_size} tokens and the target one of "
-                f"{target.config.vocab_size}: give a draft of the same vocabulary"
-            )
+        if draft is not None:
+            require_drafted(num_draft_tokens)
+        if isinstance(draft, HybridForCausalLM):
+            require_same_vocabulary(target.config, draft.config)
         self.K = 0 if draft is None else num_draft_tokens
         self.max_length = max_length
+        self.sampling = sampling
         device = target.device
-        self._settings = drawing.settings()
-        if drawing.temperature > 0:  # as tensors, which are then not made anew for every token
+        models = [target, draft] if isinstance(draft, HybridForCausalLM) else [target]
+        check_memory(models, num_slots=num_slots, length=max_length, most_new=self.K + 1, penalises=sampling.penalises)
+        self._settings = sampling.settings()
+        if sampling.temperature > 0:  # as tensors, which are then not made anew for every token
             self._settings = settings_of(**self._settings, rows=num_slots, device=device).named()
 
         def zeros(*sizes: int, dtype: torch.dtype = torch.long) -> Tensor:
@@ -115,11 +117,15 @@ class Speculator:
         self._active_S = zeros(dtype=torch.bool)
         self._token_S, self._budget_S, self._seed_S, self._heard_S = zeros(), zeros(), zeros(), zeros()
         self.statistics = Statistics()
+        # Which tokens occurred, where that matters; kept with the drafted ones by whoever looks beyond them.
+        self._seen_SV = zeros(target.config.vocab_size, dtype=torch.bool) if sampling.penalises else None
+        self._dismissed: set[int] = set()
         self._history_SL = zeros(max_length + 1 + MOST_DRAFTED)
         self._accepted_T = torch.zeros(self.K + 1, dtype=torch.long, device=device)
         self._stops_E = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
         #: sizes of the parts of what the host is told
-        self._told = [num_slots, num_slots, self.K + 1, num_slots * _LOOK_EVERY * (self.K + 1)]
+        self._look_every = 1 if device.type == "cpu" else _LOOK_EVERY
+        self._told = [num_slots, num_slots, self.K + 1, num_slots * self._look_every * (self.K + 1)]
         self._told_X = torch.zeros(sum(self._told), dtype=torch.long, device=device)
         with torch.inference_mode():
             common = {"num_slots": num_slots, "length": max_length, "active_S": self._active_S}
@@ -138,11 +144,15 @@ class Speculator:
         drafted_SK, draft_SKV, num_drafted_S = self._put_forward()
         logits_STV = self._target.read(torch.cat([self._token_S[:, None], drafted_SK], 1))
         assert logits_STV is not None
+        if self._seen_SV is not None:
+            logits_STV = self._penalised(logits_STV, self._seen_SV, drafted_SK)
         kept_S, next_S = self._accept(logits_STV, draft_SKV, drafted_SK, num_drafted_S)
         count_S, goes_on_S = settle_round(
             drafted_SK, kept_S, next_S, self._stops_E, self._target.length_S, self._active_S, self._token_S,
             self._budget_S, self._history_SL, self._accepted_T,
         )  # fmt: skip
+        if self._seen_SV is not None:
+            self._see(drafted_SK, next_S, count_S)
         self._target.keep(count_S, self.K + 1)
         if self._draft is not None:
             self._draft.take_back(self.K + 1 - count_S)
@@ -157,10 +167,13 @@ class Speculator:
             return self._token_S.new_zeros(len(self._token_S), 0), None, None
         one_S, numbers_SK = torch.ones_like(self._token_S), self._numbers(0, self.K)
         tokens, logits = [self._token_S], []
+        seen_SV = None if self._seen_SV is None else self._seen_SV.clone()
         for k in range(self.K + 1):  # the last drafted token is read as well: nothing is missing if all of them stand
             found_S1V = self._draft.read(tokens[k][:, None], fold=k == 0, logits=k < self.K)
             self._draft.keep(one_S, 1, fold=k == 0)
             if found_S1V is not None:
+                if seen_SV is not None:
+                    found_S1V = self._penalised(found_S1V, seen_SV.scatter_(1, tokens[k][:, None], True))
                 logits.append(found_S1V[:, 0])
                 tokens.append(draw_tokens(logits[k], numbers_SK[:, k].contiguous(), **self._settings))
         return torch.stack(tokens[1:], 1), torch.stack(logits, 1), None
@@ -172,10 +185,13 @@ class Speculator:
         numbers_ST = self._numbers(self.K, self.K + 1)
         return accept_drafts(logits_STV, draft_SKV, drafted_SK, numbers_ST, num_drafted_S, **self._settings)
 
+    def _penalised(self, logits_SXV: Tensor, seen_SV: Tensor, following_SF: Tensor | None = None) -> Tensor:
+        return penalise(logits_SXV, seen_SV, following_SF, penalty=self.sampling.repetition_penalty)
+
     def _numbers(self, first: int, count: int) -> Tensor:
         """Uniform numbers ``[S, count]`` of this round: they depend on the slot's seed and position alone."""
         number = first + torch.arange(count, device=self._seed_S.device)
-        return uniform(self._seed_S[:, None], self._target.length_S[:, None] * _NUMBERS + number)
+        return uniform(self._seed_S[:, None], self._target.length_S[:, None] * NUMBERS + number)
 
     def _tell(self) -> None:
         """Puts what the host is to see into one tensor: of each slot how many tokens are new, whether it goes on, and
@@ -203,35 +219,52 @@ class Speculator:
             self._budget_S.fill_(_ENDLESS)
         return self._round
 
+    def _see(self, drafted_SK: Tensor, next_S: Tensor, count_S: Tensor) -> None:
+        """Notes the tokens that stand among those that occurred."""
+        assert self._seen_SV is not None
+        index_T = torch.arange(self.K + 1, device=next_S.device)
+        last_S1 = (count_S - 1).clamp(min=0)[:, None]
+        token_ST = torch.cat([drafted_SK, next_S[:, None]], 1).scatter_(1, last_S1, self._token_S[:, None])
+        # In place of tokens that do not stand: the last one that does.
+        standing_ST = torch.where(index_T < count_S[:, None], token_ST, self._token_S[:, None])
+        self._seen_SV.scatter_(1, standing_ST, True)
+
     # ---- the host --------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def run(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, seeds: Sequence[int] | None = None
     ) -> Iterator[tuple[int, list[int]]]:
         """Yields (number of a prompt, its next tokens) as they come, stop tokens included.
 
         Args:
-            seeds: one for each prompt; the prompt's number by default.
+            seeds: one for each prompt; by default those of the sampling settings.
 
         Raises:
-            InvalidOptionError: an empty prompt, or one too long for the slots.
+            InvalidOptionError: an empty prompt, one too long for the slots, or a wrong number of seeds.
         """
         for prompt in prompts:
-            if not prompt:
+            if not len(prompt):
                 raise InvalidOptionError("the prompt is empty")
             if len(prompt) + max_new_tokens > self.max_length:
                 raise InvalidOptionError(
                     f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones do not fit slots of "
                     f"{self.max_length} tokens"
                 )
-        waiting = deque(
-            _Prompt(number, prompt, number if seeds is None else seeds[number]) for number, prompt in enumerate(prompts)
+        seeds = self.sampling.seeds(len(prompts)) if seeds is None else seeds
+        if len(seeds) != len(prompts):
+            raise InvalidOptionError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one for each")
+        return self._rounds(
+            [_Prompt(n, ids, seed) for n, (ids, seed) in enumerate(zip(prompts, seeds, strict=True))], max_new_tokens
         )
+
+    @torch.inference_mode()
+    def _rounds(self, prompts: Sequence[_Prompt], max_new_tokens: int) -> Iterator[tuple[int, list[int]]]:
+        waiting = deque(prompts)
         seats: list[_Seat | None] = [None] * len(self._token_S)
         self._active_S.zero_()  # a run that was not heard to its end
         self._accepted_T.zero_()
         self.statistics = Statistics()
+        self._dismissed.clear()
         looks = Looks(self._told_X.device)
         while waiting or any(seats):
             free = [slot for slot, seat in enumerate(seats) if seat is None][: len(waiting)]
@@ -240,7 +273,7 @@ class Speculator:
             for slot, newcomer in begun.items():
                 seats[slot] = _Seat(newcomer.number, since=looks.number)
             looks.begin()
-            for _ in range(_LOOK_EVERY):
+            for _ in range(self._look_every):
                 self._round()
             self._report()
             looks.take(self._told_X)
@@ -250,7 +283,7 @@ class Speculator:
     def _hear(self, look: Look, seats: list[_Seat | None]) -> Iterator[tuple[int, list[int]]]:
         """Gives out what a look found, and frees the seats of sequences that have ended."""
         counts, active, accepted, tokens = look.values.split(self._told)
-        self.statistics.rounds += _LOOK_EVERY
+        self.statistics.rounds += self._look_every
         self.statistics.seconds += look.seconds
         self.statistics.accepted = accepted.tolist()  # now: whoever meets a stop token listens no further
         given = zip(counts.tolist(), active.tolist(), tokens.view(len(seats), -1).tolist(), strict=True)
@@ -263,14 +296,35 @@ class Speculator:
                 seats[slot] = None
             if count:
                 yield seat.number, new[:count]
+            if seat.number in self._dismissed and goes_on:
+                self._active_S[slot] = False
+                seats[slot] = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it decodes."""
+        return self._active_S.device
+
+    def read_bytes(self, length: int) -> int:
+        """Bytes that a round must read: weights and what layers carry, ``length`` tokens a slot; a draft reads K + 1
+        times.
+        """
+        found = read_bytes(self._target.model, num_slots=len(self._token_S), length=length)
+        if self._draft is not None:
+            found += (self.K + 1) * read_bytes(self._draft.model, num_slots=len(self._token_S), length=length)
+        return found
+
+    def dismiss(self, number: int) -> None:
+        """Ends a prompt of the present run before its time: to be called between two pieces of :meth:`run`."""
+        self._dismissed.add(number)
 
     def _begin(self, begun: Mapping[int, _Prompt], budget: int) -> None:
-        """Seats prompts in free slots."""
+        """Reads prompts, all but their last tokens, into slots that are free."""
         if not begun:
             return
         width = max(len(prompt.ids) for prompt in begun.values())
         rows = [
-            [slot, ids[-1], budget, seed, len(ids) - 1, *ids, *[0] * (width - len(ids))]
+            [slot, ids[-1], budget, seed, len(ids) - 1, *ids, *[ids[-1]] * (width - len(ids))]
             for slot, (_, ids, seed) in begun.items()
         ]
         packed = torch.tensor(rows)
@@ -279,14 +333,29 @@ class Speculator:
         slot_E, token_E, budget_E, seed_E, heard_E = packed[:, :5].unbind(1)
         for tower in (self._target, self._draft):
             if tower is not None:
-                tower.clear(slot_E)
-                for slot, prompt in begun.items():
-                    if len(prompt.ids) > 1:
-                        tower.begin(slot, prompt.ids[:-1])
+                tower.begin(list(begun), [prompt.ids[:-1] for prompt in begun.values()])
         self._token_S[slot_E], self._budget_S[slot_E], self._seed_S[slot_E] = token_E, budget_E, seed_E
         self._heard_S[slot_E] = heard_E
         self._history_SL[slot_E, :width] = packed[:, 5:]
+        if self._seen_SV is not None:
+            self._seen_SV.index_fill_(0, slot_E, False)
+            self._seen_SV[slot_E[:, None], packed[:, 5:]] = True
         self._active_S.index_fill_(0, slot_E, True)
+
+
+def require_drafted(num_draft_tokens: int) -> None:
+    """Raises InvalidOptionError unless a round can put forward so many tokens."""
+    if not 1 <= num_draft_tokens <= MOST_DRAFTED:
+        raise InvalidOptionError(f"num_draft_tokens must be 1 to {MOST_DRAFTED}, not {num_draft_tokens}")
+
+
+def require_same_vocabulary(target: HybridConfig, draft: HybridConfig) -> None:
+    """Raises InvalidOptionError unless both models have as many tokens."""
+    if draft.vocab_size != target.vocab_size:
+        raise InvalidOptionError(
+            f"the draft has a vocabulary of {draft.vocab_size} tokens and the target one of {target.vocab_size}: give "
+            "a draft of the same vocabulary"
+        )
 
 
 class _Prompt(NamedTuple):

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from mambify.engine.fused import FusedStep, can_fuse, steps_at_once
+from mambify.engine.prefill import read_prompts
 from mambify.errors import InvalidOptionError, did_you_mean
-from mambify.mixers import MixerContext, RecurrentMixer, ReplayState
+from mambify.mixers import MixerContext, RecurrentMixer, RecurrentState, ReplayState
 from mambify.mixers.attention import SlotKV
 from mambify.model import HybridBlock, HybridForCausalLM
 from mambify.ops.ring import RingPlace
@@ -64,9 +65,14 @@ class Tower:
         self.length_S = torch.zeros(num_slots, dtype=torch.long, device=device)
         self.place = replace(RingPlace.empty(num_slots, most_new, device=device), active_S=active_S)
         self._blocks = [block for block in model.model.layers if isinstance(block, HybridBlock)]
-        self._states: list[SlotKV | ReplayState] = []
+        self._states: list[SlotKV | ReplayState | RecurrentState] = []
+        fuses = backend == "fused" or (backend == "auto" and device.type == "cuda" and "fused" in available)
+        # A token that stands whatever comes of it needs no ring. On a CPU the plain step is the quicker one.
+        steps = final and most_new == 1 and device.type == "cpu" and not fuses
         for block in self._blocks:
-            if isinstance(block.mixer, RecurrentMixer):
+            if isinstance(block.mixer, RecurrentMixer) and steps:
+                self._states.append(_empty_state(block, num_slots, dtype, device))
+            elif isinstance(block.mixer, RecurrentMixer):
                 self._states.append(block.mixer.replay_state(num_slots, self.place))
             else:
                 assert config.num_key_value_heads and config.head_dim
@@ -75,11 +81,11 @@ class Tower:
                 self._states.append(SlotKV(keys, values, self.length_S))
         self._fused: FusedStep | None = None
         self._at_once = False
-        if backend == "fused" or (backend == "auto" and device.type == "cuda" and "fused" in available):
+        if fuses:
             self._at_once = final and most_new == 1 and steps_at_once(model, num_slots)
             self._fused = FusedStep(
                 model,
-                self._states,
+                [state for state in self._states if not isinstance(state, RecurrentState)],
                 self.length_S,
                 places=length + most_new,
                 at_once=self._at_once,
@@ -102,10 +108,12 @@ class Tower:
         with_positions = MixerContext()
         if self.model.config.attention_layers:
             with_positions = MixerContext(position_embeddings=core.rotary_emb(x_STD, position_ST))
-        for block, state in zip(self._blocks, self._states, strict=True):
-            replays = isinstance(state, ReplayState)
+        for index, (block, state) in enumerate(zip(self._blocks, self._states, strict=True)):
+            context = with_positions if isinstance(state, SlotKV) else MixerContext()
             here = state._replace(place=place) if isinstance(state, ReplayState) else state
-            y_STD, _ = block.mixer(block.input_layernorm(x_STD), MixerContext() if replays else with_positions, here)
+            y_STD, after = block.mixer(block.input_layernorm(x_STD), context, here)
+            if isinstance(state, RecurrentState):
+                self._states[index] = _stepped(state, after, self.place.active_S)
             x_STD = block.feed_forward(x_STD + y_STD)
         if not logits:
             return None
@@ -129,19 +137,10 @@ class Tower:
         """The last ``count_S`` tokens do not stand after all, in active slots: none that a state was taken over."""
         move_on(self.place, self.length_S, -count_S)
 
-    def clear(self, slot_E: Tensor) -> None:
-        """Empties slots."""
-        for count_S in (self.length_S, self.place.head_S, self.place.pending_S):
-            count_S.index_fill_(0, slot_E, 0)
-        for state in self._states:
-            if isinstance(state, ReplayState):
-                state.ssm.index_fill_(0, slot_E, 0)
-                state.conv.index_fill_(0, slot_E, 0)
-
     @property
     def carried_bytes(self) -> int:
         """Bytes of keys, values, states and rings of all slots."""
-        parts = [state[:2] if isinstance(state, SlotKV) else (*state[:2], *state.ring) for state in self._states]
+        parts = [(*state[:2], *(state.ring if isinstance(state, ReplayState) else ())) for state in self._states]
         return sum(part.nbytes for each in parts for part in each)
 
     def pretend(self, length: int) -> None:
@@ -161,27 +160,29 @@ class Tower:
         self.place.head_S.zero_()
         self.place.pending_S.zero_()
 
-    def begin(self, slot: int, ids: Sequence[int], *, chunk: int = 2048) -> None:
-        """Empties a slot and reads ``ids`` into it, ``chunk`` tokens at a time; the slot is not active meanwhile."""
-        device = self.model.device
-        self.length_S[slot] = len(ids)
-        self.place.head_S[slot] = 0
-        self.place.pending_S[slot] = 0
-        cache = None
-        for start in range(0, len(ids), chunk):
-            given = torch.tensor([ids[start : start + chunk]], device=device)
-            cache = self.model.model(input_ids=given, past_key_values=cache, use_cache=True).past_key_values
-        row = torch.tensor([slot], device=device)
-        for block, state in zip(self._blocks, self._states, strict=True):
-            if isinstance(state, ReplayState):
-                carried = None if cache is None else block.mixer.load_state(cache)
-                if carried is None:
-                    state.ssm[slot] = 0
-                    state.conv[slot] = 0
-                else:
-                    state.load(row, carried)
-            elif cache is not None:
-                layer = cache.layers[block.layer_idx]
-                kept = layer.keys.shape[2]  # a sliding window keeps the last ones only
-                state.keys_SGLP[slot, :, len(ids) - kept : len(ids)] = layer.keys[0]
-                state.values_SGLP[slot, :, len(ids) - kept : len(ids)] = layer.values[0]
+    def begin(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+        """Empties slots and reads a prompt into each, which may be empty; they are not active meanwhile."""
+        for slot, ids in zip(slots, prompts, strict=True):
+            self.length_S[slot] = len(ids)
+            self.place.head_S[slot] = 0
+            self.place.pending_S[slot] = 0
+        read_prompts(self.model, self._states, slots, prompts)
+
+
+def _stepped(before: RecurrentState, after: RecurrentState, active_S: Tensor) -> RecurrentState:
+    """The state after a plain step, in which slots that are not active did not take part."""
+    if bool(active_S.all()):
+        return after
+
+    def chosen(old: Tensor, new: Tensor) -> Tensor:
+        return torch.where(active_S.view(-1, *[1] * (old.dim() - 1)), new.to(old.dtype), old)
+
+    return RecurrentState(chosen(before.conv, after.conv), chosen(before.ssm, after.ssm))
+
+
+def _empty_state(block: HybridBlock, rows: int, dtype: torch.dtype, device: torch.device) -> RecurrentState:
+    """What a recurrent block carries before the first token: zeros, in shapes found by showing it one token."""
+    assert isinstance(block.mixer, RecurrentMixer)
+    width: int = block.input_layernorm.weight.shape[0]
+    _, state = block.mixer(torch.zeros(1, 1, width, dtype=dtype, device=device), MixerContext(), None)
+    return RecurrentState(*(part.new_zeros(rows, *part.shape[1:]) for part in state))
