@@ -49,8 +49,7 @@ def found(towers: Sequence[Tower], rounds: Sequence[tuple[int, list[int]]]) -> l
     """Logits of both towers in every round of (tokens read, how many of them stand in each slot)."""
     with torch.inference_mode():
         for each in towers:
-            for slot, prompt in enumerate(([5, 6, 7, 8, 9, 10, 11], [4], [])):
-                each.begin(slot, prompt)
+            each.begin(range(3), ([5, 6, 7, 8, 9, 10, 11], [4], []))
         generator, pairs = torch.Generator().manual_seed(0), []
         for read, stand in rounds:
             token_ST = torch.randint(3, 90, (3, read), generator=generator)

@@ -60,8 +60,7 @@ def test_logits_of_the_modules(
             )  # fmt: skip
     with torch.inference_mode():
         for tower in towers:
-            for slot in range(slots):
-                tower.begin(slot, list(range(3, 8 + slot)))
+            tower.begin(range(slots), [list(range(3, 8 + slot)) for slot in range(slots)])
         for turn in range(40):
             token_ST = torch.randint(3, 90, (slots, read), generator=torch.Generator().manual_seed(turn)).cuda()
             logits = []
