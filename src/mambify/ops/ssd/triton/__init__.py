@@ -95,9 +95,8 @@ class _Plan:
     gradient_registers: int | None
 
 
-def _plan(x_BTGP: Tensor, dt_BTH: Tensor, C_BTHN: Tensor) -> _Plan:
-    P, N = x_BTGP.shape[-1], C_BTHN.shape[-1]
-    batch, tokens, heads = dt_BTH.shape
+def _plan(x_BTGP: Tensor, heads: int, N: int) -> _Plan:
+    batch, tokens, _, P = x_BTGP.shape
     tile_p, tile_n = (max(16, triton.next_power_of_2(size)) for size in (P, N))
     exact = x_BTGP.dtype == torch.float32  # products without tensor cores: all their operands go to registers
     # Tiles of 64 rows become wgmma (see tiles.py), which is not worth it where P or N is less.
@@ -142,9 +141,9 @@ class _Scan(torch.autograd.Function):
         seq_idx_BT: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         x_BTGP, B_BTGN, C_BTHN = (_columns_adjacent(v) for v in (x_BTGP, B_BTGN, C_BTHN))
-        plan = _plan(x_BTGP, dt_BTH, C_BTHN)
         batch, tokens, heads = dt_BTH.shape
         (groups, P), N = x_BTGP.shape[2:], C_BTHN.shape[-1]
+        plan = _plan(x_BTGP, heads, N)
         chunks = triton.cdiv(tokens, plan.Q)
         steps_BHcQ = x_BTGP.new_empty((batch, heads, chunks, plan.Q), dtype=torch.float32)
         sums_BHcQ = torch.empty_like(steps_BHcQ, dtype=torch.float64 if x_BTGP.dtype == torch.float32 else None)
