@@ -37,8 +37,10 @@ def render_card(
     ]
     if provenance is not None and (provenance.stages or provenance.recipe):
         sections.append(f"## Training\n\n{_training(provenance)}")
-    if provenance is not None and provenance.results:
+    if provenance is not None and "sources" in provenance.results:
         sections.append(f"## Results\n\n{_results(provenance.results)}")
+    if provenance is not None and "acceptance" in provenance.results:
+        sections.append(f"## Acceptance\n\n{_acceptance(provenance.results['acceptance'])}")
     limits = [*_limit_lines(config, provenance), *limits]
     sections.append("## Limits\n\n" + "\n".join(f"- {line}" for line in limits))
     return "\n\n".join(sections) + "\n"
@@ -65,6 +67,8 @@ def _teacher(config: HybridConfig) -> str:
 
 def _title(config: HybridConfig) -> str:
     teacher = _teacher(config).rpartition("/")[2] or "A hybrid model"
+    if config.cut_from is not None:
+        return f"A draft for {teacher}, of {config.num_hidden_layers} layers"
     if not config.converted_layers:
         return teacher
     mixers = " and ".join(sorted({name(kind) for kind in config.layer_mixers or () if kind != "attention"}))
@@ -74,6 +78,8 @@ def _title(config: HybridConfig) -> str:
 def _what_it_is(config: HybridConfig) -> str:
     teacher = _teacher(config)
     linked = f"[{teacher}](https://huggingface.co/{teacher})" if config.teacher_hub_id else teacher or "a Transformer"
+    if config.cut_from is not None:
+        return _what_a_draft_is(config, linked)
     if not config.converted_layers:
         return f"The weights of {linked}, as mambify saves them; no layer is converted."
     read_as = _without_way(config.teacher)
@@ -84,12 +90,31 @@ def _what_it_is(config: HybridConfig) -> str:
         "mixers, everything else is kept from the teacher. A converted layer carries a state of fixed size instead of "
         "keys and values that grow with the text."
     )
-    if config.base is not None:
+    return lines + _on_its_base(config)
+
+
+def _what_a_draft_is(config: HybridConfig, linked: str) -> str:
+    assert config.cut_from is not None
+    lines = (
+        f"A draft for speculative decoding with {linked}, or with a hybrid made from it: layers "
+        f"{ranges(config.cut_from)} of it, with its embeddings. It guesses tokens, which the large model reads all at "
+        "once and keeps or refuses; what comes out is the large model's own."
+    )
+    if config.draft_vocabulary is not None:
         lines += (
-            f"\n\nThis directory holds only the weights that are not the teacher's. On loading they are put into "
-            f"`{_base_name(config)}`, whose kept weights are checked against a fingerprint."
+            f" Its head knows {config.draft_vocabulary:,} of {config.vocab_size:,} words; all others have a "
+            "probability of zero."
         )
-    return lines
+    return lines + _on_its_base(config)
+
+
+def _on_its_base(config: HybridConfig) -> str:
+    if config.base is None:
+        return ""
+    return (
+        f"\n\nThis directory holds only the weights that are not the teacher's. On loading they are put into "
+        f"`{_base_name(config)}`, whose kept weights are checked against a fingerprint."
+    )
 
 
 def _base_name(config: HybridConfig) -> str:
@@ -193,6 +218,21 @@ def _results(results: Mapping[str, Any]) -> str:
     )
 
 
+def _acceptance(report: Mapping[str, Any]) -> str:
+    rows = [
+        (
+            "held-out text, expected" if found is report["expected"] else "prompts, measured",
+            f"{found['temperature']:g}",
+            f"{found['tokens_per_round']:.2f}",
+            ", ".join(f"{share:.0%}" for share in found["acceptance_by_position"]),
+        )
+        for found in (report["expected"], *report["measured"])
+    ]
+    target = _without_way(report["target"])
+    headings = ("on", "temperature", "tokens a round", "accepted by position")
+    return f"With {target} as the target:\n\n{_table(headings, rows)}"
+
+
 def _figure(figures: Mapping[str, Any], key: str, form: str) -> str:
     if key not in figures:
         return ""
@@ -204,6 +244,9 @@ def _figure(figures: Mapping[str, Any], key: str, form: str) -> str:
 
 
 def _limit_lines(config: HybridConfig, provenance: Provenance | None) -> Iterator[str]:
+    if config.cut_from is not None:
+        yield "By itself it is of no use: it is trained to guess what a large model says next, not to be right."
+        return
     yield "It knows what its teacher knows, and has its teacher's errors and biases."
     if not config.converted_layers:
         return

@@ -29,6 +29,8 @@ class HybridConfig(PreTrainedConfig):  # type: ignore[misc]
         conv_kernel: width K of the causal convolution of a Mamba mixer.
         mamba1_state_size: N of Mamba1; a head of P channels is P/N sub-heads.
         mamba1_dt_rank: rank of Mamba1's Δ projection; ``None`` is ⌈D/16⌉.
+        cut_from: of a draft, the layers that it has of the model that it was cut from.
+        draft_vocabulary: how many words the head of a draft knows, if not all; which ones stands beside its weight.
         ops_backend: implementation of the Mamba mixers' operations over sequences: ``auto`` takes the fastest that
             runs where the tensors are, ``reference`` and ``triton`` insist on one.
         teacher_family: the family file that the teacher was read with.
@@ -73,6 +75,8 @@ class HybridConfig(PreTrainedConfig):  # type: ignore[misc]
     conv_kernel: int = 4
     mamba1_state_size: int = 16
     mamba1_dt_rank: int | None = None
+    cut_from: list[int] | None = None
+    draft_vocabulary: int | None = None
     ops_backend: str = "auto"
     teacher_family: str = ""
     teacher: str = ""
@@ -84,6 +88,12 @@ class HybridConfig(PreTrainedConfig):  # type: ignore[misc]
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"):
             if getattr(self, name) < 1:
                 raise InvalidOptionError(f"{name} is {getattr(self, name)}: it has to be at least 1")
+        if self.draft_vocabulary is not None and not 1 <= self.draft_vocabulary <= self.vocab_size:
+            raise InvalidOptionError(
+                f"a draft's head can know 1 to {self.vocab_size} words, not {self.draft_vocabulary}"
+            )
+        if self.draft_vocabulary is not None and self.tie_word_embeddings:
+            raise InvalidOptionError("a head that knows part of the vocabulary cannot be tied to the embeddings")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:

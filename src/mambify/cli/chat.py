@@ -26,7 +26,7 @@ def chat(
     top_p: options.TopP = 0.95,
     seed: options.Seed = 0,
     draft: options.Draft = None,
-    num_draft_tokens: options.NumDraftTokens = 4,
+    num_draft_tokens: options.NumDraftTokens = "4",
     device: options.Device = None,
     dtype: options.Dtype = "auto",
 ) -> None:
@@ -39,6 +39,7 @@ def chat(
     from mambify.families.load import load, require_tokenizer
 
     sampling = Sampling(temperature, top_k, top_p, max_new_tokens)
+    counts = options.parse_draft_counts(num_draft_tokens)
     place = options.pick_device(device)
     with working(f"loading {model}"):
         loaded = load(model, dtype=dtype, device=place)
@@ -55,11 +56,11 @@ def chat(
     if draft is not None:
         decoder = speculator(
             loaded.model,
-            options.load_draft(draft, dtype=dtype, device=place),
+            options.load_draft(draft, loaded.model, device=place),
             sampling,
             max_length=limit + max_new_tokens,
             stop_ids=sorted(stop_ids(loaded.model, tokenizer)),
-            num_draft_tokens=num_draft_tokens,
+            num_draft_tokens=counts,
         )
     conversation = Conversation(tokenizer, system=system, max_prompt_tokens=limit)
     console = stderr()

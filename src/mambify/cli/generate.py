@@ -32,7 +32,7 @@ def generate(
     top_p: options.TopP = 1.0,
     seed: options.Seed = 0,
     draft: options.Draft = None,
-    num_draft_tokens: options.NumDraftTokens = 4,
+    num_draft_tokens: options.NumDraftTokens = "4",
     chat: Annotated[
         bool, typer.Option("--chat/--no-chat", help="Put the prompt through the chat template where there is one.")
     ] = True,
@@ -52,6 +52,7 @@ def generate(
     from mambify.families.load import load, require_tokenizer
 
     sampling = Sampling(temperature, top_k, top_p, max_new_tokens)
+    counts = options.parse_draft_counts(num_draft_tokens)
     place = options.pick_device(device)
     with working(f"loading {model}", quiet=json):
         loaded = load(model, dtype=dtype, device=place)
@@ -62,11 +63,11 @@ def generate(
     if draft is not None:
         decoder = speculator(
             loaded.model,
-            options.load_draft(draft, dtype=dtype, device=place, quiet=json),
+            options.load_draft(draft, loaded.model, device=place, quiet=json),
             sampling,
             max_length=len(prompt_ids) + max_new_tokens,
             stop_ids=sorted(stop_ids(loaded.model, tokenizer)),
-            num_draft_tokens=num_draft_tokens,
+            num_draft_tokens=counts,
         )
     start = time.perf_counter()
     stream = stream_text(loaded.model, tokenizer, prompt_ids, sampling, seed=seed, speculator=decoder)
@@ -97,7 +98,8 @@ def generate(
         found = decoder.statistics
         result["speculation"] = {
             "draft": draft,
-            "num_draft_tokens": num_draft_tokens,
+            "num_draft_tokens": counts,
+            "rounds_by_num_draft_tokens": found.rounds,
             "tokens_per_round": round(found.tokens_per_round, 3),
             "acceptance_by_position": [round(share, 4) for share in found.acceptance_by_position],
         }

@@ -23,12 +23,14 @@ TopK = Annotated[int, typer.Option(help="Draw among this many likeliest tokens; 
 TopP = Annotated[float, typer.Option(help="Draw among the likeliest tokens that hold this probability; 1 for all.")]
 Draft = Annotated[
     str | None,
-    typer.Option(help="A smaller model of the same vocabulary that guesses ahead, or lookup: from the text so far."),
+    typer.Option(
+        help="A smaller model that guesses ahead; lookup: from the text so far; cut:2: two layers of the model itself."
+    ),
 ]
-NumDraftTokens = Annotated[int, typer.Option(help="How many tokens are guessed at a time, 1 to 16.")]
+NumDraftTokens = Annotated[
+    str, typer.Option(help="How many tokens are guessed at a time, 1 to 16; 2-6 or auto: as many as pay.")
+]
 Seed = Annotated[int, typer.Option(help="Of everything drawn at random.")]
-
-LOOKUP = "lookup"
 
 
 def pick_device(name: str | None) -> str:
@@ -56,15 +58,34 @@ def pick_device(name: str | None) -> str:
     return name
 
 
-def load_draft(name: str, *, dtype: str, device: str, quiet: bool = False) -> Any:
-    """The model that ``--draft`` names, or ``"lookup"`` itself."""
-    if name == LOOKUP:
-        return name
+def load_draft(name: str, target: Any, *, device: str, quiet: bool = False) -> Any:
+    """The model that ``--draft`` names, in the target's dtype; ``lookup`` and ``cut:2`` as they are."""
     from mambify.cli.console import working
+    from mambify.decode.speculative import is_made_of_target, share_with_target
     from mambify.families.load import load
 
+    if is_made_of_target(name):
+        return name
     with working(f"loading {name}", quiet=quiet):
-        return load(name, dtype=dtype, device=device).model
+        draft = load(name, dtype=target.dtype, device=device, with_tokenizer=False).model
+    share_with_target(draft, target)
+    return draft
+
+
+def parse_draft_counts(text: str) -> int | tuple[int, int] | str:
+    """``"4"`` → 4, ``"2-6"`` → (2, 6), ``"auto"`` as it is.
+
+    Raises:
+        InvalidOptionError: anything else, or a number out of range.
+    """
+    from mambify.engine.pace import draft_counts
+
+    first, dash, last = text.partition("-")
+    if text != "auto" and not (first.isdecimal() and (last.isdecimal() or not dash)):
+        raise InvalidOptionError(f"--num-draft-tokens '{text}' is no number of tokens: write it like 4, 2-6 or auto")
+    counts = text if text == "auto" else (int(first), int(last)) if dash else int(first)
+    draft_counts(counts)
+    return counts
 
 
 def parse_tokens(text: str) -> int:
@@ -79,6 +100,12 @@ def parse_tokens(text: str) -> int:
     if not isinstance(count, int) or count < 1:
         raise InvalidOptionError(f"'{text}' is no number of tokens: write it like 500k, 20M or 1B")
     return count
+
+
+def require_positive(option: str, value: int) -> None:
+    """Raises InvalidOptionError for a number below 1."""
+    if value < 1:
+        raise InvalidOptionError(f"{option} must be at least 1, not {value}")
 
 
 def parse_layers(text: str | None) -> Sequence[int] | None:

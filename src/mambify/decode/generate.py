@@ -6,7 +6,7 @@ Letters: B batch, T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,8 +30,8 @@ def generate(
     seed: int | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     attention_mask: Tensor | None = None,
-    draft: PreTrainedModel | Literal["lookup"] | None = None,
-    num_draft_tokens: int = 4,
+    draft: PreTrainedModel | str | None = None,
+    num_draft_tokens: int | tuple[int, int] | str = 4,
 ) -> Tensor:
     """Continues every row of ``input_ids`` until its end token, or for ``max_new_tokens``.
 
@@ -43,10 +43,11 @@ def generate(
         seed: the same seed gives the same tokens; torch's global generator where ``None``.
         eos_token_id: tokens that end a row; the model's own where ``None``, none at all where empty.
         attention_mask: ``[B, T]``, 0 where a row is padded on the left.
-        draft: a smaller model of the same vocabulary that puts tokens forward, or ``"lookup"``, which takes them from
-            the text so far. The tokens that come out are the model's own (at temperature 0 the very same ones, above
+        draft: a smaller model of the same vocabulary that puts tokens forward; ``"lookup"``, which takes them from the
+            text so far; or ``"cut:2"``, two layers of the model itself. The tokens that come out are the model's own (at temperature 0 the very same ones, above
             it distributed as without a draft); only their speed changes.
-        num_draft_tokens: how many are put forward at a time, 1 to 16.
+        num_draft_tokens: how many are put forward at a time, 1 to 16; ``(2, 6)`` or ``"auto"`` leaves the number to what
+            gives the most tokens a second, and then the draws of one seed may differ from run to run.
 
     Returns:
         ``[B, T + new]``: the prompts with what follows; a row that ended is filled up with the padding token (the end

@@ -6,20 +6,23 @@ Letters: B batch, T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
+from mambify.conversion.cut import cut
 from mambify.decode.sampling import Sampling
 from mambify.engine import Drawing, Speculator
-from mambify.errors import UnsupportedError
+from mambify.errors import InvalidOptionError, UnsupportedError
 from mambify.model import HybridForCausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    Draft: TypeAlias = PreTrainedModel | Literal["lookup"]
+    Draft: TypeAlias = PreTrainedModel | str
+
+CUT, LOOKUP = "cut:", "lookup"
 
 
 def speculator(
@@ -29,13 +32,15 @@ def speculator(
     *,
     max_length: int,
     stop_ids: Sequence[int],
-    num_draft_tokens: int = 4,
+    num_draft_tokens: int | tuple[int, int] | str = 4,
     num_slots: int = 1,
 ) -> Speculator:
     """Buffers and, on a GPU, recorded rounds for ``num_slots`` sequences; to be kept where many prompts follow.
 
     Args:
-        draft: a smaller model of the same vocabulary, or ``"lookup"``: what followed the last tokens earlier on.
+        draft: a smaller model of the same vocabulary; ``"lookup"``: what followed the last tokens earlier on;
+            ``"cut:2"``: two layers of the target itself, the first and the last.
+        num_draft_tokens: 1 to 16, a range of such numbers, or ``"auto"``: see :class:`mambify.engine.Speculator`.
         max_length: the most tokens of a sequence, prompt included.
 
     Raises:
@@ -43,19 +48,45 @@ def speculator(
         UnsupportedError: target or draft is not one of this package's models.
     """
     for role, model in (("target", target), ("draft", draft)):
-        if not isinstance(model, HybridForCausalLM) and model != "lookup":
+        if not isinstance(model, HybridForCausalLM) and not (role == "draft" and is_made_of_target(model)):
             raise UnsupportedError(
                 f"speculation needs a {role} of this package, not a {type(model).__name__}: load it with mambify.load"
             )
+    assert isinstance(target, HybridForCausalLM)
     return Speculator(
         target,
-        draft,
+        _cut_draft(target, draft) if isinstance(draft, str) and draft.startswith(CUT) else draft,  # type: ignore[arg-type]
         num_slots=num_slots,
         max_length=max_length,
         drawing=Drawing(sampling.temperature, sampling.top_k, sampling.top_p),
         num_draft_tokens=num_draft_tokens,
         stop_ids=stop_ids,
     )
+
+
+def is_made_of_target(draft: object) -> bool:
+    """Whether a draft is no model to be loaded: ``"lookup"`` or ``"cut:2"``."""
+    return isinstance(draft, str) and (draft == LOOKUP or draft.startswith(CUT))
+
+
+def _cut_draft(target: HybridForCausalLM, name: str) -> HybridForCausalLM:
+    count = name.removeprefix(CUT)
+    if not count.isdecimal():
+        raise InvalidOptionError(f"'{name}' does not say how many layers of the target draft: write it like cut:2")
+    return cut(target, int(count))
+
+
+def share_with_target(draft: HybridForCausalLM, target: HybridForCausalLM) -> None:
+    """Gives a draft the target's embeddings and head where its own are the same: they are then in memory once."""
+    ours, theirs = draft.model.embed_tokens, target.model.embed_tokens
+    if _equal(ours.weight, theirs.weight):
+        draft.model.embed_tokens = theirs
+    if type(draft.lm_head) is type(target.lm_head) and _equal(draft.lm_head.weight, target.lm_head.weight):
+        draft.lm_head = target.lm_head
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 def seed_or_drawn(seed: int | None) -> int:
@@ -71,7 +102,7 @@ def generate_speculatively(
     *,
     stop_ids: Sequence[int],
     padding_id: int,
-    num_draft_tokens: int = 4,
+    num_draft_tokens: int | tuple[int, int] | str = 4,
     mask_BT: Tensor | None = None,
     seed: int | None = None,
 ) -> Tensor:
