@@ -44,10 +44,10 @@ def generate(
         eos_token_id: tokens that end a row; the model's own where ``None``, none at all where empty.
         attention_mask: ``[B, T]``, 0 where a row is padded on the left.
         draft: a smaller model of the same vocabulary that puts tokens forward; ``"lookup"``, which takes them from the
-            text so far; or ``"cut:2"``, two layers of the model itself. The tokens that come out are the model's own (at temperature 0 the very same ones, above
-            it distributed as without a draft); only their speed changes.
-        num_draft_tokens: how many are put forward at a time, 1 to 16; ``(2, 6)`` or ``"auto"`` leaves the number to what
-            gives the most tokens a second, and then the draws of one seed may differ from run to run.
+            text so far; or ``"cut:2"``, two layers of the model itself. The tokens that come out are the model's own
+            (at temperature 0 the very same ones, above it distributed as without a draft); only their speed changes.
+        num_draft_tokens: how many are put forward at a time, 1 to 16. ``(2, 6)`` or ``"auto"`` leaves the number to
+            what gives the most tokens a second; the draws of one seed may then differ from run to run.
 
     Returns:
         ``[B, T + new]``: the prompts with what follows; a row that ended is filled up with the padding token (the end

@@ -1,10 +1,10 @@
-"""How many tokens to draft: what gives the most tokens a second, by the acceptance so far and the time that rounds take.
+"""How many tokens to draft: what gives the most tokens a second, by acceptance so far and the time of a round.
 
-A round that drafts K tokens gives 1 + a_1 + a_1·a_2 + … + a_1⋯a_K of them, where a_k is the chance that the k-th is kept
-if all before it were. The chances are counted in the rounds themselves, older ones fading away. A place that was seldom
-reached is taken to be like the one before it: so a longer draft is tried as soon as shorter ones are kept well, without
-rounds being spent on trials. The time of a round is measured once for each K, while no slot is active; what rounds take
-longer than that as the texts grow, is the same for every K, and is followed as they are seen.
+A round that drafts K tokens gives 1 + a_1 + a_1·a_2 + … + a_1⋯a_K of them, where a_k is the chance that the k-th is
+kept if all before it were. The chances are counted in the rounds themselves, older ones fading away. A place that was
+seldom reached is taken to be like the one before it: so a longer draft is tried as soon as shorter ones are kept well,
+without rounds being spent on trials. The time of a round is measured once for each K, while no slot is active. What
+rounds take longer than that as the texts grow is taken to be the same for every K, and followed as they are seen.
 
 All this happens on the host, between rounds, from counts that it has fetched anyway.
 """

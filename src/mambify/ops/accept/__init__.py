@@ -46,8 +46,8 @@ def accept_drafts(
         drafted_SK: the tokens; only the first ``num_drafted_S`` of a row count.
         uniform_ST: float32 in [0, 1): one number for each test, and the last for the draw.
         num_drafted_S: 0 to K of each row; ``None`` for K.
-        draft_ids_W: of a draft that knows part of the vocabulary, the words that ``draft_SKV``'s columns stand for, int64;
-            all others have a probability of exactly zero in q.
+        draft_ids_W: of a draft that knows part of the vocabulary, the words that its W columns stand for, int64; all
+            others have a probability of exactly zero in q. ``draft_SKV`` is then ``[S, K, W]``.
         temperature, top_k, top_p, min_p: see :func:`mambify.ops.draw.draw_tokens`; one number, or one a row.
         backend: "auto", "reference" or "triton".
 
