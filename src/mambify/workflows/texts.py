@@ -56,11 +56,6 @@ class Texts:
         assert isinstance(blocks, PackedDataset)
         return blocks.input_ids()
 
-    def heldout_documents(self) -> list[Document]:
-        """The recipe's held-out text; empty where it names none."""
-        source = self.recipe.data.heldout
-        return [] if source is None else self._heldout(source)
-
     def writer(self, stage: OnPolicy) -> SequenceWriter:
         """What has a student write the stage's texts."""
         data, prompts = self.recipe.data_of(stage), None
