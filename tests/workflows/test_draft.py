@@ -11,12 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import mambify
-from mambify.errors import InvalidOptionError, OutputExistsError, RecipeError
+from mambify.conversion.cut import cut
+from mambify.decode.speculative import share_with_target
+from mambify.errors import InvalidOptionError, OutputExistsError, RecipeError, UnsupportedError
 from mambify.families.pack import pack
 from mambify.model import HybridForCausalLM
 from mambify.trimmed_head import TrimmedHead
 from mambify.workflows.draft import Measure, Settings, draft, draft_recipe
-from tiny import byte_tokenizer, llama
+from tiny import TEXT, byte_tokenizer, llama
 
 QUICK = Measure(num_draft_tokens=(2,), temperatures=(0.0, 1.0), num_prompts=2, max_new_tokens=8, expected_tokens=256)
 #: of a step; the stage's own is for a GPU
@@ -60,6 +62,7 @@ def recipe_of(target: Path, text: Path, out: Path, *, steps: int = 12, **setting
     ("of", "settings", "mixers"),
     [
         ("target", {}, ["attention", "attention"]),
+        ("target", {"overrides": ("precision=bfloat16",)}, ["attention", "attention"]),
         ("target", {"layers": [0, 1, 3], "mixer": "mamba2"}, ["mamba2"] * 3),
         ("target", {"mixer": "mamba1", "vocabulary": 90}, ["mamba1", "mamba1"]),
         ("hybrid", {"vocabulary": 90}, ["mamba2", "attention"]),
@@ -130,6 +133,47 @@ def test_a_draft_can_be_stored_without_its_embeddings(
         assert torch.equal(a, b), name
     hub: HybridForCausalLM = AutoModelForCausalLM.from_pretrained(small)
     assert torch.equal(hub.lm_head.weight, whole.lm_head.weight)
+
+    # Beside its target it has nothing twice.
+    teacher = mambify.load(target).model
+    share_with_target(whole, teacher)
+    assert whole.model.embed_tokens is teacher.model.embed_tokens
+    assert (whole.lm_head is teacher.lm_head) == (vocabulary is None)
+
+
+def test_a_trimmed_draft_is_not_exported(target: Path, tmp_path: Path) -> None:
+    loaded = mambify.load(target)
+    trimmed = cut(loaded, 2, token_ids=torch.arange(50))
+    with pytest.raises(UnsupportedError, match="without --vocabulary"):
+        mambify.export_transformers(trimmed, tmp_path / "out")
+    with pytest.raises(UnsupportedError, match="without --vocabulary"):
+        mambify.export_gguf(trimmed, loaded.tokenizer, tmp_path / "out.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_real_teacher_and_two_layers_of_it(tmp_path: Path) -> None:
+    """A few steps on a few words: acceptance is poor, and what comes out is the teacher's own."""
+    text, out = tmp_path / "text.jsonl", tmp_path / "draft"
+    words = TEXT.split()
+    rows = [{"text": f"{i}: " + " ".join(words[i % 19 : i % 19 + 40])} for i in range(120)]
+    text.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    asked = Settings(
+        layers=2, data=[str(text)], tokens=8 * 256, vocabulary=512,
+        overrides=["stages.0.batch_tokens=256", "data.context_length=64", "precision=float32"],
+    )  # fmt: skip
+    loaded = mambify.load("smollm2")
+    report = draft(
+        draft_recipe("smollm2", asked, recipe=None, out=out), out, measure=QUICK, device="cpu", target=loaded
+    )
+    assert report is not None and report["vocabulary"] == 512
+    assert report["expected"]["known_probability"] < 1.0
+    trained = mambify.load(out).model
+    ids = torch.tensor([loaded.tokenizer.encode("The quick brown fox")])
+    plain = mambify.generate(loaded.model, ids, max_new_tokens=8)
+    for guess, number in ((trained, 3), ("cut:2", (1, 2))):
+        assert torch.equal(
+            mambify.generate(loaded.model, ids, max_new_tokens=8, draft=guess, num_draft_tokens=number), plain
+        )
 
 
 def test_what_cannot_be_is_refused_and_nothing_written(target: Path, hybrid: Path, text: Path, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ def draft(
         str | None, typer.Option(help="Recipe to train by; recipes/smollm2-draft.yaml by default.")
     ] = None,
     prompts: Annotated[int, typer.Option(help="Held-out prompts to measure acceptance on.")] = 32,
+    score_tokens: Annotated[str, typer.Option(help="Held-out tokens to compute expected acceptance on.")] = "64k",
     device: options.Device = None,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
@@ -53,6 +54,7 @@ def draft(
     """
     chosen = _layers(layers)
     count = None if tokens is None else options.parse_tokens(tokens)
+    scored = options.parse_tokens(score_tokens)
     options.require_positive("--prompts", prompts)
     quiet_libraries()
     from mambify.distill.parallel import leave
@@ -65,7 +67,7 @@ def draft(
         report = train(
             checked,
             out,
-            measure=Measure(num_prompts=prompts),
+            measure=Measure(num_prompts=prompts, expected_tokens=scored),
             overwrite=overwrite,
             device=options.pick_device(device),
             listener=StageBars(bars),

@@ -3,8 +3,9 @@
 A round that drafts K tokens gives 1 + a_1 + a_1·a_2 + … + a_1⋯a_K of them, where a_k is the chance that the k-th is
 kept if all before it were. The chances are counted in the rounds themselves, older ones fading away. A place that was
 seldom reached is taken to be like the one before it: so a longer draft is tried as soon as shorter ones are kept well,
-without rounds being spent on trials. The time of a round is measured once for each K, while no slot is active. What
-rounds take longer than that as the texts grow is taken to be the same for every K, and followed as they are seen.
+without rounds being spent on trials. The time of a round is measured once for each K, while no slot is active, and a
+straight line put through these times: one reading may be off. What rounds take longer than that as the texts grow is
+taken to be the same for every K, and followed as they are seen.
 
 All this happens on the host, between rounds, from counts that it has fetched anyway.
 """
@@ -43,6 +44,14 @@ def draft_counts(num_draft_tokens: int | tuple[int, int] | str) -> tuple[int, ..
     return tuple(range(low, high + 1))
 
 
+def _on_a_line(seconds: Mapping[int, float]) -> dict[int, float]:
+    """The readings by K, moved onto the line through them that rises and fits best."""
+    middle, mean = (sum(values) / len(seconds) for values in (seconds.keys(), seconds.values()))
+    spread = sum((K - middle) ** 2 for K in seconds)
+    rise = sum((K - middle) * (t - mean) for K, t in seconds.items()) / spread if spread else 0.0
+    return {K: mean + max(rise, 0.0) * (K - middle) for K in seconds}
+
+
 class Pace:
     """Chooses K.
 
@@ -52,7 +61,7 @@ class Pace:
 
     def __init__(self, seconds: Mapping[int, float]) -> None:
         most = max(seconds)
-        self._seconds, self._longer = dict(seconds), 0.0
+        self._seconds, self._longer = _on_a_line(seconds), 0.0
         self._tried, self._kept = [0.0] * most, [0.0] * most
 
     def chances(self) -> list[float]:

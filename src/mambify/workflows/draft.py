@@ -7,12 +7,13 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from mambify.conversion.cut import choose_layers
-from mambify.data.documents import Document, read_documents
+from mambify.data.documents import Document, Split, read_documents
 from mambify.data.manifest import is_synthesized
 from mambify.data.packing import pack
 from mambify.data.sequences import prompts_of
@@ -166,8 +167,9 @@ def draft(
     out = Path(out)
     if process_rank() == 0:
         _open(out, Path(recipe.output), overwrite=overwrite)
-    place = device or default_device()
+    place, measure = device or default_device(), measure or Measure()
     loaded = target or load(recipe.teacher)
+    text = _text_to_measure(recipe, loaded, measure)  # before hours of training
     trained, _ = distill(
         recipe, overwrite=overwrite, device=device, teacher=loaded, save_to=out, listener=listener, announce=announce
     )
@@ -179,9 +181,8 @@ def draft(
     report = acceptance_report(
         LoadedModel(in_dtype(loaded.model, dtype, place), loaded.tokenizer, loaded.source, loaded.family),
         in_dtype(trained, dtype, place),
-        _texts_to_measure(recipe, loaded),
-        measure or Measure(),
-        context_length=recipe.data.context_length,
+        text,
+        measure,
     )
     write_json(out / REPORT, report)
     update_card(out, [{"acceptance": report}])
@@ -195,48 +196,62 @@ def _open(out: Path, run: Path, *, overwrite: bool) -> None:
         raise OutputExistsError(f"{out} is not empty and no draft of a run: choose another --out or pass --overwrite")
 
 
-def _texts_to_measure(recipe: Recipe, target: LoadedModel) -> list[Document]:
-    """Held-out documents; those of the training text where none are kept apart."""
-    source = recipe.data.heldout
-    if source is not None:
-        split = "heldout" if is_synthesized(Path(source)) else "all"
-        return read_documents(source, require_tokenizer(target), split=split)  # type: ignore[arg-type]
-    train = recipe.data.train
-    sources = list(train.items()) if isinstance(train, dict) else train
-    return read_documents(sources, require_tokenizer(target), split="heldout")
+class TextToMeasure(NamedTuple):
+    """Held-out text in two forms.
+
+    Attributes:
+        input_ids, labels: blocks ``[N, T]``; labels are -100 where the text is not the model's own.
+        prompts: token ids that the target is to go on from.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    prompts: Sequence[Sequence[int]]
+
+
+def text_to_measure(documents: Sequence[Document], measure: Measure, *, context_length: int = 512) -> TextToMeasure:
+    """Cuts documents into what :func:`acceptance_report` takes.
+
+    Raises:
+        UsageError: too little text for a block or for a prompt.
+    """
+    blocks = pack(documents, context_length, seed=0, answers_only=True)
+    count = min(max(measure.expected_tokens // context_length, 1), len(blocks))
+    items = [blocks[index] for index in range(count)]
+    prompts = prompts_of(documents, longest=context_length)[: measure.num_prompts]
+    return TextToMeasure(
+        torch.stack([item["input_ids"] for item in items]), torch.stack([item["labels"] for item in items]), prompts
+    )
+
+
+def _text_to_measure(recipe: Recipe, target: LoadedModel, measure: Measure) -> TextToMeasure:
+    """The recipe's held-out text; what the training text keeps apart where it names none."""
+    source: Any = recipe.data.heldout
+    split: Split = "all"
+    if source is None:
+        train = recipe.data.train
+        source, split = list(train.items()) if isinstance(train, dict) else train, "heldout"
+    elif is_synthesized(Path(source)):
+        split = "heldout"
+    documents = read_documents(source, require_tokenizer(target), split=split)
+    return text_to_measure(documents, measure, context_length=recipe.data.context_length)
 
 
 def acceptance_report(
-    target: LoadedModel,
-    draft: HybridForCausalLM,
-    documents: Sequence[Document],
-    measure: Measure,
-    *,
-    context_length: int = 512,
+    target: LoadedModel, draft: HybridForCausalLM, text: TextToMeasure, measure: Measure
 ) -> dict[str, Any]:
     """What of a draft is accepted: expected from the probabilities of a text, and measured on its prompts.
 
     Args:
         target: in the dtype and place that it is to run in; the draft likewise.
-        documents: text of the target that the draft was not trained on.
+        text: of the target, that the draft was not trained on.
 
     Raises:
-        UsageError: too little text for a block or for a prompt.
+        InvalidOptionError: no answer in the text is as long as a round.
     """
-    tokenizer = require_tokenizer(target)
     K = max(measure.num_draft_tokens)
-    blocks = pack(documents, context_length, seed=0, answers_only=True)
-    count = min(max(measure.expected_tokens // context_length, 1), len(blocks))
-    items = [blocks[index] for index in range(count)]
-    expected = expected_acceptance(
-        target.model,
-        draft,
-        torch.stack([item["input_ids"] for item in items]),
-        torch.stack([item["labels"] for item in items]),
-        num_draft_tokens=K,
-    )
-    prompts = prompts_of(documents, longest=context_length)[: measure.num_prompts]
-    stops = sorted(stop_ids(target.model, tokenizer))
+    expected = expected_acceptance(target.model, draft, text.input_ids, text.labels, num_draft_tokens=K)
+    stops = sorted(stop_ids(target.model, require_tokenizer(target)))
     return {
         "target": target.source,
         "layers": draft.config.cut_from,
@@ -255,7 +270,7 @@ def acceptance_report(
             measured_acceptance(
                 target.model,
                 draft,
-                prompts,
+                text.prompts,
                 num_draft_tokens=number,
                 temperature=temperature,
                 max_new_tokens=measure.max_new_tokens,
