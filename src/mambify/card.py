@@ -145,6 +145,9 @@ def _layers(config: HybridConfig) -> str:
 
 def _use(config: HybridConfig) -> str:
     base = "" if config.base is None else f" and the base model `{_base_name(config)}`"
+    command = "mambify chat PATH_OR_HUB_ID"
+    if config.cut_from is not None:
+        command = f"mambify chat {_teacher(config) or 'TARGET'} --draft PATH_OR_HUB_ID"
     return f"""With `pip install mambify`{base}:
 
 ```python
@@ -162,7 +165,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("PATH_OR_HUB_ID", trust_remote_code=True)
 ```
 
-or on the command line: `mambify chat PATH_OR_HUB_ID`."""
+or on the command line: `{command}`."""
 
 
 def _training(provenance: Provenance) -> str:

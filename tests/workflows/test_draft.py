@@ -14,6 +14,7 @@ import mambify
 from mambify.conversion.cut import cut
 from mambify.decode.speculative import share_with_target
 from mambify.errors import InvalidOptionError, OutputExistsError, RecipeError, UnsupportedError
+from mambify.families.load import LoadedModel
 from mambify.families.pack import pack
 from mambify.model import HybridForCausalLM
 from mambify.trimmed_head import TrimmedHead
@@ -151,7 +152,8 @@ def test_a_trimmed_draft_is_not_exported(target: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_the_real_teacher_and_two_layers_of_it(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_real_teacher_and_two_layers_of_it(smollm2: LoadedModel, tmp_path: Path) -> None:
     """A few steps on a few words: acceptance is poor, and what comes out is the teacher's own."""
     text, out = tmp_path / "text.jsonl", tmp_path / "draft"
     words = TEXT.split()
@@ -161,7 +163,7 @@ def test_the_real_teacher_and_two_layers_of_it(tmp_path: Path) -> None:
         layers=2, data=[str(text)], tokens=8 * 256, vocabulary=512,
         overrides=["stages.0.batch_tokens=256", "data.context_length=64", "precision=float32"],
     )  # fmt: skip
-    loaded = mambify.load("smollm2")
+    loaded = smollm2
     report = draft(
         draft_recipe("smollm2", asked, recipe=None, out=out), out, measure=QUICK, device="cpu", target=loaded
     )
