@@ -222,14 +222,15 @@ def _results(results: Mapping[str, Any]) -> str:
 
 
 def _acceptance(report: Mapping[str, Any]) -> str:
+    measured = [("prompts, measured", found) for found in report["measured"]]
     rows = [
         (
-            "held-out text, expected" if found is report["expected"] else "prompts, measured",
+            on,
             f"{found['temperature']:g}",
             f"{found['tokens_per_round']:.2f}",
             ", ".join(f"{share:.0%}" for share in found["acceptance_by_position"]),
         )
-        for found in (report["expected"], *report["measured"])
+        for on, found in [("held-out text, expected", report["expected"]), *measured]
     ]
     target = _without_way(report["target"])
     headings = ("on", "temperature", "tokens a round", "accepted by position")

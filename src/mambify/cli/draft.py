@@ -96,9 +96,10 @@ def _show(report: dict[str, Any], out: Path, target: str) -> None:
     table = Table(box=SIMPLE, pad_edge=False)
     for heading in ("acceptance", "temperature", "drafted", "tokens a round", "by position"):
         table.add_column(heading, justify="left" if heading in ("acceptance", "by position") else "right")
-    for found in (report["expected"], *report["measured"]):
+    measured = [("measured on prompts", found) for found in report["measured"]]
+    for how, found in [("expected on held-out text", report["expected"]), *measured]:
         table.add_row(
-            "expected on held-out text" if found is report["expected"] else "measured on prompts",
+            how,
             f"{found['temperature']:g}",
             str(found["num_draft_tokens"]),
             f"{found['tokens_per_round']:.2f}",
