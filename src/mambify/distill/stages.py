@@ -53,10 +53,8 @@ def stage_module(
         base: what the student was made from, which stages learn from that go layer by layer; the teacher by default.
     """
     base = teacher if base is None else base
-    if not trains_something(stage, student.config):
+    if not (_layers_to_learn(student, base) if stage.layerwise else trains_something(stage, student.config)):
         raise InvalidOptionError(f"stage {stage.kind} has nothing to train: no layer of the student is converted")
-    if stage.layerwise and not _layers_to_learn(student, base):
-        raise InvalidOptionError(f"stage {stage.kind} has nothing to learn from: no layer of the base has attention")
     for model in (teacher, base, student):
         model.requires_grad_(False)
     for part in stage.learning_rates:
