@@ -4,7 +4,7 @@ A :class:`Replayed` layer goes through rounds of ``verify`` and ``accept``; the 
 token at a time in float64, and whatever the two should share is compared. Places of the ring that nothing may read hold
 NaN.
 
-Letters: S rows, T new tokens, R places, H query heads, G key/value heads, P head dimension, N state size, J = G·Q·U
+Letters: S rows, T new tokens, R places, H heads, G of x, U of B, V of C, P head dimension, N state size, J = G·Q·U
 sub-heads, M channels a sub-head, C conv channels, K width.
 """
 
@@ -129,11 +129,12 @@ class Mamba2(Replayed):
     """ops.ssd_replay, with Δ made from dt and its bias."""
 
     H, G, P, N = 4, 2, 16, 16
+    heads_of_B, heads_of_C = 0, 0  # those of x, and all
 
     def build(self) -> None:
         self.ring = SSDRing.zeros(
-            1, self.slots, self.place.capacity, H=self.H, G=self.G, P=self.P, N=self.N, dtype=self.dtype,
-            device=self.device,
+            1, self.slots, self.place.capacity, H=self.H, G=self.G, U=self.heads_of_B or self.G, P=self.P, N=self.N,
+            dtype=self.dtype, device=self.device,
         )  # fmt: skip
         self.state = torch.randn(1, self.slots, self.H, self.P, self.N).to(self.device)
         self.plain = self.state[0].cpu().double()
@@ -142,13 +143,14 @@ class Mamba2(Replayed):
 
     def draw(self, new: int) -> Sequence[Tensor]:
         # As in a mixer: views of one projection.
-        sizes = [self.G * self.P, self.G * self.N, self.H * self.N]
+        U, V = self.heads_of_B or self.G, self.heads_of_C or self.H
+        sizes = [self.G * self.P, U * self.N, V * self.N]
         x, B, C = self.random(self.slots, new, sum(sizes)).split(sizes, dim=-1)
         return (
             x.unflatten(-1, (self.G, self.P)),
             self.random(self.slots, new, self.H),
-            B.unflatten(-1, (self.G, self.N)) * self.N**-0.5,
-            C.unflatten(-1, (self.H, self.N)),
+            B.unflatten(-1, (U, self.N)) * self.N**-0.5,
+            C.unflatten(-1, (V, self.N)),
         )
 
     def replay(self, inputs: Sequence[Tensor]) -> Tensor:
@@ -178,6 +180,12 @@ class Mamba2(Replayed):
         self.fold()
         error = difference(self.state[0], self.plain)
         assert error < STATE_TOLERANCE, f"states off by {error:.1e}"
+
+
+class StockMamba2(Mamba2):
+    """x of every head, B and C of groups of heads."""
+
+    G, heads_of_B, heads_of_C = 4, 2, 2
 
 
 class Mamba1(Mamba2):
@@ -221,6 +229,27 @@ class Mamba1(Mamba2):
         self.poison()
         selective_fold(self.state, self.A.to(self.device)[None], self.ring, self.place, backend=self.backend)
         self.place.settle()
+
+
+class StockMamba1(Mamba1):
+    """All channels share one B and C, and the output is gated."""
+
+    G, Q, U, M, N = 1, 1, 1, 72, 16
+
+    def draw(self, new: int) -> Sequence[Tensor]:
+        return *super().draw(new), self.random(self.slots, new, self.J, self.M)
+
+    def replay(self, inputs: Sequence[Tensor]) -> Tensor:
+        x, dt, B, C, z = inputs
+        A, D, bias = (value.to(self.device) for value in (self.A, self.D, self.bias))
+        return selective_replay(
+            x, dt, A, B, C, D, self.state[0], self.ring.layer(0), self.place, dt_bias_JM=bias, z_STJM=z,
+            backend=self.backend,
+        )  # fmt: skip
+
+    def step(self, token: Sequence[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
+        y, after = super().step(token[:4], state)
+        return y * F.silu(token[4]), after
 
 
 class Conv(Replayed):

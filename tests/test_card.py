@@ -152,6 +152,21 @@ def test_new_results_join_the_former_ones() -> None:
     assert set(RESULTS["sources"]) == {"book|1.txt"}
 
 
+def test_tasks_and_preferences_have_tables_of_their_own() -> None:
+    acc = {"teacher": 0.5, "teacher_interval": [0.48, 0.52], "student": 0.49, "difference": -0.01,
+           "difference_interval": [-0.02, 0.001]}  # fmt: skip
+    measured = {
+        "tasks": {"arc_easy": {"num_questions": 2376, "metrics": {"acc": acc}}},
+        "means": {"acc": acc | {"tasks": {"arc_easy": "acc"}}},
+        "preferences": {"/home/me/pairs.jsonl": {"num_pairs": 194, "accuracy": 0.5, "reference_accuracy": 0.51}},
+    }
+    card = render_card(config(), PROVENANCE.with_results(measured))
+    assert "| arc_easy | 2,376 | acc | 50.0 (48.0–52.0) | 49.0 | -1.0 (-2.0 to +0.1) |" in card
+    assert "| mean of 1 |  | acc | 50.0" in card
+    assert "| pairs.jsonl | 194 | summed | 50.0% | 51.0% |" in card
+    assert "13.25" in card  # the texts' figures are still there
+
+
 @pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"sources": 3}'])
 def test_results_that_are_none(content: str | None, tmp_path: Path) -> None:
     path = tmp_path / "results.json"

@@ -19,10 +19,12 @@ _PUBLIC = {
     "HybridForCausalLM": "mambify.model",
     "MambifyError": "mambify.errors",
     "convert": "mambify.conversion.convert",
+    "custom_generate": "mambify.decode.custom",
     "export_gguf": "mambify.export.gguf",
     "export_transformers": "mambify.export.transformers",
     "generate": "mambify.decode.generate",
     "load": "mambify.families.load",
+    "stream": "mambify.decode.stream",
     "save": "mambify.families.load",
     "pack": "mambify.families.pack",
     "synthesize": "mambify.data.synthesize",
@@ -32,7 +34,9 @@ if TYPE_CHECKING:
     from mambify.config import HybridConfig
     from mambify.conversion.convert import convert
     from mambify.data.synthesize import synthesize
+    from mambify.decode.custom import custom_generate
     from mambify.decode.generate import generate
+    from mambify.decode.stream import stream
     from mambify.errors import MambifyError
     from mambify.export.gguf import export_gguf
     from mambify.export.transformers import export_transformers
@@ -46,12 +50,14 @@ __all__ = [
     "MambifyError",
     "__version__",
     "convert",
+    "custom_generate",
     "export_gguf",
     "export_transformers",
     "generate",
     "load",
     "pack",
     "save",
+    "stream",
     "synthesize",
 ]
 

@@ -10,6 +10,11 @@ from mambify.errors import InvalidOptionError
 
 ATTENTION = "attention"
 LINEAR = "linear_attention"
+STOCK = "stock_"  # how the names of mixers begin that are never made from attention
+
+_LEAST = {"vocab_size": 1, "hidden_size": 1, "intermediate_size": 0, "num_attention_heads": 1} | dict.fromkeys(
+    ("ssm_inner_size", "ssm_state_size", "ssm_dt_rank", "ssm_num_heads", "ssm_num_groups"), 1
+)
 
 
 class HybridConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -19,6 +24,8 @@ class HybridConfig(PreTrainedConfig):  # type: ignore[misc]
     names, and some of ours:
 
     Args:
+        intermediate_size: width of the MLPs; 0 for blocks that have none (norm, mixer, sum), as pure Mamba models have.
+        residual_in_fp32: the residual stream is float32 whatever the dtype of the weights.
         layer_mixers: one name a layer, ``"attention"`` or a row of :data:`mambify.mixers.MIXERS`.
             ``None`` means attention everywhere: the unconverted teacher.
         layer_types: transformers' cache and mask kind a layer (``full_attention``,
@@ -31,6 +38,12 @@ class HybridConfig(PreTrainedConfig):  # type: ignore[misc]
         mamba1_dt_rank: rank of Mamba1's Δ projection; ``None`` is ⌈D/16⌉.
         cut_from: of a draft, the layers that it has of the model that it was cut from.
         draft_vocabulary: how many words the head of a draft knows, if not all; which ones stands beside its weight.
+        ssm_inner_size: I, channels of a stock Mamba mixer (``stock_mamba1``, ``stock_mamba2``).
+        ssm_state_size: N of a stock mixer.
+        ssm_dt_rank: rank of ``stock_mamba1``'s Δ projection.
+        ssm_num_heads, ssm_num_groups: heads of ``stock_mamba2``, and groups of them that share B, C and a norm.
+        ssm_proj_bias, ssm_conv_bias: whether a stock mixer's in_proj and out_proj, and its convolution, have biases.
+        ssm_dt_min, ssm_dt_max: Δ of ``stock_mamba2`` is kept within these; ``None`` for no upper end.
         ops_backend: implementation of the Mamba mixers' operations over sequences: ``auto`` takes the fastest that
             runs where the tensors are, ``reference`` and ``triton`` insist on one.
         teacher_family: the family file that the teacher was read with.
@@ -41,7 +54,7 @@ class HybridConfig(PreTrainedConfig):  # type: ignore[misc]
             A model in memory is whole and has none.
 
     Raises:
-        InvalidOptionError: lists of a wrong length, a size below 1, or head counts that do not divide.
+        InvalidOptionError: lists of a wrong length, a size out of range, or head counts that do not divide.
     """
 
     model_type = "mambify"
@@ -77,6 +90,16 @@ class HybridConfig(PreTrainedConfig):  # type: ignore[misc]
     mamba1_dt_rank: int | None = None
     cut_from: list[int] | None = None
     draft_vocabulary: int | None = None
+    ssm_inner_size: int | None = None
+    ssm_state_size: int | None = None
+    ssm_dt_rank: int | None = None
+    ssm_num_heads: int | None = None
+    ssm_num_groups: int | None = None
+    ssm_proj_bias: bool = False
+    ssm_conv_bias: bool = True
+    ssm_dt_min: float = 0.0
+    ssm_dt_max: float | None = None
+    residual_in_fp32: bool = False
     ops_backend: str = "auto"
     teacher_family: str = ""
     teacher: str = ""
@@ -85,9 +108,10 @@ class HybridConfig(PreTrainedConfig):  # type: ignore[misc]
     base: dict[str, str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise InvalidOptionError(f"{name} is {getattr(self, name)}: it has to be at least 1")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InvalidOptionError(f"{name} is {value}: it has to be at least {least}")
         if self.draft_vocabulary is not None and not 1 <= self.draft_vocabulary <= self.vocab_size:
             raise InvalidOptionError(
                 f"a draft's head can know 1 to {self.vocab_size} words, not {self.draft_vocabulary}"
@@ -115,6 +139,11 @@ class HybridConfig(PreTrainedConfig):  # type: ignore[misc]
                 f"{self.num_attention_heads} query heads are not a multiple of "
                 f"{self.num_key_value_heads} key/value heads"
             )
+        for whole, part in (("ssm_inner_size", "ssm_num_heads"), ("ssm_num_heads", "ssm_num_groups")):
+            if (getattr(self, whole) or 0) % (getattr(self, part) or 1):
+                raise InvalidOptionError(
+                    f"{whole} is {getattr(self, whole)}: it has to be a multiple of {part}, {getattr(self, part)}"
+                )
         self.layer_types = [
             kind if mixer == ATTENTION else LINEAR
             for kind, mixer in zip(self.layer_types, self.layer_mixers, strict=True)
@@ -128,5 +157,10 @@ class HybridConfig(PreTrainedConfig):  # type: ignore[misc]
 
     @property
     def converted_layers(self) -> list[int]:
-        """Indices of the layers whose attention was replaced."""
+        """Indices of the layers whose attention was replaced, or which never had any."""
         return [i for i, mixer in enumerate(self.layer_mixers or []) if mixer != ATTENTION]
+
+    @property
+    def stock_layers(self) -> list[int]:
+        """Indices of the layers that are Mamba in the checkpoint they were read from, as it is published."""
+        return [i for i, mixer in enumerate(self.layer_mixers or []) if mixer.startswith(STOCK)]

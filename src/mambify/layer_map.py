@@ -8,8 +8,15 @@ from itertools import pairwise
 from mambify.config import HybridConfig
 
 _ROW, _GROUP = 32, 8
-_LETTERS = {"attention": "A", "sliding": "S", "mamba2": "M", "mamba1": "m"}
-_NAMES = {"attention": "attention", "sliding": "sliding-window attention", "mamba2": "Mamba2", "mamba1": "Mamba1"}
+_LETTERS = {"attention": "A", "sliding": "S", "mamba2": "M", "mamba1": "m", "stock_mamba2": "M", "stock_mamba1": "m"}
+_NAMES = {
+    "attention": "attention",
+    "sliding": "sliding-window attention",
+    "mamba2": "Mamba2",
+    "mamba1": "Mamba1",
+    "stock_mamba2": "Mamba2",
+    "stock_mamba1": "Mamba1",
+}
 
 
 def kinds_of_layers(config: HybridConfig) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 import subprocess
+import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,37 @@ def device_name(device: str) -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def free_memory(device: torch.device | str) -> int | None:
+    """Bytes that can still be allocated there, those that torch holds and does not use among them; None if unknown."""
+    if torch.device(device).type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    information = Path("/proc/meminfo")
+    if information.is_file():
+        for line in information.read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+@cache
+def memory_bandwidth(device: str) -> float:
+    """Bytes a second that the device reads and writes while it copies what no cache holds; measured once."""
+    on_gpu = torch.device(device).type == "cuda"
+    source = torch.ones(2**28 if on_gpu else 2**24, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(6):
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.nbytes / best
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from mambify.errors import InvalidOptionError, UnsupportedError, did_you_mean
 from mambify.hub import HubModel
 from mambify.mixers import MIXERS, Mixer, MixerContext
 from mambify.mixers.attention import SoftmaxAttention
-from mambify.norm import RMSNorm
+from mambify.norm import RMSNorm, StreamRMSNorm
 from mambify.ops.swiglu import swiglu
 from mambify.trimmed_head import TrimmedHead
 
@@ -86,20 +86,26 @@ class GatedMLP(LlamaMLP):  # type: ignore[misc]
         return y_BTD
 
 
+def _norm(config: HybridConfig) -> RMSNorm:
+    kind = StreamRMSNorm if config.residual_in_fp32 else RMSNorm
+    return kind(config.hidden_size, eps=config.rms_norm_eps)
+
+
 class HybridBlock(GradientCheckpointingLayer):  # type: ignore[misc]
-    """x + mixer(norm(x)), then x + mlp(norm(x)); norms and MLP are the teacher's."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)) where there is an MLP; norms and MLP are the teacher's."""
 
     def __init__(self, config: HybridConfig, layer_idx: int) -> None:
         super().__init__()
         assert config.layer_mixers is not None
         self.layer_idx = layer_idx
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = _norm(config)
         name = config.layer_mixers[layer_idx]
         if name not in MIXERS:
             raise InvalidOptionError(f"unknown mixer '{name}' of layer {layer_idx}: {did_you_mean(name, MIXERS)}")
         self.mixer: Mixer = MIXERS[name](config, layer_idx)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = GatedMLP(config)
+        has_mlp = config.intermediate_size > 0
+        self.post_attention_layernorm = _norm(config) if has_mlp else None
+        self.mlp = GatedMLP(config) if has_mlp else None
 
     def forward(self, x_BTD: Tensor, context: MixerContext, past_key_values: Cache | None = None) -> Tensor:
         state = None if past_key_values is None else self.mixer.load_state(past_key_values)
@@ -109,9 +115,18 @@ class HybridBlock(GradientCheckpointingLayer):  # type: ignore[misc]
         return self.feed_forward(x_BTD + y_BTD)
 
     def feed_forward(self, x_BTD: Tensor) -> Tensor:
-        """The second half of the block: x + mlp(norm(x))."""
+        """The second half of the block: x + mlp(norm(x)), or x itself where there is no MLP."""
+        if self.mlp is None or self.post_attention_layernorm is None:
+            return x_BTD
         y_BTD: Tensor = self.mlp(self.post_attention_layernorm(x_BTD))
         return x_BTD + y_BTD
+
+
+class StreamEmbedding(nn.Embedding):
+    """Begins a residual stream in float32; what is added to it is promoted, and :class:`StreamRMSNorm` rounds again."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids).float()
 
 
 class HybridRotaryEmbedding(LlamaRotaryEmbedding):  # type: ignore[misc]
@@ -161,9 +176,10 @@ class HybridModel(HybridPreTrainedModel):
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        embedding = StreamEmbedding if config.residual_in_fp32 else nn.Embedding
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(HybridBlock(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = _norm(config)
         self.rotary_emb = HybridRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()

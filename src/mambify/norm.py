@@ -18,3 +18,11 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+class StreamRMSNorm(RMSNorm):
+    """Of a residual stream wider than the weights (float32 over bfloat16): rounded to the dtype of the weight, then
+    normed, as transformers' Mamba blocks do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))

@@ -15,6 +15,9 @@ from mambify.io import read_json, write_json
 
 _FILE = "provenance.json"
 
+#: what an evaluation may hold, by its part of the JSON
+MEASURED = ("sources", "tasks", "preferences")
+
 
 @dataclass(frozen=True)
 class Provenance:
@@ -81,6 +84,6 @@ def read_results(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise InvalidOptionError(f"cannot read results {path}: {reason}") from error
-    if not isinstance(results, dict) or not isinstance(results.get("sources"), dict):
+    if not isinstance(results, dict) or not any(isinstance(results.get(part), dict) for part in MEASURED):
         raise InvalidOptionError(f"{path} holds no results: give a file that `mambify evaluate --json` wrote")
     return results

@@ -51,7 +51,7 @@ class TrimmedHead(nn.Linear):
 def scatter_logits(known_xW: Tensor, token_ids_W: Tensor, vocab_size: int) -> Tensor:
     """``[…, V]`` of ``[…, W]``: minus infinity at the words that are not among ``token_ids_W``."""
     whole_xV = known_xW.new_full((*known_xW.shape[:-1], vocab_size), -torch.inf)
-    return whole_xV.index_copy(-1, token_ids_W, known_xW)
+    return whole_xV.index_copy_(-1, token_ids_W, known_xW)
 
 
 def known_logits(head: nn.Module, x_xD: Tensor) -> Tensor:

@@ -12,7 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from mambify.bench import cases, clock, ops, replay_cases, run_benchmark, synthesize, train
+from mambify.bench import (
+    cases,
+    clock,
+    laws,
+    ops,
+    replay_cases,
+    run_benchmark,
+    speculate_shapes,
+    synthesize,
+    train,
+    verify,
+)
 from mambify.bench.peers import peer
 from mambify.bench.registry import BENCHMARKS, names_of
 from mambify.cli.main import main
@@ -43,6 +54,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "_COPY_BYTES", {"cpu": 2**20})
     monkeypatch.setattr(clock, "_MATMUL", {"cpu": (64, torch.float32)})
     monkeypatch.setattr(synthesize, "CASES", {"cpu": [synthesize.Case(way, 2, 2, 4) for way in synthesize._WAYS]})
+    # what these give is for tests/bench/test_decode_benchmarks.py
+    monkeypatch.setattr(verify, "CASES", {"cpu": verify.CASES["cpu"][:1]})
+    monkeypatch.setattr(speculate_shapes, "CASES", {"cpu": speculate_shapes.CASES["cpu"][1:2]})
+    monkeypatch.setattr(laws, "SIZES", {"cpu": laws.Size(2, 4, 50, 50)})
     # minutes with the real teacher; test_inits.py runs it with a tiny one
     monkeypatch.setitem(BENCHMARKS, "inits", BENCHMARKS["inits"]._replace(run=lambda *_, **__: INITS))
 

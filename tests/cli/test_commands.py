@@ -329,6 +329,27 @@ class TestGenerate:
             refused = run(*command, "--draft", draft, "--num-draft-tokens", number)
             assert refused.status == 2 and words in refused.err
 
+    def test_a_stop_string_ends_the_text(self, run: Run, teacher: Path) -> None:
+        command = ["generate", teacher, "The quick", "--no-chat", "--max-new-tokens", 12]
+        whole = run(*command).out
+        stop = whole[5:7]
+        told = parse(run(*command, "--stop", "never said", "--stop", stop, "--json").out)
+        assert (told["stop"], told["ended"], told["text"]) == (stop, True, whole[: whole.find(stop)])
+        assert run(*command, "--stop", stop).out == told["text"] + "\n"
+
+    def test_all_of_sampling(self, run: Run, student: Path) -> None:
+        command = ["generate", student, "hi", "--max-new-tokens", 20]
+        drawn = [*command, "--temperature", 1]
+        assert run(*drawn, "--min-p", 1).out == run(*command).out != run(*drawn).out
+        assert run(*command, "--repetition-penalty", 1.5).out != run(*command).out
+
+    def test_statistics(self, run: Run, student: Path) -> None:
+        command = ["generate", student, "hi", "--max-new-tokens", 10]
+        assert run(*command).err == ""
+        assert "10 tokens, " in (said := run(*command, "--stats").err) and "of the memory bandwidth" in said
+        assert parse(run(*command, "--json", "--stats").out)["share_of_bandwidth"] > 0
+        assert parse(run(*command, "--json").out)["decode_tokens_per_second"] > 0
+
     def test_a_prompt_from_stdin(self, run: Run, teacher: Path) -> None:
         command = ["--max-new-tokens", 5, "--no-chat"]
         piped = run("generate", teacher, "-", *command, stdin="The quick")
@@ -355,6 +376,16 @@ class TestChat:
     def test_a_draft_changes_no_word(self, run: Run, student: Path) -> None:
         command = ["chat", student, "--max-new-tokens", 8, "--temperature", 0]
         assert run(*command, "--draft", "lookup", stdin="hi\nhi\n").out == run(*command, stdin="hi\nhi\n").out
+
+    def test_stops_statistics_and_buffers_that_grow(self, run: Run, student: Path, monkeypatch: Any) -> None:
+        import mambify.decode.session as session
+
+        monkeypatch.setitem(session.Session.__init__.__kwdefaults__, "first", 16)
+        command = ["chat", student, "--max-new-tokens", 8, "--temperature", 0]
+        whole = run(*command, stdin="hi\n").out
+        result = run(*command, "--stats", "--stop", whole[3:5], "--draft", "lookup", stdin="hi\nhi\n")
+        assert result.out.split("\n")[0] == whole[: whole.find(whole[3:5])]
+        assert "(buffers now hold" in result.err and "of the memory bandwidth" in result.err
 
     def test_what_was_said_matters(self, run: Run, student: Path) -> None:
         command = ["chat", student, "--max-new-tokens", 8, "--temperature", 0]

@@ -59,7 +59,7 @@ def test_results_get_into_the_card_and_go_along(run: Run, student: Path, text: P
     result = run("card", student, "--results", figures)
     assert result.status == 0
     assert "card written" in result.out
-    row = f"| {text} |"
+    row = f"| {text.name} |"
     assert row in (student / "README.md").read_text(encoding="utf-8")
     assert run("pack", student, "--out", tmp_path / "mixers").status == 0
     packed = (tmp_path / "mixers" / "README.md").read_text(encoding="utf-8")

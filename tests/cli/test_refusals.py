@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -273,10 +274,29 @@ class TestEvaluate:
         (["--device", "cuda:77"], "no device 'cuda:77' here"),
         (["--no-chat", "--system", "be kind"], "--system needs a chat"),
         (["--dtype", "int4"], "unknown dtype"),
+        (["--min-p", "2"], "min_p must be 0 to 1"),
+        (["--repetition-penalty", "0"], "repetition_penalty must be above 0"),
+        (["--stop", ""], "an empty stop string"),
+        (["--draft", "no/such/model", "--num-draft-tokens", "17"], "num_draft_tokens must be 1 to 16, not 17"),
+        (["--max-new-tokens", "300"], "pass the 256 positions"),
     ],
 )
 def test_generate_settings(run: Run, teacher: Path, options: list[str], said: str) -> None:
     assert_refused(run("generate", teacher, "hi", *options), said)
+
+
+def test_a_draft_of_another_vocabulary(run: Run, teacher: Path, other_teacher: Path, tmp_path: Path) -> None:
+    for command in (["generate", teacher, "hi"], ["chat", teacher, "--max-new-tokens", 8]):
+        result = run(*command, "--draft", other_teacher)
+        assert_refused(result, "the draft has a vocabulary of 289 tokens and the target one of 299")
+    swapped = tmp_path / "swapped"
+    shutil.copytree(teacher, swapped)
+    tokenizer = swapped / "tokenizer.json"
+    tokenizer.write_text(
+        tokenizer.read_text(encoding="utf-8").replace('"<|endoftext|>"', '"<|fim|>"'), encoding="utf-8"
+    )
+    result = run("generate", teacher, "hi", "--draft", swapped)
+    assert_refused(result, "the target and the draft do not share a tokenizer")
 
 
 def test_an_empty_prompt(run: Run, teacher: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 import mambify
 from mambify.decode import generate
 from mambify.decode.generate import end_token_ids
+from mambify.decode.steps import StepDecoder
+from mambify.engine import Sampling, Speculator
 from mambify.errors import InvalidOptionError, UnsupportedError
 from mambify.model import HybridForCausalLM
 
@@ -119,6 +122,12 @@ def test_prompts_stay_as_they_are_and_no_gradient_is_kept(hybrid: HybridForCausa
         ({"attention_mask": torch.tensor([[1, 1, 0]])}, "padded on the left"),
         ({"attention_mask": torch.tensor([[1, 0, 1]])}, "padded on the left"),
         ({"attention_mask": torch.tensor([[1, 1]])}, "attention_mask has shape"),
+        ({"min_p": -0.1}, "min_p must be 0 to 1"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be above 0"),
+        ({"seed": [1, 2]}, "2 seeds for 1 rows"),
+        ({"stop": 7}, "stop must be strings"),
+        ({"draft": "lookup", "num_draft_tokens": 17}, "num_draft_tokens must be 1 to 16, not 17"),
+        ({"max_new_tokens": 126}, "pass the 128 positions .* at most 125 new tokens fit"),
     ],
 )
 def test_settings_out_of_range_are_refused(hybrid: HybridForCausalLM, settings: dict[str, Any], said: str) -> None:
@@ -163,3 +172,44 @@ def test_a_draft_needs_models_of_this_package(hybrid: HybridForCausalLM, model: 
         generate(stock, torch.tensor([[5]]), draft="lookup")
     with pytest.raises(InvalidOptionError, match="num_draft_tokens must be 1 to 16"):
         generate(hybrid, torch.tensor([[5]]), draft="lookup", num_draft_tokens=0)
+
+
+def test_lists_of_any_length_give_lists(model: PreTrainedModel) -> None:
+    prompts = [[5, 6, 7, 8], [9], [10, 11]]
+    found = generate(model, prompts, max_new_tokens=8, eos_token_id=[])
+    for prompt, row in zip(prompts, found, strict=True):
+        assert row == generate(model, torch.tensor([prompt]), max_new_tokens=8, eos_token_id=[])[0].tolist()
+    for wrong in ([], [[]], [5, 6], [[5], []]):
+        with pytest.raises(InvalidOptionError, match="lists of token ids"):
+            generate(model, wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("draft", [None, "lookup"])
+def test_a_row_with_a_seed_of_its_own_draws_what_it_draws_alone(model: PreTrainedModel, draft: Any) -> None:
+    if draft and not isinstance(model, HybridForCausalLM):
+        pytest.skip("drafts are for models of this package")
+    settings: dict[str, Any] = {"temperature": 1.0, "max_new_tokens": 12, "eos_token_id": [], "draft": draft}
+    prompts = [[5, 6, 7, 8], [9], [5, 6, 7, 8]]
+    together = generate(model, prompts, seed=[4, 5, 6], **settings)
+    for prompt, seed, row in zip(prompts, (4, 5, 6), together, strict=True):
+        assert generate(model, [prompt], seed=seed, **settings) == [row]
+    assert together[0] != together[2]
+
+
+def test_without_attention_there_is_no_last_position(tiny_hybrid: Callable[..., HybridForCausalLM]) -> None:
+    model = tiny_hybrid(["mamba2", "mamba1"])
+    assert generate(model, torch.tensor([[5, 6]]), max_new_tokens=140, eos_token_id=[]).shape == (1, 142)
+
+
+def test_a_stock_model_draws_as_the_engine_does(hybrid: HybridForCausalLM) -> None:
+    """The loop for other models, given one of this package's: the same tokens for the same seeds."""
+    sampling = Sampling(0.9, top_k=20, min_p=0.01, repetition_penalty=1.2, seed=[1, 2])
+    prompts, found = [[5, 6, 7], [8, 9]], [[[], []], [[], []]]
+    decoders = [
+        StepDecoder(hybrid, sampling, stop_ids=[4]),
+        Speculator(hybrid, None, num_slots=2, max_length=32, sampling=sampling, stop_ids=[4]),
+    ]
+    for decoder, answers in zip(decoders, found, strict=True):
+        for number, tokens in decoder.run(prompts, max_new_tokens=20):
+            answers[number] += tokens
+    assert found[0] == found[1]

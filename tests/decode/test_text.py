@@ -11,12 +11,10 @@ from mambify.config import HybridConfig
 from mambify.decode import (
     Conversation,
     Detokenizer,
-    Sampling,
     encode_prompt,
     generate,
-    generate_text,
     stop_ids,
-    stream_text,
+    stream,
 )
 from mambify.errors import InvalidOptionError, UnsupportedError
 from mambify.model import HybridForCausalLM
@@ -133,31 +131,31 @@ class TestStream:
         assert stops == [1, 7]  # the tokenizer's and the model's
         for settings in ({}, {"temperature": 1.0, "seed": 3}):
             ids = generate(model, torch.tensor([prompt]), max_new_tokens=30, eos_token_id=stops, **settings)[0]
-            text = "".join(generate_text(model, tokenizer, "How are you?", max_new_tokens=30, **settings))
+            text = "".join(stream(model, tokenizer, "How are you?", max_new_tokens=30, **settings))
             assert text == tokenizer.decode([t for t in ids[len(prompt) :].tolist() if t not in stops])
             assert text
 
     def test_it_ends_at_an_end_token(self, model: HybridForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
         tokenizer = bytewise()
         prompt = encode_prompt(tokenizer, "How are you?")
-        whole = stream_text(model, tokenizer, prompt, Sampling(max_new_tokens=10))
+        whole = stream(model, tokenizer, prompt, max_new_tokens=10)
         list(whole)
         assert (whole.num_tokens, whole.ended) == (10, False)
         stop = int(generate(model, torch.tensor([prompt]), max_new_tokens=4, eos_token_id=[])[0, -1])
         monkeypatch.setattr(model.generation_config, "eos_token_id", stop)
-        ended = stream_text(model, tokenizer, prompt, Sampling(max_new_tokens=10))
+        ended = stream(model, tokenizer, prompt, max_new_tokens=10)
         list(ended)
         assert ended.ended
         assert ended.num_tokens <= 4
 
     def test_it_comes_while_it_is_being_made(self, model: HybridForCausalLM) -> None:
-        stream = stream_text(model, bytewise(), [5, 6], Sampling(max_new_tokens=20))
-        next(stream)
-        assert stream.num_tokens < 20
+        pieces = stream(model, bytewise(), [5, 6], max_new_tokens=20)
+        next(pieces)
+        assert pieces.num_tokens < 20
 
     def test_a_setting_out_of_range_is_known_at_once(self, model: HybridForCausalLM) -> None:
         with pytest.raises(InvalidOptionError, match="top_p"):
-            generate_text(model, bytewise(), "hi", top_p=2.0)
+            stream(model, bytewise(), "hi", top_p=2.0)
 
 
 class TestConversation:

@@ -61,7 +61,7 @@ def test_the_paper_goes_down_step_by_step_and_ends_with_preferences() -> None:
 
 
 def test_shares_and_batches_can_be_changed() -> None:
-    recipe = _preset("best", "stages.0.share=65", "batch_tokens=4k", "stages.1.batch_tokens=8k")
+    recipe = _preset("best", "stages.0.share=120", "batch_tokens=4k", "stages.1.batch_tokens=8k")
     assert [(stage.tokens, stage.batch_tokens) for stage in recipe.stages] == [(10_000_000, 4000), (10_000_000, 8000)]
 
 

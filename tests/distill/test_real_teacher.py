@@ -9,7 +9,7 @@ import torch
 
 from mambify.conversion import calibrate, convert
 from mambify.data.preferences import PreferenceDataset, as_blocks, read_preferences
-from mambify.decode.stream import generate_text
+from mambify.decode.stream import stream
 from mambify.distill.kd import KnowledgeDistiller
 from mambify.distill.logs import read_metrics
 from mambify.distill.recipe import parse_recipe
@@ -110,7 +110,7 @@ def test_align_and_kd_train_the_real_teacher_and_it_still_speaks(smollm2: Loaded
     same = [name for name in kept if ".layers.10.mixer" not in name and ".layers.20.mixer" not in name]
     assert all(torch.equal(kept[name], ours[name]) for name in same)
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    answer = "".join(generate_text(student, smollm2.tokenizer, question, max_new_tokens=12, temperature=0.0))
+    answer = "".join(stream(student, smollm2.tokenizer, question, max_new_tokens=12, temperature=0.0))
     prompt = smollm2.tokenizer.apply_chat_template(
         question, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )

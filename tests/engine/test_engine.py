@@ -10,12 +10,12 @@ import torch
 
 import mambify
 from mambify import HybridForCausalLM
-from mambify.engine import DecodeEngine, Drawing, Turn
+from mambify.engine import DecodeEngine, Sampling, Turn
 from mambify.errors import InvalidOptionError
 from mambify.families.load import LoadedModel
 
 Hybrid = Callable[..., HybridForCausalLM]
-GREEDY = Drawing(temperature=0.0)
+GREEDY = Sampling(temperature=0.0)
 LAYERS = {
     "hybrid": ["mamba2", "attention", "mamba1", "attention"],
     "mamba2": ["mamba2", "mamba2"],
@@ -62,9 +62,9 @@ def alone(model: HybridForCausalLM, talk: Talk, stops: set[int]) -> list[int]:
     return ids
 
 
-def engine_for(model: HybridForCausalLM, *, slots: int, drawing: Drawing = GREEDY, stops: set[int]) -> DecodeEngine:
+def engine_for(model: HybridForCausalLM, *, slots: int, sampling: Sampling = GREEDY, stops: set[int]) -> DecodeEngine:
     return DecodeEngine(
-        model, num_slots=slots, max_length=60, max_given=8, drawing=drawing, stop_ids=sorted(stops)
+        model, num_slots=slots, max_length=60, max_given=8, sampling=sampling, stop_ids=sorted(stops)
     )  # fmt: skip
 
 
@@ -133,11 +133,11 @@ def test_the_batch_shrinks_and_rows_that_move_go_on(tiny_hybrid: Hybrid, monkeyp
 
 def test_what_is_drawn_depends_on_the_seed_and_not_on_the_company(tiny_hybrid: Hybrid) -> None:
     model = tiny_hybrid(LAYERS["hybrid"])
-    drawing = Drawing(temperature=1.0, top_k=40)
+    sampling = Sampling(temperature=1.0, top_k=40)
     results = []
     for slots in (2, 7):
         given = [Talk([1, 7, 9], limit=10, seed=n) for n in range(9)]
-        engine_for(model, slots=slots, drawing=drawing, stops={5}).run(given)
+        engine_for(model, slots=slots, sampling=sampling, stops={5}).run(given)
         results.append([talk.ids for talk in given])
     assert results[0] == results[1]
     assert len(set(map(tuple, results[0]))) > 5
@@ -148,7 +148,7 @@ def test_tokens_are_drawn_from_the_model(tiny_hybrid: Hybrid) -> None:
     with torch.no_grad():
         expected = model(torch.tensor([[1, 7, 9]])).logits[0, -1].softmax(-1)
     given = [Talk([1, 7, 9], limit=1, seed=n * 7919) for n in range(20_000)]
-    engine_for(model, slots=5000, drawing=Drawing(), stops={5}).run(given)
+    engine_for(model, slots=5000, sampling=Sampling(), stops={5}).run(given)
     seen = torch.bincount(torch.tensor([talk.ids[-1] for talk in given]), minlength=len(expected)) / len(given)
     assert (seen - expected).abs().max() < 4 * (0.25 / len(given)) ** 0.5
 
@@ -175,7 +175,7 @@ def test_the_real_teacher_says_the_same(smollm2: LoadedModel) -> None:
         num_slots=2,
         max_length=64,
         max_given=32,
-        drawing=GREEDY,
+        sampling=GREEDY,
         stop_ids=[tokenizer.eos_token_id],
     )
     engine.run(given)

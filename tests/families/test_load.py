@@ -26,7 +26,7 @@ from mambify.families.registry import known_families
 
 Teacher = Callable[..., PreTrainedModel]
 Hybrid = Callable[..., HybridForCausalLM]
-FAMILIES = {"bamba", "granitemoehybrid", "llama", "mistral", "qwen2", "qwen3"}
+FAMILIES = {"bamba", "granitemoehybrid", "llama", "mamba", "mamba2", "mistral", "qwen2", "qwen3"}
 
 
 def test_supported_families() -> None:

@@ -84,3 +84,13 @@ def test_uniform_numbers_are_uniform_and_depend_on_seed_and_counter() -> None:
 def test_a_backend_that_cannot_run_is_refused() -> None:
     with pytest.raises(InvalidOptionError, match="triton"):
         draw_tokens(torch.randn(2, 5).double(), torch.rand(2), backend="triton")
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_uniform_numbers_are_the_same_by_every_backend() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    seed = torch.tensor([0, 1, 2**40, -7, 2**63 - 1], device=device)
+    counter = torch.arange(-3, 300, device=device)
+    for pair in ((seed[:, None], counter), (seed, counter[:5]), (seed[:, None], counter[:5, None] * 64)):
+        wanted, found = (uniform(*pair, backend=backend) for backend in ("reference", "triton"))
+        assert torch.equal(found, wanted) and found.dtype == torch.float32

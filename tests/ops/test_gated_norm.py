@@ -84,6 +84,15 @@ def test_views_of_a_projection(batch: str, width: int, backend: str, match: Any)
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=TRITON)])
+@pytest.mark.parametrize("width", [2048, 5120])
+def test_one_norm_for_all_channels(width: int, backend: str, match: Any) -> None:
+    """Stock Mamba2 of one group."""
+    shape = (2, 3, 1, width)
+    values = {"y": torch.randn(shape), "z": torch.randn(shape), "weight": 1 + torch.randn(1, width) / 4}
+    match(norm(backend), oracle, values, 1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=TRITON)])
 def test_one_token_a_row(backend: str, match: Any) -> None:
     """What decoding asks for: PyTorch gives any stride to a dimension of size 1."""
     values = inputs(torch.float32, tokens=6)

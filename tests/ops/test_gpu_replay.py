@@ -7,7 +7,7 @@ import torch
 
 from mambify.ops.ring import RingPlace, ring_capacity
 from mambify.ops.ssd_replay import ssd_replay
-from replaying import Conv, Mamba1, Mamba2, Replayed
+from replaying import Conv, Mamba1, Mamba2, Replayed, StockMamba1, StockMamba2
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")]
 
@@ -28,6 +28,10 @@ def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
         monkeypatch.setattr(Mamba2, name, size)
     for name, size in {"G": G, "Q": H // G, "U": P // 16, "M": 16, "N": 16}.items():
         monkeypatch.setattr(Mamba1, name, size)
+    stock = {"G": H, "heads_of_B": G, "heads_of_C": G}
+    for name, size in stock.items():
+        monkeypatch.setattr(StockMamba2, name, size)
+    monkeypatch.setattr(StockMamba1, "M", H * P)
     monkeypatch.setattr(Conv, "C", (2 * G + H) * P)
     return str(request.param)
 
@@ -35,7 +39,7 @@ def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("new", [1, 2, 3, 5, 17])
-@pytest.mark.parametrize("layer", [Mamba2, Mamba1, Conv])
+@pytest.mark.parametrize("layer", [Mamba2, Mamba1, StockMamba2, StockMamba1, Conv])
 @pytest.mark.usefixtures("sizes")
 def test_as_stepping(layer: type[Replayed], new: int, eager: bool, dtype: torch.dtype) -> None:
     capacity = ring_capacity(new) if new > 5 else 16
@@ -43,7 +47,29 @@ def test_as_stepping(layer: type[Replayed], new: int, eager: bool, dtype: torch.
     go_through(one, new)
 
 
-@pytest.mark.parametrize("layer", [Mamba2, Mamba1, Conv])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("new", range(1, 18))
+@pytest.mark.parametrize(
+    ("layer", "sizes"),
+    [
+        (StockMamba1, {"M": 1536}),
+        (StockMamba1, {"M": 5120}),
+        (StockMamba1, {"M": 8192}),
+        (StockMamba2, {"H": 80, "G": 80, "P": 64, "N": 128, "heads_of_B": 1, "heads_of_C": 1}),
+        (StockMamba2, {"H": 128, "G": 128, "P": 64, "N": 128, "heads_of_B": 8, "heads_of_C": 8}),
+    ],
+    ids=["mamba-130m", "mamba-2.8b", "mamba-7b", "mamba2-2.7b", "mamba2-7b"],
+)
+def test_published_shapes(
+    layer: type[Replayed], sizes: dict[str, int], new: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every number of new tokens that speculation can ask for."""
+    for name, size in sizes.items():
+        monkeypatch.setattr(layer, name, size)
+    go_through(layer(most_new=new, capacity=ring_capacity(new), dtype=dtype, device="cuda", backend="triton"), new)
+
+
+@pytest.mark.parametrize("layer", [Mamba2, Mamba1, StockMamba2, StockMamba1, Conv])
 @pytest.mark.parametrize("sizes", ["8B"], indirect=True)
 def test_many_rows(layer: type[Replayed], sizes: str) -> None:
     """As many as change how the work is cut."""

@@ -14,15 +14,16 @@ from mambify.ops.conv_replay import conv_replay
 from mambify.ops.ring import RingPlace, ring_capacity
 from mambify.ops.selective_replay import SelectiveRing, selective_fold, selective_replay
 from mambify.ops.ssd_replay import SSDRing, ssd_fold, ssd_replay
-from replaying import Conv, Mamba1, Mamba2, Replayed
+from replaying import Conv, Mamba1, Mamba2, Replayed, StockMamba1, StockMamba2
 
 if HAS_TRITON:
+    from mambify.ops.selective_replay import triton as selective_kernels
     from mambify.ops.ssd_replay import triton as ssd_kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")  # the mode that gives NaN in allocations
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["reference", pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"))]
-LAYERS = [Mamba2, Mamba1, Conv]
+LAYERS = [Mamba2, Mamba1, StockMamba2, StockMamba1, Conv]
 ROWS, MOST_NEW = 3, 5
 
 
@@ -128,14 +129,30 @@ def test_half_precision(layer: type[Replayed], backend: str, dtype: torch.dtype)
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 @pytest.mark.parametrize("sizes", [(4, 2, 16, 16), (2, 1, 48, 80), (2, 1, 64, 128)])
+@pytest.mark.parametrize("stock", [False, True])
 @pytest.mark.parametrize(("new", "capacity"), [(5, 16), (5, 32), (17, 64)])
-def test_products(sizes: tuple[int, int, int, int], new: int, capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products(
+    sizes: tuple[int, int, int, int], stock: bool, new: int, capacity: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The bfloat16 kernel of many tokens, in float16 as the interpreter knows it: what is float32 goes in as halves."""
     for name, size in zip("HGPN", sizes, strict=True):
         monkeypatch.setattr(Mamba2, name, size)
+    if stock:
+        for name, count in {"G": sizes[0], "heads_of_B": sizes[1], "heads_of_C": sizes[1]}.items():
+            monkeypatch.setattr(Mamba2, name, count)
     plan = ssd_kernels._plan
     monkeypatch.setattr(ssd_kernels, "_plan", lambda *given: plan(*given)._replace(products=True))
     go_through(Mamba2(most_new=new, capacity=capacity, dtype=torch.float16, device=DEVICE, backend="triton"), new, 3)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("layer", [Mamba1, StockMamba1])
+def test_tiles_of_many_rows(layer: type[Mamba1], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows, as everywhere here, have programs of their own size."""
+    assert selective_kernels._blocks(3, 8, layer.M, 16)[:2] == (1, 8)
+    monkeypatch.setattr(selective_kernels, "_BUSY", 0)
+    assert selective_kernels._blocks(3, 8, layer.M, 16)[:2] == ((4, 8) if layer is Mamba1 else (1, 32))
+    go_through(layer(device=DEVICE, backend="triton"), 5, 4)
 
 
 @pytest.mark.parametrize("products", [False, True])

@@ -40,8 +40,8 @@ FLOAT32 = [run_of("reference", torch.float32), run_of("triton", torch.float32)]
 
 def oracle(seq_idx_BT: Tensor | None = None) -> Any:
     def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, S: Tensor) -> Any:
-        repeats = C.shape[2] // x.shape[2]
-        x, B, ys = x.repeat_interleave(repeats, 2), B.repeat_interleave(repeats, 2), []
+        x, B, C = (v.repeat_interleave(len(A) // v.shape[2], 2) for v in (x, B, C))
+        ys = []
         for t in range(x.shape[1]):
             if seq_idx_BT is not None and t:
                 S = S * (seq_idx_BT[:, t] == seq_idx_BT[:, t - 1])[:, None, None, None]
@@ -98,6 +98,38 @@ def inputs(
 def test_values_and_gradients(tokens: int, backend: str, dtype: torch.dtype, match: Any) -> None:
     sizes = (1, 2, dtype, 1) if backend == "triton" else (2, 4, dtype, 2)  # the interpreter is slow
     match(scan(backend=backend), oracle(), inputs(tokens, *sizes), TOLERANCE[dtype])
+
+
+def regrouped(values: dict[str, Tensor], **heads: int) -> dict[str, Tensor]:
+    """With other numbers of heads of x, B or C."""
+    changed = {
+        name: torch.randn(*values[name].shape[:2], count, values[name].shape[3]) for name, count in heads.items()
+    }
+    return values | {name: value.to(values[name].dtype) for name, value in changed.items()}
+
+
+@pytest.mark.parametrize("heads", [(4, 1, 1), (4, 2, 2), (2, 4, 1), (1, 2, 4), (4, 4, 4)], ids=str)
+@pytest.mark.parametrize(("backend", "dtype"), EXACT)
+def test_x_B_and_C_each_have_their_own_heads(
+    heads: tuple[int, int, int], backend: str, dtype: torch.dtype, match: Any
+) -> None:
+    """Stock Mamba2: x of every head, B and C of groups of them."""
+    values = regrouped(inputs(35, 1, 4, dtype, 1), x=heads[0], B=heads[1], C=heads[2])
+    match(scan(backend=backend), oracle(), values, TOLERANCE[dtype])
+    with torch.no_grad():  # the kernels then repeat nothing
+        actual, expected = scan(backend=backend)(**values), oracle()(**values)
+    for one, other in zip(actual, expected, strict=True):
+        assert (one - other).abs().max() <= 10 * TOLERANCE[dtype] * other.abs().max()
+
+
+@pytest.mark.parametrize("heads", [(4, 1, 1), (4, 2, 2), (2, 4, 1)], ids=str)
+def test_a_step_with_heads_of_their_own(heads: tuple[int, int, int]) -> None:
+    values = regrouped(inputs(1, 1, 4), x=heads[0], B=heads[1], C=heads[2])
+    expected, expected_state = oracle()(**values)
+    one = {name: v[:, 0] if name in ("x", "dt", "B", "C") else v for name, v in values.items()}
+    y, state = ssd_step(*(one[name] for name in ("x", "dt", "A", "B", "C", "D", "S")))
+    torch.testing.assert_close(y, expected[:, 0])
+    torch.testing.assert_close(state, expected_state)
 
 
 @pytest.mark.parametrize(("groups", "heads"), [(1, 1), (3, 3), (1, 4), (3, 6)])

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import mambify
 from mambify.conversion.cut import cut
-from mambify.decode.speculative import share_with_target
+from mambify.decode.drafts import share_with_target
 from mambify.errors import InvalidOptionError, OutputExistsError, RecipeError, UnsupportedError
 from mambify.families.load import LoadedModel
 from mambify.families.pack import pack

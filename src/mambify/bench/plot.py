@@ -9,7 +9,7 @@ from typing import Any
 
 from mambify.errors import MissingDependencyError
 
-_OURS, _OTHERS = "#2a6f97", ("#b8b8b8", "#8d8d8d", "#5f5f5f")
+OURS, OTHERS = "#2a6f97", ("#b8b8b8", "#8d8d8d", "#5f5f5f")
 
 
 def require_matplotlib() -> None:
@@ -29,8 +29,8 @@ def plot_ops(result: dict[str, Any], path: Path) -> None:
         labels.append(f"{row['operation']} {row['pass']}\n{row['shape']}")
         ratios.append(others[best] / row["ms"])
         names.append(best)
-    figure, axes = _figure(7.5, 0.3 * len(labels) + 1.2)
-    axes.barh(range(len(labels)), ratios, color=_OURS)
+    figure, axes = figure_of(7.5, 0.3 * len(labels) + 1.2)
+    axes.barh(range(len(labels)), ratios, color=OURS)
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     for place, (ratio, name) in enumerate(zip(ratios, names, strict=True)):
@@ -42,7 +42,7 @@ def plot_ops(result: dict[str, Any], path: Path) -> None:
     axes.tick_params(axis="y", labelsize=6)
     axes.set_xlabel("times faster than the fastest of the others")
     axes.set_title(result["machine"]["device"], loc="left", fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_train(result: dict[str, Any], path: Path) -> None:
@@ -51,7 +51,7 @@ def plot_train(result: dict[str, Any], path: Path) -> None:
     panels = {label: found for label, (choose, _) in _GROWTH.items() if len(found := choose(rows)) > 1}
     if not panels:  # a machine on which only the headline was run
         panels = {"stage": [row for row in rows if row["curve"] == "headline"]}
-    figure, grid = _figure(2.7 * len(panels) + 0.6, 4.6, rows=2, columns=len(panels))
+    figure, grid = figure_of(2.7 * len(panels) + 0.6, 4.6, rows=2, columns=len(panels))
     for column, (label, points) in enumerate(panels.items()):
         name = _GROWTH[label][1] if label in _GROWTH else lambda row: str(row["stage"])
         names = [name(row) for row in points]
@@ -59,7 +59,7 @@ def plot_train(result: dict[str, Any], path: Path) -> None:
             (("thousand tokens a second", 1e3, "tokens_per_second"), ("peak memory, GB", 1e9, "peak_bytes"))
         ):
             axes, values = grid[line][column], [(row[key] or 0) / unit for row in points]
-            axes.plot(names, values, marker="o", color=_OURS)
+            axes.plot(names, values, marker="o", color=OURS)
             axes.margins(0.12)
             if label == "shape" and all(values):
                 axes.set_yscale("log")
@@ -82,7 +82,7 @@ def plot_train(result: dict[str, Any], path: Path) -> None:
             if column == 0:
                 axes.set_ylabel(heading)
     figure.suptitle(f"kd on {result['machine']['device']}; {rows[0]['shape']} where no shape is named", fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 Rows = list[dict[str, Any]]
@@ -125,21 +125,21 @@ def plot_synthesize(result: dict[str, Any], path: Path) -> None:
     """A bar for every way of sampling and batch size."""
     rows = result["results"]
     labels = [f"{row['way']}, {row['batch']} at once" for row in rows]
-    figure, axes = _figure(6.5, 0.4 * len(rows) + 1.2)
-    colours = [_OURS if row["way"] == "slots" else _OTHERS[0] for row in rows]
+    figure, axes = figure_of(6.5, 0.4 * len(rows) + 1.2)
+    colours = [OURS if row["way"] == "slots" else OTHERS[0] for row in rows]
     axes.barh(labels[::-1], [row["tokens_per_second"] for row in rows][::-1], color=colours[::-1])
     axes.set_xlabel("tokens a second")
     axes.set_title(f"{result['teacher']}, {result['machine']['device']}", loc="left", fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_inits(result: dict[str, Any], path: Path) -> None:
     """KL of every initialisation: before training, after calibration, after the little training."""
     rows = result["results"]
     stages = list(rows[0]["scores"])
-    figure, axes = _figure(6.5, 0.5 * len(rows) + 1.2)
+    figure, axes = figure_of(6.5, 0.5 * len(rows) + 1.2)
     height = 0.8 / len(stages)
-    for row_of_bars, (stage, colour) in enumerate(zip(reversed(stages), (_OURS, *_OTHERS), strict=False)):
+    for row_of_bars, (stage, colour) in enumerate(zip(reversed(stages), (OURS, *OTHERS), strict=False)):
         places = [index + row_of_bars * height for index in range(len(rows))]
         values = [row["scores"][stage]["kl"] for row in reversed(rows)]
         axes.barh(places, values, height, color=colour, label=stage)
@@ -148,14 +148,14 @@ def plot_inits(result: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("KL to the teacher, nats a token")
     axes.set_title(f"{result['teacher']}, {result['budget']['train']:,} training tokens", loc="left", fontsize=9)
     axes.legend(fontsize=7)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_recipes(result: dict[str, Any], path: Path) -> None:
     """KL against tokens, a panel a text and a line a recipe, both axes logarithmic."""
     sources = result["evaluation"]["sources"]
     names = list(dict.fromkeys(row["recipe"] for row in result["results"]))
-    figure, axes = _figure(4.2 * len(sources) + 0.4, 3.6, columns=len(sources))
+    figure, axes = figure_of(4.2 * len(sources) + 0.4, 3.6, columns=len(sources))
     panels = [axes] if len(sources) == 1 else list(axes[0])
     for panel, source in zip(panels, sources, strict=True):
         for name in names:
@@ -163,7 +163,7 @@ def plot_recipes(result: dict[str, Any], path: Path) -> None:
                 (row for row in result["results"] if row["recipe"] == name), key=lambda row: int(row["tokens"])
             )
             kl = [row["sources"][source]["student"]["kl"] for row in rows]
-            style = {"color": _OURS, "linewidth": 2.2} if name == "best" else {"linewidth": 1.1}
+            style = {"color": OURS, "linewidth": 2.2} if name == "best" else {"linewidth": 1.1}
             panel.plot([row["tokens"] for row in rows], kl, marker="o", markersize=4, label=name, **style)
         panel.set_xscale("log")
         panel.set_yscale("log")
@@ -173,10 +173,11 @@ def plot_recipes(result: dict[str, Any], path: Path) -> None:
     panels[0].legend(fontsize=7)
     title = f"{result['teacher']}, {result['attention']:.0%} attention; {result['machine']['device']}"
     figure.suptitle(title, fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _figure(width: float, height: float, *, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+def figure_of(width: float, height: float, *, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    """A figure of this many inches, and its axes: one, or an array of rows and columns."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -184,6 +185,7 @@ def _figure(width: float, height: float, *, rows: int = 1, columns: int = 1) -> 
     return figure, axes[0][0] if rows == columns == 1 else axes
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Writes the figure, making the folder that it goes to."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

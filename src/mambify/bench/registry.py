@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from mambify.bench import inits, ops, synthesize, train
+from mambify.bench import decode, inits, laws, ops, speculate, synthesize, train, verify
 from mambify.bench.clock import copy_bandwidth
+from mambify.bench.decode_plots import plot_decode, plot_laws, plot_speculate, plot_verify
 from mambify.bench.plot import plot_inits, plot_ops, plot_recipes, plot_synthesize, plot_train
 from mambify.errors import InvalidOptionError, did_you_mean
 from mambify.experiments.registry import EXPERIMENTS
@@ -23,16 +24,16 @@ class Benchmark(NamedTuple):
     """What can be asked of a benchmark.
 
     Attributes:
-        run: (device, progress, only) → result as plain JSON values; where it learns, also ``text`` and ``tokens``.
+        run: (device, progress, only) → result as plain JSON values; by name also those of ``options`` that are given.
         table: the result for people.
         plot: draws the result into a file.
-        learns: takes a text, and a number of tokens to train on.
+        options: what else it can be told.
     """
 
     run: Callable[..., dict[str, Any]]
     table: Callable[[dict[str, Any]], Table]
     plot: Callable[[dict[str, Any], Path], None]
-    learns: bool = False
+    options: tuple[str, ...] = ()
 
 
 #: a new benchmark is a file and a row here
@@ -40,7 +41,11 @@ BENCHMARKS: dict[str, Benchmark] = {
     "ops": Benchmark(ops.run, ops.table, plot_ops),
     "train": Benchmark(train.run, train.table, plot_train),
     "synthesize": Benchmark(synthesize.run, synthesize.table, plot_synthesize),
-    "inits": Benchmark(inits.run, inits.table, plot_inits, learns=True),
+    "decode": Benchmark(decode.run, decode.table, plot_decode),
+    "inits": Benchmark(inits.run, inits.table, plot_inits, ("text", "tokens")),
+    "verify": Benchmark(verify.run, verify.table, plot_verify),
+    "speculate": Benchmark(speculate.run, speculate.table, plot_speculate, ("target", "draft", "prompts")),
+    "laws": Benchmark(laws.run, laws.table, plot_laws, ("target", "draft", "prompts")),
 }
 #: what draws an experiment (:data:`mambify.experiments.registry.EXPERIMENTS`); these are not among ``all``
 EXPERIMENT_PLOTS: dict[str, Callable[[dict[str, Any], Path], None]] = {"recipes": plot_recipes}
@@ -61,34 +66,28 @@ def names_of(name: str) -> list[str]:
 
 
 def run_benchmark(
-    name: str,
-    *,
-    device: str,
-    progress: Progress | None = None,
-    only: str | None = None,
-    text: str | None = None,
-    tokens: int | None = None,
+    name: str, *, device: str, progress: Progress | None = None, only: str | None = None, **options: Any
 ) -> dict[str, Any]:
     """Runs one benchmark; the result says on which machine and which versions.
 
     Args:
         only: leaves out what is not called so: an operation (``ops``), a curve (``train``), a way (``synthesize``),
-            an initialisation (``inits``).
-        text, tokens: for benchmarks that learn; see :func:`mambify.bench.inits.run`.
+            an initialisation (``inits``), a part (``verify``, ``speculate``), parts with commas between them
+            (``decode``).
+        options: see the benchmark's own ``run``.
 
     Raises:
-        InvalidOptionError: there is no such benchmark, nothing in it is called ``only``, or it does not learn and is
-            given something to.
+        InvalidOptionError: there is no such benchmark, nothing in it is called ``only``, or it takes no such option.
     """
     (name,) = names_of(name)
-    learning = {key: value for key, value in (("text", text), ("tokens", tokens)) if value is not None}
-    if learning and not BENCHMARKS[name].learns:
-        raise InvalidOptionError(f"'{name}' trains nothing: --{next(iter(learning))} is for a benchmark that does")
+    for option in options:
+        if option not in BENCHMARKS[name].options:
+            raise InvalidOptionError(f"'{name}' takes no --{option}")
     machine = environment(device) | {
         "load_average": os.getloadavg()[0],  # of the minute before: what else was running
         "copy_bytes_per_second": copy_bandwidth(device),
     }
-    result = BENCHMARKS[name].run(device, progress or (lambda _, __: None), only, **learning)
+    result = BENCHMARKS[name].run(device, progress or (lambda _, __: None), only, **options)
     if not result["results"]:
         raise InvalidOptionError(f"nothing in '{name}' is called '{only}'")
     return {"benchmark": name, "machine": machine} | result

@@ -49,7 +49,8 @@ def _place(s: Shape, inputs: Inputs, *, eager: bool = False, pending: int = _PEN
     return place
 
 
-def _ssd_replay(s: Shape, random: Random, *, fold: bool = False) -> Case:
+def ssd_replay_case(s: Shape, random: Random, *, fold: bool = False, pending: int = _PENDING) -> Case:
+    """Mamba2; ``fold`` takes the state over what is pending as well."""
     inputs = {
         "x": random(s.B, s.T, s.G, s.P),
         "dt": F.softplus(random(s.B, s.T, s.H).float() - 2),
@@ -60,7 +61,7 @@ def _ssd_replay(s: Shape, random: Random, *, fold: bool = False) -> Case:
         "state": random(s.B, s.H, s.P, s.P).float(),
     }
     # Without Δ what is pending changes nothing; reading it and folding it cost the same.
-    place, x = _place(s, inputs, eager=fold), inputs["x"]
+    place, x = _place(s, inputs, eager=fold, pending=pending), inputs["x"]
     ring = SSDRing.zeros(
         1, s.B, place.capacity, H=s.H, G=s.G, P=s.P, N=s.P, dtype=x.dtype, device=x.device
     ).layer(0)  # fmt: skip
@@ -97,7 +98,8 @@ def _lazily(make: Callable[[Inputs], Operation]) -> Operation:
     return run
 
 
-def _selective_replay(s: Shape, random: Random) -> Case:
+def selective_replay_case(s: Shape, random: Random, *, fold: bool = False, pending: int = _PENDING) -> Case:
+    """Mamba1; ``fold`` takes the state over what is pending as well."""
     J, M, U = s.H * s.P // _SUBHEAD, _SUBHEAD, s.P // _SUBHEAD
     inputs = {
         "x": random(s.B, s.T, J, M),
@@ -108,7 +110,7 @@ def _selective_replay(s: Shape, random: Random) -> Case:
         "D": random(J, M).float(),
         "state": random(s.B, J, M, M).float(),
     }
-    place, x = _place(s, inputs), inputs["x"]
+    place, x = _place(s, inputs, eager=fold, pending=pending), inputs["x"]
     ring = SelectiveRing.zeros(
         1, s.B, place.capacity, J=J, M=M, G=s.G, U=U, N=M, dtype=x.dtype, device=x.device
     ).layer(0)  # fmt: skip
@@ -149,8 +151,8 @@ def _conv_replay(s: Shape, random: Random) -> Case:
 
 
 REPLAY_MAKERS: dict[str, Callable[[Shape, Random], Case]] = {
-    "ssd_replay": _ssd_replay,
-    "ssd_replay_folding": partial(_ssd_replay, fold=True),
-    "selective_replay": _selective_replay,
+    "ssd_replay": ssd_replay_case,
+    "ssd_replay_folding": partial(ssd_replay_case, fold=True),
+    "selective_replay": selective_replay_case,
     "conv_replay": _conv_replay,
 }

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from mambify.bench.clock import matmul_peak, seconds_of
-from mambify.config import HybridConfig
+from mambify.bench.shapes import SHAPES, model_of_shape
 from mambify.conversion import apply_plan, plan
 from mambify.distill.arguments import use_bfloat16
 from mambify.distill.checkpoints import trained_parameters
@@ -44,28 +44,6 @@ from mambify.distill.trainer import DistillationStage, scale_gradients
 from mambify.model import HybridForCausalLM
 
 _WARM_UP, _STEPS = 3, 10  # of processes together
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a Transformer."""
-
-    vocabulary: int
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    groups: int
-    head_dim: int
-    tied: bool = True
-
-
-SHAPES = {
-    "tiny": Shape(512, 64, 128, 4, 4, 2, 16),
-    "135M": Shape(49_152, 576, 1536, 30, 9, 3, 64),  # SmolLM2-135M
-    "1B": Shape(128_256, 2048, 8192, 16, 32, 8, 64),  # Llama 3.2 1B
-    "8B": Shape(128_256, 4096, 14_336, 32, 32, 8, 128, tied=False),  # Llama 3 8B
-}
 
 
 @dataclass(frozen=True)
@@ -106,7 +84,7 @@ CASES: dict[str, list[Case]] = {
         *(Case("size", stage, "8B", 2048, 2) for stage in ("align", "kd")),
         *(Case("size", "kd", "8B", 2048, 1, plain=plain) for plain in (False, True)),
         Case("size", "kd", "8B", 2048, 8, checkpointing=True),
-        *(Case("processes", stage, "1B", 2048, 8) for stage in ("align", "kd")),
+        *(Case("processes", stage, "1B", 2048, n) for n in (8, 32) for stage in ("align", "kd")),
     ],
 }
 
@@ -240,29 +218,9 @@ def build_step(case: Case, processes: Processes, *, graph: bool = True) -> tuple
 
 
 def _teacher(case: Case, device: str) -> HybridForCausalLM:
-    s = SHAPES[case.shape]
-    config = HybridConfig(
-        vocab_size=s.vocabulary,
-        hidden_size=s.hidden,
-        intermediate_size=s.intermediate,
-        num_hidden_layers=s.layers,
-        num_attention_heads=s.heads,
-        num_key_value_heads=s.groups,
-        head_dim=s.head_dim,
-        tie_word_embeddings=s.tied,
-        max_position_embeddings=max(case.context, 2048),
-        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
-        ops_backend=case.ops,
-    )
     dtype = torch.bfloat16 if use_bfloat16("auto", torch.device(device).type) else torch.float32
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # weights are drawn where and as they are used: 8B in float32 would not fit
-    try:
-        with torch.device(device):
-            model: HybridForCausalLM = HybridForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(before)
-    return model
+    positions = max(case.context, 2048)
+    return model_of_shape(case.shape, device, dtype, max_position_embeddings=positions, ops_backend=case.ops)
 
 
 def _module(case: Case, teacher: HybridForCausalLM) -> DistillationStage:

@@ -21,12 +21,13 @@ def bench(
         str,
         typer.Argument(
             metavar="NAME",
-            help="ops, train, synthesize, inits, or all of these; recipes; paper-table-6, -7, -8, -9.",
+            help="ops, train, synthesize, inits, decode, verify, speculate, laws, or all; recipes; "
+            "paper-table-6, -7, -8, -9.",
         ),
     ],
     only: Annotated[
         str | None,
-        typer.Option(help="A part: one operation (ops), curve (train), way (synthesize), initialisation (inits)."),
+        typer.Option(help="A part: an operation (ops), curve (train), way (synthesize), initialisation (inits), part."),
     ] = None,
     tokens: Annotated[
         str | None, typer.Option(help="To train each student on: 1M; several in recipes: 5M,20M; 0 in inits: none.")
@@ -34,6 +35,13 @@ def bench(
     recipes: Annotated[str | None, typer.Option(help="Presets: paper,best; tables take one.")] = None,
     attention: Annotated[float | None, typer.Option(help="Share of layers that keep attention.")] = None,
     teacher: Annotated[str | None, typer.Option(help="What is distilled; smollm2 by default.")] = None,
+    target: Annotated[str | None, typer.Option(help="Model to make faster (speculate).")] = None,
+    draft: Annotated[
+        list[str] | None, typer.Option(help="What drafts for it: a model, lookup or cut:2; repeat for several.")
+    ] = None,
+    prompts: Annotated[
+        list[Path] | None, typer.Option(help="Questions, as Spec-Bench's question.jsonl (speculate).")
+    ] = None,
     data: Annotated[
         list[Path] | None, typer.Option(help="Synthesized text to train and be scored on; else sampled first.")
     ] = None,
@@ -75,6 +83,9 @@ def bench(
             "recipes": recipes,
             "attention": attention,
             "teacher": teacher,
+            "target": target,
+            "draft": draft,
+            "prompts": prompts,
             "data": data,
             "text": text,
             "instruct": instruct,
@@ -113,7 +124,7 @@ def bench(
         require_matplotlib()
     if only is not None and len(names) > 1:
         raise InvalidOptionError("--only names a part of one benchmark: name the benchmark instead of 'all'")
-    taken = {each: ("only", *(("text", "tokens") if row.learns else ())) for each, row in BENCHMARKS.items()}
+    taken = {each: ("only", *row.options) for each, row in BENCHMARKS.items()}
     for each in names:
         experiments.refuse_others(each, given, taken | {row: one.options for row, one in EXPERIMENTS.items()})
     if name in EXPERIMENTS:
@@ -129,10 +140,14 @@ def _measure(
     from mambify.bench.registry import BENCHMARKS, run_benchmark
     from mambify.distill.parallel import leave, process_rank
 
-    text, tokens, quiet = given.get("text", []), given.get("tokens"), json == _STDOUT
-    if len(text) > 1:
-        raise InvalidOptionError(f"'{name}' takes one --text")
-    count = None if tokens is None else 0 if tokens.strip() == "0" else options.parse_tokens(tokens)
+    quiet = json == _STDOUT
+    said = {option: value for option, value in given.items() if option != "only"}
+    if "text" in said:
+        if len(said["text"]) > 1:
+            raise InvalidOptionError(f"'{name}' takes one --text")
+        (said["text"],) = said["text"]
+    if "tokens" in said:
+        said["tokens"] = 0 if said["tokens"].strip() == "0" else options.parse_tokens(said["tokens"])
     place = options.pick_device(device)
     results = []
     first = process_rank() == 0
@@ -144,9 +159,8 @@ def _measure(
                     each,
                     device=place,
                     only=given.get("only"),
-                    text=text[0] if text else None,
-                    tokens=count,
                     progress=lambda done, total, task=task: bars.update(task, completed=done, total=total),  # type: ignore[misc]
+                    **said,
                 )
             )
     leave()

@@ -24,21 +24,28 @@ def chat(
     temperature: options.Temperature = 0.7,
     top_k: options.TopK = 0,
     top_p: options.TopP = 0.95,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    stop: options.Stop = None,
     seed: options.Seed = 0,
     draft: options.Draft = None,
     num_draft_tokens: options.NumDraftTokens = "4",
     device: options.Device = None,
     dtype: options.Dtype = "auto",
+    stats: options.Stats = False,
 ) -> None:
     """Talk with a model in the terminal.
 
     /reset forgets the conversation; /exit or Ctrl-D ends it. Lines from a pipe are answered one by one.
     """
     quiet_libraries()
-    from mambify.decode import Conversation, Sampling, speculator, stop_ids, stream_text
+    from mambify.decode import Conversation, Sampling, Session, stop_strings
+    from mambify.decode.rows import require_count
     from mambify.families.load import load, require_tokenizer
 
-    sampling = Sampling(temperature, top_k, top_p, max_new_tokens)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    require_count(max_new_tokens)
+    strings = stop_strings(stop)
     counts = options.parse_draft_counts(num_draft_tokens)
     place = options.pick_device(device)
     with working(f"loading {model}"):
@@ -52,18 +59,18 @@ def chat(
         raise InvalidOptionError(
             f"--max-new-tokens {max_new_tokens} leaves no room: {model} reads {reads} tokens in all"
         )
-    decoder = None
-    if draft is not None:
-        decoder = speculator(
-            loaded.model,
-            options.load_draft(draft, loaded.model, device=place),
-            sampling,
-            max_length=limit + max_new_tokens,
-            stop_ids=sorted(stop_ids(loaded.model, tokenizer)),
-            num_draft_tokens=counts,
-        )
-    conversation = Conversation(tokenizer, system=system, max_prompt_tokens=limit)
     console = stderr()
+    session = Session(
+        loaded.model,
+        tokenizer,
+        sampling,
+        max_length=limit + max_new_tokens,
+        draft=options.load_draft(draft, target=loaded, device=place),
+        num_draft_tokens=counts,
+        stop=strings,
+        on_growth=lambda holds: console.print(f"(buffers now hold {holds:,} tokens)", style="dim"),
+    )
+    conversation = Conversation(tokenizer, system=system, max_prompt_tokens=limit)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         console.print(_HELP, style="dim")
@@ -86,13 +93,14 @@ def chat(
             console.print(f"({num_dropped} earlier exchanges no longer fit and are forgotten)", style="dim")
         said: list[str] = []
         with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends the answer, not the conversation
-            stream = stream_text(loaded.model, tokenizer, prompt_ids, sampling, seed=seed + turn, speculator=decoder)
-            for piece in stream:
+            for piece in session.answer(prompt_ids, max_new_tokens=max_new_tokens, seed=seed + turn):
                 said.append(piece)
                 sys.stdout.write(piece)
                 sys.stdout.flush()
         sys.stdout.write("\n")
         conversation.answer("".join(said))
+        if stats and (speed := session.speed(with_bandwidth=True)) is not None:
+            console.print(speed.line(), style="dim", markup=False, soft_wrap=True)
 
 
 def _lines(*, interactive: bool) -> Iterator[str]:

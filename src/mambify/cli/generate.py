@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from mambify.decode.text import Message
-    from mambify.engine import Statistics
 
 EXAMPLE = 'mambify generate smollm2 "Why is the sky blue?" --max-new-tokens 100'
 
@@ -30,6 +29,9 @@ def generate(
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,
     top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    stop: options.Stop = None,
     seed: options.Seed = 0,
     draft: options.Draft = None,
     num_draft_tokens: options.NumDraftTokens = "4",
@@ -39,6 +41,7 @@ def generate(
     system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
+    stats: options.Stats = False,
     json: options.Json = False,
 ) -> None:
     """Answer a prompt, streaming.
@@ -48,10 +51,13 @@ def generate(
     if prompt == "-":
         prompt = sys.stdin.read()
     quiet_libraries()
-    from mambify.decode import Sampling, encode_prompt, speculator, stop_ids, stream_text
+    from mambify.decode import Sampling, Session, encode_prompt, stop_strings
+    from mambify.decode.rows import require_count, require_positions
     from mambify.families.load import load, require_tokenizer
 
-    sampling = Sampling(temperature, top_k, top_p, max_new_tokens)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    require_count(max_new_tokens)
+    strings = stop_strings(stop)
     counts = options.parse_draft_counts(num_draft_tokens)
     place = options.pick_device(device)
     with working(f"loading {model}", quiet=json):
@@ -59,18 +65,19 @@ def generate(
     tokenizer = require_tokenizer(loaded)
     asked = _as_asked(tokenizer, prompt, chat=chat, system=system)
     prompt_ids = encode_prompt(tokenizer, asked)
-    decoder = None
-    if draft is not None:
-        decoder = speculator(
-            loaded.model,
-            options.load_draft(draft, loaded.model, device=place, quiet=json),
-            sampling,
-            max_length=len(prompt_ids) + max_new_tokens,
-            stop_ids=sorted(stop_ids(loaded.model, tokenizer)),
-            num_draft_tokens=counts,
-        )
+    require_positions(loaded.model, len(prompt_ids), max_new_tokens)
+    session = Session(
+        loaded.model,
+        tokenizer,
+        sampling,
+        max_length=len(prompt_ids) + max_new_tokens,
+        first=len(prompt_ids) + max_new_tokens,
+        draft=options.load_draft(draft, target=loaded, device=place, quiet=json),
+        num_draft_tokens=counts,
+        stop=strings,
+    )
     start = time.perf_counter()
-    stream = stream_text(loaded.model, tokenizer, prompt_ids, sampling, seed=seed, speculator=decoder)
+    stream = session.answer(prompt_ids, max_new_tokens=max_new_tokens, seed=seed)
     pieces: list[str] = []
     for piece in stream:
         pieces.append(piece)
@@ -80,9 +87,11 @@ def generate(
     seconds = time.perf_counter() - start
     if not json:
         sys.stdout.write("\n")
-        if decoder is not None:
-            stderr().print(speed_of(decoder.statistics, seconds), style="dim", markup=False)
+        speed = session.speed(with_bandwidth=stats) if stats or draft is not None else None
+        if speed is not None:
+            stderr().print(speed.line(), style="dim", markup=False, soft_wrap=True)
         return
+    speed = session.speed(with_bandwidth=stats)
     result: dict[str, Any] = {
         "model": model,
         "prompt": prompt,
@@ -91,28 +100,21 @@ def generate(
         "num_prompt_tokens": len(prompt_ids),
         "num_new_tokens": stream.num_tokens,
         "ended": stream.ended,
+        "stop": stream.stop,
         "seconds": round(seconds, 4),
         "tokens_per_second": round(stream.num_tokens / seconds, 2),
     }
-    if decoder is not None:
-        found = decoder.statistics
-        result["speculation"] = {
-            "draft": draft,
-            "num_draft_tokens": counts,
-            "rounds_by_num_draft_tokens": found.rounds,
-            "tokens_per_round": round(found.tokens_per_round, 3),
-            "acceptance_by_position": [round(share, 4) for share in found.acceptance_by_position],
-        }
+    if speed is not None:
+        result |= speed.facts()
+        if draft is not None:
+            result["speculation"] = {
+                "draft": draft,
+                "num_draft_tokens": counts,
+                "rounds_by_num_draft_tokens": speed.drafted,
+                "tokens_per_round": round(speed.tokens_per_round, 3),
+                "acceptance_by_position": [round(share, 4) for share in speed.acceptance_by_position],
+            }
     print_json(result)
-
-
-def speed_of(statistics: Statistics, seconds: float) -> str:
-    """One line on what speculation did."""
-    shares = ", ".join(f"{share:.0%}" for share in statistics.acceptance_by_position)
-    return (
-        f"{statistics.tokens} tokens, {statistics.tokens / seconds:.1f} a second, {statistics.tokens_per_round:.2f} a "
-        f"round; accepted by position: {shares}"
-    )
 
 
 def _as_asked(

@@ -57,16 +57,22 @@ def _show(facts: dict[str, Any]) -> None:
     table = facts_table()
     table.add_row("model", facts["model"])
     hybrid = f"hybrid, {converted} of {facts['num_layers']} layers converted, from the {facts['family']} family"
-    table.add_row("kind", hybrid if converted else f"Transformer of the {facts['family']} family")
+    whole = "pure Mamba" if facts["pure_mamba"] else "Transformer"
+    table.add_row("kind", hybrid if converted else f"{whole} of the {facts['family']} family")
     if facts["base"] is not None:
         table.add_row("weights", f"of the mixers only; the others are those of {facts['base']}")
     table.add_row("layers", layer_map(facts["layers"]))
     table.add_row("parameters", f"{compact(facts['parameters'])} ({facts['dtype']})")
-    table.add_row("hidden size", f"{facts['hidden_size']}, feed-forward {facts['intermediate_size']}")
-    table.add_row(
-        "heads",
-        f"{facts['num_attention_heads']} query, {facts['num_key_value_heads']} key/value, of {facts['head_dim']}",
-    )
+    if (pure := facts["pure_mamba"]) is not None:
+        table.add_row("hidden size", f"{facts['hidden_size']}, inner {pure['inner_size']}, no feed-forward")
+        groups = f"; {pure['num_heads']} heads in {pure['num_groups']} groups" if pure["num_heads"] else ""
+        table.add_row("state", f"{pure['state_size']} a channel{groups}")
+    else:
+        table.add_row("hidden size", f"{facts['hidden_size']}, feed-forward {facts['intermediate_size']}")
+        table.add_row(
+            "heads",
+            f"{facts['num_attention_heads']} query, {facts['num_key_value_heads']} key/value, of {facts['head_dim']}",
+        )
     if facts["sliding_window"]:
         table.add_row("window", f"{facts['sliding_window']} tokens")
     table.add_row("positions", f"{facts['max_position_embeddings']:,}")

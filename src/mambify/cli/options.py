@@ -11,6 +11,8 @@ from mambify.errors import InvalidOptionError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from mambify.families.load import LoadedModel
+
 Teacher = Annotated[str, typer.Argument(metavar="TEACHER", help="Hub id, directory, file.gguf, or an alias: smollm2.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A student's directory, or anything a teacher may be.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; the GPU where there is one by default.")]
@@ -21,6 +23,16 @@ MaxNewTokens = Annotated[int, typer.Option(help="Length limit of the answer, in 
 Temperature = Annotated[float, typer.Option(help="0: always the likeliest token; 1: the model's own distribution.")]
 TopK = Annotated[int, typer.Option(help="Draw among this many likeliest tokens; 0 for all.")]
 TopP = Annotated[float, typer.Option(help="Draw among the likeliest tokens that hold this probability; 1 for all.")]
+MinP = Annotated[
+    float, typer.Option(help="Draw among tokens at least this times as likely as the likeliest; 0 for all.")
+]
+RepetitionPenalty = Annotated[
+    float, typer.Option(help="Above 1: tokens that occurred, in the prompt too, become less likely; 1 for none.")
+]
+Stop = Annotated[
+    list[str] | None, typer.Option(help=r"A string at which the answer ends, without it; several may be given.")
+]
+Stats = Annotated[bool, typer.Option("--stats", help="Say at the end how fast it was, of what the device can do.")]
 Draft = Annotated[
     str | None,
     typer.Option(
@@ -58,18 +70,30 @@ def pick_device(name: str | None) -> str:
     return name
 
 
-def load_draft(name: str, target: Any, *, device: str, quiet: bool = False) -> Any:
-    """The model that ``--draft`` names, in the target's dtype; ``lookup`` and ``cut:2`` as they are."""
-    from mambify.cli.console import working
-    from mambify.decode.speculative import is_made_of_target, share_with_target
-    from mambify.families.load import load
+def load_draft(name: str | None, *, target: LoadedModel, device: str, quiet: bool = False) -> Any:
+    """The model that ``--draft`` names, in the target's dtype; ``"lookup"``, ``"cut:2"`` and ``None`` as they are.
 
-    if is_made_of_target(name):
+    What it has of the target is in memory once.
+
+    Raises:
+        InvalidOptionError: its vocabulary is of another size than the target's.
+        TokenizerMismatchError: its tokenizer gives other ids than the target's.
+    """
+    from mambify.cli.console import working
+    from mambify.decode.drafts import is_made_of_target, share_with_target
+    from mambify.engine import require_same_vocabulary
+    from mambify.families.load import load
+    from mambify.tokenization import require_same_tokenizer
+
+    if name is None or is_made_of_target(name):
         return name
     with working(f"loading {name}", quiet=quiet):
-        draft = load(name, dtype=target.dtype, device=device, with_tokenizer=False).model
-    share_with_target(draft, target)
-    return draft
+        loaded = load(name, dtype=target.model.dtype, device=device)
+    require_same_vocabulary(target.model.config, loaded.model.config)
+    if target.tokenizer is not None and loaded.tokenizer is not None:
+        require_same_tokenizer(target.tokenizer, loaded.tokenizer, names=("target", "draft"))
+    share_with_target(loaded.model, target.model)
+    return loaded.model
 
 
 def parse_draft_counts(text: str) -> int | tuple[int, int] | str:

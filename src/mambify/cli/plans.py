@@ -35,8 +35,17 @@ def describe_model(config: HybridConfig) -> dict[str, Any]:
         "tied_embeddings": config.tie_word_embeddings,
         "dtype": _dtype_name(config),
         "parameters": parameters,
+        "pure_mamba": _pure_mamba(config),
         "state_bytes": sequence_bytes(config),
     }
+
+
+def _pure_mamba(config: HybridConfig) -> dict[str, int | None] | None:
+    """Sizes that only a pure Mamba model has; None for others."""
+    if not config.stock_layers:
+        return None
+    names = ("inner_size", "state_size", "num_heads", "num_groups", "dt_rank")
+    return {name: getattr(config, f"ssm_{name}") for name in names}
 
 
 def describe_plan(planned: ConversionPlan) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 
 from mambify.config import ATTENTION, HybridConfig
 from mambify.conversion.init import INITIALISATIONS
-from mambify.errors import InvalidOptionError, did_you_mean
+from mambify.errors import InvalidOptionError, UnsupportedError, did_you_mean
 from mambify.families.load import empty_model
 from mambify.mixers import MIXERS, Mixer
 
@@ -77,7 +77,12 @@ def plan(
 
     Raises:
         InvalidOptionError: a ratio or layer out of range, an unknown mixer or initialisation.
+        UnsupportedError: attention is to be replaced in a pure Mamba model.
     """
+    if len(config.stock_layers) == config.num_hidden_layers and (attention_layers is not None or attention < 1.0):
+        raise UnsupportedError(
+            f"{config.teacher or 'this model'} is a pure Mamba model: it has no attention that could be replaced"
+        )
     choices = {name: cls for name, cls in MIXERS.items() if cls.starts}
     if mixer not in choices:
         raise InvalidOptionError(f"unknown mixer '{mixer}': {did_you_mean(mixer, choices)}")

@@ -14,7 +14,7 @@ import torch
 from mambify.data.chat import ChatFormat, Message, chat_format, decode, document_end, document_start
 from mambify.data.documents import DEFAULT_HELDOUT, Document, Kind, conversation_document, document_id
 from mambify.data.sample import sample_continuations
-from mambify.engine import DecodeEngine, Drawing, Turn
+from mambify.engine import DecodeEngine, Sampling, Turn
 from mambify.errors import InvalidOptionError, UnsupportedError, did_you_mean
 from mambify.model import HybridForCausalLM
 
@@ -111,7 +111,7 @@ class Sampler:
                 num_slots=s.batch_size,
                 max_length=self.longest + 1,
                 max_given=max([self.longest_prompt, *map(len, given)], default=1),
-                drawing=Drawing(s.temperature, s.top_k, s.top_p),
+                sampling=Sampling(s.temperature, s.top_k, s.top_p),
                 stop_ids=sorted(self.stops),
             )
 

@@ -1,24 +1,33 @@
-"""Running a model: drawing the next token, token ids from token ids, text from text."""
+"""Running a model: token ids from token ids, text from text."""
 
 from __future__ import annotations
 
 from mambify.decode.conversation import Conversation
+from mambify.decode.decoder import decoder_for, speculator
+from mambify.decode.detokenizer import Detokenizer
 from mambify.decode.generate import generate
-from mambify.decode.sampling import Sampling
-from mambify.decode.speculative import speculator
-from mambify.decode.stream import TextStream, generate_text, stream_text
-from mambify.decode.text import Detokenizer, Message, encode_prompt, stop_ids
+from mambify.decode.session import Session
+from mambify.decode.speed import Speed
+from mambify.decode.stop import Cutter, stop_strings
+from mambify.decode.stream import TextStream, stream, stream_tokens
+from mambify.decode.text import Message, encode_prompt, stop_ids
+from mambify.engine import Sampling
 
 __all__ = [
     "Conversation",
+    "Cutter",
     "Detokenizer",
     "Message",
     "Sampling",
+    "Session",
+    "Speed",
     "TextStream",
+    "decoder_for",
     "encode_prompt",
     "generate",
-    "generate_text",
     "speculator",
     "stop_ids",
-    "stream_text",
+    "stop_strings",
+    "stream",
+    "stream_tokens",
 ]

@@ -1,79 +1,93 @@
-"""The decoding loop itself: prefill once, then one token a step, each yielded as soon as it is known.
+"""The loop for models of transformers that are not of this package: one token a step through the model's own cache.
 
 Letters: B batch, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from mambify.decode.sampling import Sampling
+from mambify.engine import Sampling
+from mambify.engine.speculate import NUMBERS
 from mambify.errors import InvalidOptionError
+from mambify.ops.draw import draw_tokens, penalise, uniform
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@torch.no_grad()
-def decode_steps(
-    model: PreTrainedModel,
-    input_ids_BT: Tensor,
-    sampling: Sampling,
-    *,
-    attention_mask_BT: Tensor | None = None,
-    seed: int | None = None,
-) -> Iterator[Tensor]:
-    """Yields the next token of every row, ``[B]``, ``sampling.max_new_tokens`` times unless the caller stops before.
-
-    Knows nothing of ends: a row goes on after its end token, and whoever reads it ignores that. The forward pass of a
-    token runs when the one after it is asked for, so stopping early costs nothing.
+class StepDecoder:
+    """What :class:`mambify.engine.Speculator` is to this package's models, without slots, drafts or graphs.
 
     Args:
         model: a causal language model of transformers' kind.
-        attention_mask_BT: 0 where a row is padded, on the left.
-        seed: of the draws; torch's global generator where ``None``.
-
-    Raises:
-        InvalidOptionError: an empty prompt, or padding on the right.
+        stop_ids: tokens that end a row.
     """
-    mask_BT, position_ids = left_padding(input_ids_BT, attention_mask_BT)
-    generator = None if seed is None else torch.Generator(input_ids_BT.device).manual_seed(seed)
-    tokens_BT, cache = input_ids_BT, None  # the model makes the kind of cache it needs
-    for step in range(sampling.max_new_tokens):
-        if step and mask_BT is not None and position_ids is not None:
-            mask_BT = torch.nn.functional.pad(mask_BT, (0, 1), value=1)
-            position_ids = position_ids[:, -1:] + 1
-        output = model(
-            input_ids=tokens_BT,
-            attention_mask=mask_BT,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        cache = output.past_key_values
-        next_B = sampling.draw(output.logits[:, -1], generator)
-        yield next_B
-        tokens_BT = next_B[:, None]
 
+    def __init__(self, model: PreTrainedModel, sampling: Sampling, *, stop_ids: Sequence[int]) -> None:
+        self.model, self.sampling, self.stop_ids = model, sampling, frozenset(stop_ids)
+        self._dismissed: set[int] = set()
 
-def left_padding(input_ids_BT: Tensor, mask_BT: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The mask, and positions that count from each row's first token; both None where nothing is padded."""
-    if input_ids_BT.dim() != 2 or not input_ids_BT.numel():
-        raise InvalidOptionError(f"input_ids must be [B, T] and not empty, got shape {list(input_ids_BT.shape)}")
-    if mask_BT is None:
-        return None, None
-    if mask_BT.shape != input_ids_BT.shape:
-        raise InvalidOptionError(
-            f"attention_mask has shape {list(mask_BT.shape)}, input_ids {list(input_ids_BT.shape)}"
-        )
-    mask_BT = mask_BT.long()
-    if bool(mask_BT.all()):
-        return None, None
-    if not bool(mask_BT[:, -1].all()) or bool((mask_BT.diff(dim=-1) < 0).any()):
-        raise InvalidOptionError("prompts of different lengths must be padded on the left: attention_mask 0…0 1…1")
-    return mask_BT, (mask_BT.cumsum(-1) - 1).clamp(min=0)
+    @torch.no_grad()
+    def run(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, seeds: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Yields (number of a prompt, its next token) as they come, stop tokens included; all rows at once.
+
+        The forward pass of a token runs when the one after it is asked for, so stopping early costs nothing.
+
+        Raises:
+            InvalidOptionError: an empty prompt, or a wrong number of seeds.
+        """
+        if not all(map(len, prompts)):
+            raise InvalidOptionError("the prompt is empty")
+        seeds = self.sampling.seeds(len(prompts)) if seeds is None else seeds
+        device, settings = self.model.device, self.sampling.settings()
+        width = max(map(len, prompts))
+        tokens_BT = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
+        length_B = torch.tensor([len(ids) for ids in prompts], device=device)
+        mask_BT = (torch.arange(width, device=device) >= width - length_B[:, None]).long()
+        padded = not bool(mask_BT.all())
+        seed_B = torch.tensor(list(seeds), device=device)
+        seen_BV = None
+        self._dismissed.clear()
+        active = list(range(len(prompts)))
+        cache = None  # the model makes the kind of cache it needs
+        for step in range(max_new_tokens):
+            if step:
+                mask_BT = torch.nn.functional.pad(mask_BT, (0, 1), value=1)
+            positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)[:, -tokens_BT.shape[1] :]
+            output = self.model(
+                input_ids=tokens_BT,
+                attention_mask=mask_BT if padded else None,
+                position_ids=positions_BT if padded else None,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache, logits_BV = output.past_key_values, output.logits[:, -1]
+            if self.sampling.penalises:
+                if seen_BV is None:
+                    seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
+                    for row, ids in enumerate(prompts):
+                        seen_BV[row, list(ids)] = True
+                else:
+                    seen_BV.scatter_(1, tokens_BT, True)
+                logits_BV = penalise(logits_BV[:, None], seen_BV, penalty=self.sampling.repetition_penalty)[:, 0]
+            number_B = uniform(seed_B, (length_B - 1 + step) * NUMBERS)  # the engine's, so that seeds mean the same
+            next_B = draw_tokens(logits_BV, number_B, **settings)
+            tokens_BT = next_B[:, None]
+            for row, token in enumerate(next_B.tolist()):
+                if row in active:
+                    yield row, [token]
+                    if token in self.stop_ids or row in self._dismissed:
+                        active.remove(row)
+            if not active:
+                return
+
+    def dismiss(self, number: int) -> None:
+        """Ends a row of the present run before its time: to be called between two tokens of :meth:`run`."""
+        self._dismissed.add(number)

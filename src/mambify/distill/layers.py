@@ -72,7 +72,7 @@ class LayerPair(nn.Module):
 def student_units(block: HybridBlock, *, backward_follows: bool = False) -> Iterator[Unit]:
     """What of a student's layer trains, in units apart from what is frozen; a mixer's matrices each alone."""
     for child in (block.mixer, block.mlp, block.input_layernorm, block.post_attention_layernorm):
-        if any(p.requires_grad for p in child.parameters()):
+        if child is not None and any(p.requires_grad for p in child.parameters()):
             yield from mixer_units(child, backward_follows=backward_follows)
 
 

@@ -149,10 +149,12 @@ def modules_of(student: HybridForCausalLM, part: str) -> Iterator[nn.Module]:
     for block in student.model.layers:
         assert isinstance(block, HybridBlock)
         kept = isinstance(block.mixer, AttentionMixer)
-        if part == "mlp":
+        if part == "mlp" and block.mlp is not None:
             yield block.mlp
         if part == "rest":
-            yield from (block.input_layernorm, block.post_attention_layernorm)
+            yield block.input_layernorm
+            if block.post_attention_layernorm is not None:
+                yield block.post_attention_layernorm
         if part == ("rest" if kept else "mixer"):
             yield block.mixer
 

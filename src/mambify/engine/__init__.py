@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from mambify.engine.engine import DecodeEngine, Turn
-from mambify.engine.slots import Drawing
-from mambify.engine.speculate import Speculator, Statistics
+from mambify.engine.pace import DraftCount
+from mambify.engine.sampling import Sampling
+from mambify.engine.speculate import Speculator, require_same_vocabulary
+from mambify.engine.statistics import Statistics
 
-__all__ = ["DecodeEngine", "Drawing", "Speculator", "Statistics", "Turn"]
+__all__ = ["DecodeEngine", "DraftCount", "Sampling", "Speculator", "Statistics", "Turn", "require_same_vocabulary"]

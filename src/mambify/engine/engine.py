@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mambify.engine.memory import check_memory
 from mambify.engine.recording import recorded
-from mambify.engine.slots import Drawing, Slots
+from mambify.engine.sampling import Sampling
+from mambify.engine.slots import Slots
 from mambify.errors import InvalidOptionError
-from mambify.mixers import MIXERS
 from mambify.model import HybridForCausalLM
 
 _WINDOW = 4  # steps between two looks of the host
@@ -88,7 +89,7 @@ class DecodeEngine:
         stop_ids: tokens that end a turn.
 
     Raises:
-        InvalidOptionError: the buffers do not fit the device's free memory.
+        InvalidOptionError: the buffers do not fit the device's free memory, or a repetition penalty.
     """
 
     def __init__(
@@ -97,35 +98,28 @@ class DecodeEngine:
         *,
         num_slots: int,
         max_length: int,
-        drawing: Drawing,
+        sampling: Sampling,
         stop_ids: Sequence[int],
         max_given: int = 64,
     ) -> None:
         self._model = model
-        self._check_memory(num_slots, max_length)
+        if sampling.penalises:
+            raise InvalidOptionError("many sequences at once are drawn without repetition_penalty: leave it at 1")
+        check_memory([model], num_slots=num_slots, length=max_length, most_new=1)
         with torch.inference_mode():
             self._slots = Slots(
-                model, num_slots=num_slots, length=max_length, num_forced=max_given, drawing=drawing, stop_ids=stop_ids
+                model,
+                num_slots=num_slots,
+                length=max_length,
+                num_forced=max_given,
+                sampling=sampling,
+                stop_ids=stop_ids,
             )
         self._sizes = [num_slots]
         while self._sizes[-1] // 2 >= _SMALLEST:
             self._sizes.append(self._sizes[-1] // 2)
         with torch.inference_mode():  # no slot is active yet, so the trial runs change none
             self._steps = {size: recorded(partial(self._slots.step, size), model.device) for size in self._sizes}
-
-    def _check_memory(self, num_slots: int, max_length: int) -> None:
-        """Before anything is allocated: what the slots carry must leave a tenth of the free memory for the step."""
-        device, config = self._model.device, self._model.config
-        if device.type != "cuda":
-            return
-        mixers = [MIXERS[name] for name in config.layer_mixers or ()]
-        one = sum(mixer.state_bytes(config, max_length, self._model.dtype.itemsize) for mixer in mixers)
-        free = torch.cuda.mem_get_info(device)[0]
-        if num_slots * one > 0.9 * free:
-            raise InvalidOptionError(
-                f"{num_slots} sequences of {max_length} tokens carry {num_slots * one / 1e9:.1f} GB and "
-                f"{free / 1e9:.1f} GB are free: lower batch_size to {max(1, int(0.9 * free / one))} or less"
-            )
 
     @torch.inference_mode()
     def run(self, speakers: Sequence[Speaker]) -> None:

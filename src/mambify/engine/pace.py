@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 from mambify.errors import InvalidOptionError
 
+#: what may be asked for: a number, the least and the most, or ``"auto"``
+DraftCount: TypeAlias = int | tuple[int, int] | str
 #: the most tokens that a round may draft
 MOST_DRAFTED = 16
 #: K where it is chosen as the text goes on
@@ -27,7 +30,7 @@ _FADES = 256  # rounds of a slot after which a count weighs 1/e
 _FOLLOWS = 0.2  # weight of the newest reading of what rounds take longer
 
 
-def draft_counts(num_draft_tokens: int | tuple[int, int] | str) -> tuple[int, ...]:
+def draft_counts(num_draft_tokens: DraftCount) -> tuple[int, ...]:
     """The K that a run may choose from: of ``4`` itself, of ``(2, 6)`` 2 to 6, of ``"auto"`` 1 to 8.
 
     Raises:

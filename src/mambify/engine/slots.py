@@ -10,31 +10,17 @@ dimension, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from mambify.config import LINEAR
+from mambify.engine.sampling import Sampling
 from mambify.mixers import MixerContext, RecurrentState
 from mambify.mixers.attention import SlotKV
 from mambify.model import HybridBlock, HybridForCausalLM
 from mambify.ops.draw import draw_tokens, uniform
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """The distribution tokens are drawn from; see :func:`mambify.ops.draw.draw_tokens`."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-
-    def settings(self) -> dict[str, Any]:
-        """As keyword arguments of operations."""
-        return asdict(self)
 
 
 @dataclass
@@ -105,10 +91,10 @@ class Slots:
         num_slots: int,
         length: int,
         num_forced: int,
-        drawing: Drawing,
+        sampling: Sampling,
         stop_ids: Sequence[int],
     ) -> None:
-        self.model, self.drawing = model, drawing
+        self.model, self.sampling = model, sampling
         self.num_slots, self.length = num_slots, length
         device = model.device
         self.control = Control.empty(num_slots, length, max(num_forced, 1), device)
@@ -134,7 +120,7 @@ class Slots:
         """Reads each slot's token and finds its next one, in place, for the first ``slots`` of them."""
         c = self.control.first(slots)
         logits_SV = self._forward(c)
-        drawn_S = draw_tokens(logits_SV, uniform(c.seed_S, c.length_S), **self.drawing.settings())
+        drawn_S = draw_tokens(logits_SV, uniform(c.seed_S, c.length_S), **self.sampling.settings())
         forced_S = c.next_forced_S < c.num_forced_S
         place_S1 = c.next_forced_S.clamp(max=c.forced_SF.shape[1] - 1)[:, None]
         token_S = torch.where(forced_S, c.forced_SF.gather(1, place_S1)[:, 0], drawn_S)
@@ -154,7 +140,9 @@ class Slots:
         """Logits ``[S, V]`` after each slot's token; what its layers carry is taken on with it."""
         core = self.model.model
         x_S1D = core.embed_tokens(c.token_S)[:, None]
-        with_positions = MixerContext(position_embeddings=core.rotary_emb(x_S1D, c.length_S[:, None]))
+        with_positions = MixerContext()
+        if self.model.config.attention_layers:
+            with_positions = MixerContext(position_embeddings=core.rotary_emb(x_S1D, c.length_S[:, None]))
         slots = len(c.token_S)
         for block, state in zip(self._layers(), self.states, strict=True):
             normed_S1D = block.input_layernorm(x_S1D)

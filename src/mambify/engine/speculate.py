@@ -9,70 +9,36 @@ Letters: S slots, K drafted tokens, T = K + 1 tokens that the target reads, V vo
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mambify.config import HybridConfig
+from mambify.engine.looks import Look, Looks
 from mambify.engine.lookup import look_up
-from mambify.engine.pace import MOST_DRAFTED, Pace, draft_counts
-from mambify.engine.recording import recorded
-from mambify.engine.slots import Drawing
+from mambify.engine.memory import check_memory, read_bytes
+from mambify.engine.pace import MOST_DRAFTED, DraftCount, Pace, draft_counts
+from mambify.engine.recording import recorded, seconds_of
+from mambify.engine.sampling import Sampling
+from mambify.engine.statistics import Statistics
 from mambify.engine.tower import Tower
 from mambify.errors import InvalidOptionError
 from mambify.model import HybridForCausalLM
 from mambify.ops.accept import accept_drafts
-from mambify.ops.draw import draw_tokens, uniform
-from mambify.trimmed_head import TrimmedHead
+from mambify.ops.draw import draw_tokens, penalise, settings_of, uniform
+from mambify.ops.rounds import settle_round
+from mambify.trimmed_head import TrimmedHead, scatter_logits
 
 Draft = HybridForCausalLM | Literal["lookup"] | None
 
-_LOOK_EVERY = 4  # rounds
-_NUMBERS = 64  # uniform numbers that a round may use: K for the draft, K tests, one last draw
-
-
-@dataclass
-class Statistics:
-    """What a run did.
-
-    Attributes:
-        tokens: given out in all.
-        accepted: in how many rounds of a slot 0, 1, … K drafted tokens were accepted.
-        whole: in how many of these that was all that the round drafted.
-        rounds: K → how many rounds of a slot drafted K tokens.
-    """
-
-    tokens: int = 0
-    accepted: list[int] = field(default_factory=list)
-    whole: list[int] = field(default_factory=list)
-    rounds: dict[int, int] = field(default_factory=dict)
-
-    def add(self, num_drafted: int, accepted: Sequence[int]) -> None:
-        """Counts rounds with this K, of which ``accepted`` says how many kept 0, 1, … tokens."""
-        missing = len(accepted) - len(self.accepted)
-        self.accepted, self.whole = self.accepted + [0] * missing, self.whole + [0] * missing
-        self.accepted = [a + b for a, b in zip(self.accepted, accepted, strict=True)]
-        self.whole[num_drafted] += accepted[num_drafted]
-        self.rounds[num_drafted] = self.rounds.get(num_drafted, 0) + sum(accepted)
-
-    @property
-    def tokens_per_round(self) -> float:
-        """Of one slot."""
-        return self.tokens / max(sum(self.accepted), 1)
-
-    @property
-    def acceptance_by_position(self) -> list[float]:
-        """Of the rounds that drafted k tokens and kept all before the k-th, the share that kept it as well."""
-        shares = []
-        for k in range(1, len(self.accepted)):
-            tried, kept = sum(self.accepted[k - 1 :]) - self.whole[k - 1], sum(self.accepted[k:])
-            shares.append(kept / tried if tried else 0.0)
-        return shares
+_LOOK_EVERY = 4  # rounds; each on a CPU, where looking costs nothing
+NUMBERS = 64  # uniform numbers that a round may use: K for the draft, K tests, one last draw
+_ENDLESS = 2**40  # tokens
 
 
 class Speculator:
@@ -85,11 +51,13 @@ class Speculator:
         num_draft_tokens: K, 1 to 16; without a draft it is 0. A range ``(2, 6)`` or ``"auto"``, which is ``(1, 8)``,
             leaves it to what gives the most tokens a second as the text goes on (:mod:`mambify.engine.pace`).
         max_length: the most tokens of a sequence, prompt included.
-        drawing: the distribution that tokens are drawn from, by target and draft alike.
+        sampling: the distribution that tokens are drawn from, by target and draft alike.
         stop_ids: tokens that end a sequence.
+        backend, overlap: of target and draft; see :class:`mambify.engine.tower.Tower`.
 
     Raises:
-        InvalidOptionError: K out of range, or a draft of another vocabulary.
+        InvalidOptionError: K out of range, a draft of another vocabulary, a target that knows part of it, or more
+            sequences than free memory holds.
     """
 
     def __init__(
@@ -99,46 +67,59 @@ class Speculator:
         *,
         num_slots: int,
         max_length: int,
-        drawing: Drawing,
-        num_draft_tokens: int | tuple[int, int] | str = 4,
+        sampling: Sampling,
+        num_draft_tokens: DraftCount = 4,
         stop_ids: Sequence[int] = (),
+        backend: str = "auto",
+        overlap: bool = False,
     ) -> None:
         counts = (0,) if draft is None else draft_counts(num_draft_tokens)
-        if target.config.draft_vocabulary is not None:
+        if draft is not None and isinstance(target.lm_head, TrimmedHead):
             raise InvalidOptionError("the target is a draft that knows part of the vocabulary: give a whole model")
-        if isinstance(draft, HybridForCausalLM) and draft.config.vocab_size != target.config.vocab_size:
-            raise InvalidOptionError(
-                f"the draft has a vocabulary of {draft.config.vocab_size} tokens and the target one of "
-                f"{target.config.vocab_size}: give a draft of the same vocabulary"
-            )
+        if isinstance(draft, HybridForCausalLM):
+            require_same_vocabulary(target.config, draft.config)
         most = counts[-1]
         self.max_length = max_length
-        self._settings = drawing.settings()
+        self.sampling = sampling
         device = target.device
+        models = [target, draft] if isinstance(draft, HybridForCausalLM) else [target]
+        check_memory(models, num_slots=num_slots, length=max_length, most_new=most + 1, penalises=sampling.penalises)
+        self._settings = sampling.settings()
+        if sampling.temperature > 0:  # as tensors, which are then not made anew for every token
+            self._settings = settings_of(**self._settings, rows=num_slots, device=device).named()
 
         def zeros(*sizes: int, dtype: torch.dtype = torch.long) -> Tensor:
             return torch.zeros(num_slots, *sizes, dtype=dtype, device=device)
 
         self._active_S = zeros(dtype=torch.bool)
-        self._token_S, self._budget_S, self._seed_S = zeros(), zeros(), zeros()
+        self._token_S, self._budget_S, self._seed_S, self._heard_S = zeros(), zeros(), zeros(), zeros()
         self.statistics = Statistics()
+        # Which tokens occurred, where that matters; kept with the drafted ones by whoever looks beyond them.
+        self._seen_SV = zeros(target.config.vocab_size, dtype=torch.bool) if sampling.penalises else None
+        self._dismissed: set[int] = set()
         self._history_SL = zeros(max_length + 1 + MOST_DRAFTED)
         self._accepted_T = torch.zeros(most + 1, dtype=torch.long, device=device)
         self._stops_E = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
+        self._look_every = 1 if device.type == "cpu" else _LOOK_EVERY
+        #: sizes of the parts of what the host is told
+        self._told = [num_slots, num_slots, most + 1, num_slots * self._look_every * (most + 1)]
+        self._told_X = torch.zeros(sum(self._told), dtype=torch.long, device=device)
         with torch.inference_mode():
             common = {"num_slots": num_slots, "length": max_length, "active_S": self._active_S}
-            self._target = Tower(target, most_new=most + 1, **common)  # type: ignore[arg-type]
+            common |= {"backend": backend, "overlap": overlap}
+            self._target = Tower(target, most_new=most + 1, final=draft is None, **common)  # type: ignore[arg-type]
             self._draft: Tower | None = None
-            self._draft_ids_W: Tensor | None = None
             if isinstance(draft, HybridForCausalLM):
                 self._draft = Tower(draft, most_new=most + 1, **common)  # type: ignore[arg-type]
-                head = draft.lm_head
-                self._draft_ids_W = head.token_ids if isinstance(head, TrimmedHead) else None
             self._looks_up = draft == "lookup"
-            # No slot is active yet, so the trial runs change none.
+            #: the words that each of them knows, where that is not all
+            self._target_ids_W, self._draft_ids_W = _known_ids(target), _known_ids(draft)
+            # No slot is active yet, so the trial runs change none. Of all these graphs one is replayed at a time.
             pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
             self._rounds = {K: recorded(partial(self._step, K), device, pool=pool) for K in counts}
-            self._seconds = {K: _seconds(step, device) if len(counts) > 1 else 0.0 for K, step in self._rounds.items()}
+            self._report = recorded(self._tell, device, pool=pool)
+            chooses = len(counts) > 1
+            self._seconds = {K: seconds_of(step, device) if chooses else 0.0 for K, step in self._rounds.items()}
 
     # ---- a round, on the device ------------------------------------------------------------------------------------
 
@@ -146,17 +127,21 @@ class Speculator:
         drafted_SK, draft_SKW, num_drafted_S = self._put_forward(K)
         logits_STV = self._target.read(torch.cat([self._token_S[:, None], drafted_SK], 1))
         assert logits_STV is not None
-        kept_S, next_S = accept_drafts(
-            logits_STV, draft_SKW, drafted_SK, self._numbers(K, K + 1), num_drafted_S,
-            draft_ids_W=self._draft_ids_W, **self._settings,
+        if self._target_ids_W is not None:
+            logits_STV = scatter_logits(logits_STV, self._target_ids_W, self._target.model.config.vocab_size)
+        if self._seen_SV is not None:
+            logits_STV = self._penalised(logits_STV, self._seen_SV, drafted_SK)
+        kept_S, next_S = self._accept(logits_STV, draft_SKW, drafted_SK, num_drafted_S)
+        count_S, goes_on_S = settle_round(
+            drafted_SK, kept_S, next_S, self._stops_E, self._target.length_S, self._active_S, self._token_S,
+            self._budget_S, self._history_SL, self._accepted_T,
         )  # fmt: skip
-        token_ST = torch.cat([drafted_SK, next_S[:, None]], 1).scatter_(1, kept_S[:, None], next_S[:, None])
-        count_S, ends_S = self._standing(token_ST, kept_S)
-        self._write_down(token_ST, count_S, kept_S)
+        if self._seen_SV is not None:
+            self._see(drafted_SK, next_S, count_S)
         self._target.keep(count_S, K + 1)
         if self._draft is not None:
             self._draft.take_back(K + 1 - count_S)
-        self._active_S &= ~ends_S
+        self._active_S.copy_(goes_on_S)
 
     def _put_forward(self, K: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Drafted tokens ``[S, K]``, the logits they were drawn from, and how many there are in each slot."""
@@ -167,127 +152,221 @@ class Speculator:
             return self._token_S.new_zeros(len(self._token_S), 0), None, None
         one_S, numbers_SK = torch.ones_like(self._token_S), self._numbers(0, K)
         tokens, logits = [self._token_S], []
+        seen_SV = None if self._seen_SV is None else self._seen_SV.clone()
         for k in range(K + 1):  # the last drafted token is read as well: nothing is missing if all of them stand
             found_S1W = self._draft.read(tokens[k][:, None], fold=k == 0, logits=k < K)
             self._draft.keep(one_S, 1, fold=k == 0)
             if found_S1W is not None:
+                if seen_SV is not None:
+                    seen_SV.scatter_(1, tokens[k][:, None], True)
+                    found_S1W = self._penalised(found_S1W, _columns(seen_SV, self._draft_ids_W))
                 logits.append(found_S1W[:, 0])
                 drawn_S = draw_tokens(logits[k], numbers_SK[:, k].contiguous(), **self._settings)
                 tokens.append(drawn_S if self._draft_ids_W is None else self._draft_ids_W[drawn_S])
         return torch.stack(tokens[1:], 1), torch.stack(logits, 1), None
 
+    def _accept(
+        self, logits_STV: Tensor, draft_SKW: Tensor | None, drafted_SK: Tensor, num_drafted_S: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """How many drafted tokens of each slot stand, and the token after them."""
+        K = drafted_SK.shape[1]
+        return accept_drafts(
+            logits_STV, draft_SKW, drafted_SK, self._numbers(K, K + 1), num_drafted_S,
+            draft_ids_W=self._draft_ids_W, **self._settings,
+        )  # fmt: skip
+
+    def _penalised(self, logits_SXV: Tensor, seen_SV: Tensor, following_SF: Tensor | None = None) -> Tensor:
+        return penalise(logits_SXV, seen_SV, following_SF, penalty=self.sampling.repetition_penalty)
+
     def _numbers(self, first: int, count: int) -> Tensor:
         """Uniform numbers ``[S, count]`` of this round: they depend on the slot's seed and position alone."""
         number = first + torch.arange(count, device=self._seed_S.device)
-        return uniform(self._seed_S[:, None], self._target.length_S[:, None] * _NUMBERS + number)
+        return uniform(self._seed_S[:, None], self._target.length_S[:, None] * NUMBERS + number)
 
-    def _standing(self, token_ST: Tensor, kept_S: Tensor) -> tuple[Tensor, Tensor]:
-        """How many of the round's tokens stand in active slots, and which slots end with them."""
-        T = token_ST.shape[1]
-        index_T = torch.arange(T, device=kept_S.device)
-        stops_ST = (token_ST[..., None] == self._stops_E).any(-1) & (index_T <= kept_S[:, None])
-        stop_S = torch.where(stops_ST.any(1), stops_ST.int().argmax(1), T)
-        count_S = torch.minimum(torch.minimum(kept_S, stop_S) + 1, self._budget_S)
-        ends_S = (count_S > stop_S) | (count_S == self._budget_S)
-        return torch.where(self._active_S, count_S, 0), self._active_S & ends_S
+    def _tell(self) -> None:
+        """Puts what the host is to see into one tensor: of each slot how many tokens are new, whether it goes on, and
+        the tokens; and the statistics.
+        """
+        new_W = torch.arange(1, self._told[-1] // len(self._token_S) + 1, device=self._token_S.device)
+        place_SW = (self._heard_S[:, None] + new_W).clamp(max=self._history_SL.shape[1] - 1)
+        parts = (
+            self._target.length_S - self._heard_S, self._active_S, self._accepted_T,
+            self._history_SL.gather(1, place_SW).flatten(),
+        )  # fmt: skip
+        torch.cat([part.long() for part in parts], out=self._told_X)
+        self._heard_S.copy_(self._target.length_S)
 
-    def _write_down(self, token_ST: Tensor, count_S: Tensor, kept_S: Tensor) -> None:
-        """Puts the tokens that stand into the history; the last of them is the next to be read."""
-        index_T = torch.arange(token_ST.shape[1], device=kept_S.device)
-        place_ST = self._target.length_S[:, None] + 1 + index_T
-        nowhere = self._history_SL.shape[1] - 1
-        place_ST = torch.where(index_T < count_S[:, None], place_ST, nowhere)
-        self._history_SL.scatter_(1, place_ST, token_ST)
-        last_S = token_ST.gather(1, (count_S - 1).clamp(min=0)[:, None])[:, 0]
-        self._token_S.copy_(torch.where(self._active_S, last_S, self._token_S))
-        self._budget_S -= count_S
-        self._accepted_T.index_add_(0, kept_S, self._active_S.long())
+    def pretend(self, length: int) -> Callable[[], object]:
+        """Every slot goes on as if it held ``length`` tokens; returns a round (of the largest K), to measure its cost.
+
+        Rounds may follow each other until the slots are full. A later :meth:`run` begins anew.
+        """
+        with torch.inference_mode():
+            for tower in (self._target, self._draft):
+                if tower is not None:
+                    tower.pretend(length)
+            self._active_S.fill_(True)
+            self._budget_S.fill_(_ENDLESS)
+        return self._rounds[max(self._rounds)]
+
+    def _see(self, drafted_SK: Tensor, next_S: Tensor, count_S: Tensor) -> None:
+        """Notes the tokens that stand among those that occurred."""
+        assert self._seen_SV is not None
+        index_T = torch.arange(drafted_SK.shape[1] + 1, device=next_S.device)
+        last_S1 = (count_S - 1).clamp(min=0)[:, None]
+        token_ST = torch.cat([drafted_SK, next_S[:, None]], 1).scatter_(1, last_S1, self._token_S[:, None])
+        # In place of tokens that do not stand: the last one that does.
+        standing_ST = torch.where(index_T < count_S[:, None], token_ST, self._token_S[:, None])
+        self._seen_SV.scatter_(1, standing_ST, True)
 
     # ---- the host --------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def run(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, seeds: Sequence[int] | None = None
     ) -> Iterator[tuple[int, list[int]]]:
         """Yields (number of a prompt, its next tokens) as they come, stop tokens included.
 
         Args:
-            seeds: one for each prompt; the prompt's number by default.
+            seeds: one for each prompt; by default those of the sampling settings.
 
         Raises:
-            InvalidOptionError: an empty prompt, or one too long for the slots.
+            InvalidOptionError: an empty prompt, one too long for the slots, or a wrong number of seeds.
         """
         for prompt in prompts:
-            if not prompt:
+            if not len(prompt):
                 raise InvalidOptionError("the prompt is empty")
             if len(prompt) + max_new_tokens > self.max_length:
                 raise InvalidOptionError(
                     f"a prompt of {len(prompt)} tokens and {max_new_tokens} new ones do not fit slots of "
                     f"{self.max_length} tokens"
                 )
-        waiting = deque(enumerate(prompts))
+        seeds = self.sampling.seeds(len(prompts)) if seeds is None else seeds
+        if len(seeds) != len(prompts):
+            raise InvalidOptionError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one for each")
+        return self._continue(
+            [_Prompt(n, ids, seed) for n, (ids, seed) in enumerate(zip(prompts, seeds, strict=True))], max_new_tokens
+        )
+
+    @torch.inference_mode()
+    def _continue(self, prompts: Sequence[_Prompt], max_new_tokens: int) -> Iterator[tuple[int, list[int]]]:
+        waiting = deque(prompts)
         seats: list[_Seat | None] = [None] * len(self._token_S)
         self._active_S.zero_()  # a run that was not heard to its end
         self._accepted_T.zero_()
         self.statistics = Statistics()
-        pace, counted = Pace(self._seconds), [0] * len(self._accepted_T)
+        self._dismissed.clear()
+        looks, pace = Looks(self._told_X.device), Pace(self._seconds)
+        counted = [0] * len(self._accepted_T)
+        under_way: deque[int] = deque()  # K of every look that was not dealt with
         while waiting or any(seats):
-            undisturbed = True
-            for slot, seat in enumerate(seats):
-                if seat is None and waiting:
-                    number, prompt = waiting.popleft()
-                    self._begin(slot, prompt, max_new_tokens, number if seeds is None else seeds[number])
-                    seats[slot] = _Seat(number, len(prompt))
-                    undisturbed = False
-            K, start = pace.choose(), time.perf_counter()
-            for _ in range(_LOOK_EVERY):
-                self._rounds[K]()
-            ends = self._target.length_S.tolist()
-            seconds = (time.perf_counter() - start) / _LOOK_EVERY
-            active = self._active_S.tolist()
-            before, counted = counted, self._accepted_T.tolist()
-            new = [now - then for now, then in zip(counted, before, strict=True)]
-            self.statistics.add(K, new)  # now: whoever meets a stop token listens no further
-            pace.observe(K, new, seconds if undisturbed else None)
-            for slot, seat in enumerate(seats):
-                if seat is None:
-                    continue
-                given = self._history_SL[slot, seat.heard : ends[slot] + 1].tolist()
-                seat.heard += len(given)
-                self.statistics.tokens += len(given)
-                if not active[slot]:
-                    seats[slot] = None
-                if given:
-                    yield seat.number, given
+            free = [slot for slot, seat in enumerate(seats) if seat is None][: len(waiting)]
+            begun = {slot: waiting.popleft() for slot in free}
+            self._begin(begun, max_new_tokens)
+            for slot, newcomer in begun.items():
+                seats[slot] = _Seat(newcomer.number, since=looks.number)
+            under_way.append(pace.choose())
+            looks.begin()
+            for _ in range(self._look_every):
+                self._rounds[under_way[-1]]()
+            self._report()
+            looks.take(self._told_X)
+            for look in looks.ready():
+                K, before = under_way.popleft(), counted
+                counted = look.values.split(self._told)[2].tolist()
+                accepted = [now - then for now, then in zip(counted, before, strict=True)]
+                # Now: whoever meets a stop token listens no further.
+                self.statistics.add(K, accepted, passes=self._look_every, seconds=look.seconds)
+                pace.observe(K, accepted, look.seconds / self._look_every)
+                yield from self._hear(look, seats)
 
-    def _begin(self, slot: int, prompt: Sequence[int], budget: int, seed: int) -> None:
+    def _hear(self, look: Look, seats: list[_Seat | None]) -> Iterator[tuple[int, list[int]]]:
+        """Gives out what a look found, and frees the seats of sequences that have ended."""
+        counts, active, _, tokens = look.values.split(self._told)
+        given = zip(counts.tolist(), active.tolist(), tokens.view(len(seats), -1).tolist(), strict=True)
+        for slot, (count, goes_on, new) in enumerate(given):
+            seat = seats[slot]
+            if seat is None or look.number < seat.since:
+                continue
+            self.statistics.tokens += count
+            if not goes_on:
+                seats[slot] = None
+            if count:
+                yield seat.number, new[:count]
+            if seat.number in self._dismissed and goes_on:
+                self._active_S[slot] = False
+                seats[slot] = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it decodes."""
+        return self._active_S.device
+
+    def read_bytes(self, length: int, num_drafted: int) -> int:
+        """Bytes that a round with this K must read: weights and what layers carry, ``length`` tokens a slot; a draft
+        reads K + 1 times.
+        """
+        found = read_bytes(self._target.model, num_slots=len(self._token_S), length=length)
+        if self._draft is not None:
+            found += (num_drafted + 1) * read_bytes(self._draft.model, num_slots=len(self._token_S), length=length)
+        return found
+
+    def dismiss(self, number: int) -> None:
+        """Ends a prompt of the present run before its time: to be called between two pieces of :meth:`run`."""
+        self._dismissed.add(number)
+
+    def _begin(self, begun: Mapping[int, _Prompt], budget: int) -> None:
+        """Reads prompts, all but their last tokens, into slots that are free."""
+        if not begun:
+            return
+        width = max(len(prompt.ids) for prompt in begun.values())
+        rows = [
+            [slot, ids[-1], budget, seed, len(ids) - 1, *ids, *[ids[-1]] * (width - len(ids))]
+            for slot, (_, ids, seed) in begun.items()
+        ]
+        packed = torch.tensor(rows)
+        if self._token_S.device.type == "cuda":
+            packed = packed.pin_memory().to(self._token_S.device, non_blocking=True)
+        slot_E, token_E, budget_E, seed_E, heard_E = packed[:, :5].unbind(1)
         for tower in (self._target, self._draft):
             if tower is not None:
-                tower.begin(slot, prompt[:-1])
-        self._history_SL[slot, : len(prompt)] = torch.tensor(list(prompt), device=self._history_SL.device)
-        self._token_S[slot], self._budget_S[slot], self._seed_S[slot] = prompt[-1], budget, seed
-        self._active_S[slot] = True
+                tower.begin(list(begun), [prompt.ids[:-1] for prompt in begun.values()])
+        self._token_S[slot_E], self._budget_S[slot_E], self._seed_S[slot_E] = token_E, budget_E, seed_E
+        self._heard_S[slot_E] = heard_E
+        self._history_SL[slot_E, :width] = packed[:, 5:]
+        if self._seen_SV is not None:
+            self._seen_SV.index_fill_(0, slot_E, False)
+            self._seen_SV[slot_E[:, None], packed[:, 5:]] = True
+        self._active_S.index_fill_(0, slot_E, True)
 
 
-def _seconds(step: Callable[[], object], device: torch.device) -> float:
-    """What a round takes."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        step()
-        return time.perf_counter() - start
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()
-    for _ in range(_LOOK_EVERY):
-        step()
-    last.record()
-    last.synchronize()
-    milliseconds: float = first.elapsed_time(last)
-    return milliseconds / 1000 / _LOOK_EVERY
+def require_same_vocabulary(target: HybridConfig, draft: HybridConfig) -> None:
+    """Raises InvalidOptionError unless both models have as many tokens."""
+    if draft.vocab_size != target.vocab_size:
+        raise InvalidOptionError(
+            f"the draft has a vocabulary of {draft.vocab_size} tokens and the target one of {target.vocab_size}: give "
+            "a draft of the same vocabulary"
+        )
+
+
+def _known_ids(model: Draft) -> Tensor | None:
+    """The words that a trimmed head knows, ``[W]``; ``None`` for all."""
+    head = model.lm_head if isinstance(model, HybridForCausalLM) else None
+    return head.token_ids if isinstance(head, TrimmedHead) else None
+
+
+def _columns(seen_SV: Tensor, ids_W: Tensor | None) -> Tensor:
+    return seen_SV if ids_W is None else seen_SV[:, ids_W]
+
+
+class _Prompt(NamedTuple):
+    number: int
+    ids: Sequence[int]
+    seed: int
 
 
 @dataclass
 class _Seat:
-    """Which prompt sits in a slot, and up to which position its tokens have been given out."""
+    """Which prompt sits in a slot, and the first look that shows it there."""
 
     number: int
-    heard: int
+    since: int

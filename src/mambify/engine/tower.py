@@ -15,10 +15,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mambify.mixers import MixerContext, RecurrentMixer, ReplayState
+from mambify.engine.fused import FusedStep, can_fuse, steps_at_once
+from mambify.engine.prefill import read_prompts
+from mambify.errors import InvalidOptionError, did_you_mean
+from mambify.mixers import MixerContext, RecurrentMixer, RecurrentState, ReplayState
 from mambify.mixers.attention import SlotKV
 from mambify.model import HybridBlock, HybridForCausalLM
 from mambify.ops.ring import RingPlace
+from mambify.ops.rounds import move_on
 from mambify.trimmed_head import known_logits
 
 
@@ -30,28 +34,64 @@ class Tower:
         length: the most tokens a slot may hold.
         most_new: the most tokens of one read.
         active_S: which slots take part; shared with whoever sets it.
+        final: one token is read at a time and always stands.
+        backend: "modules" runs the model's own, "fused" the kernels of :mod:`mambify.engine.fused`; "auto" takes these
+            on a GPU.
+        overlap: as :class:`mambify.engine.fused.FusedStep` takes it.
 
     Attributes:
         length_S: tokens that stand in each slot.
+
+    Raises:
+        InvalidOptionError: a backend that there is not, or not for this model.
     """
 
     def __init__(
-        self, model: HybridForCausalLM, *, num_slots: int, length: int, most_new: int, active_S: Tensor
+        self,
+        model: HybridForCausalLM,
+        *,
+        num_slots: int,
+        length: int,
+        most_new: int,
+        active_S: Tensor,
+        final: bool = False,
+        backend: str = "auto",
+        overlap: bool = False,
     ) -> None:
+        available = ("modules", "fused") if can_fuse(model) else ("modules",)
+        if backend not in ("auto", *available):
+            raise InvalidOptionError(f"no backend '{backend}' for this model: {did_you_mean(backend, available)}")
         self.model, self.num_slots, self.length = model, num_slots, length
         device, dtype, config = model.device, model.dtype, model.config
         self.length_S = torch.zeros(num_slots, dtype=torch.long, device=device)
         self.place = replace(RingPlace.empty(num_slots, most_new, device=device), active_S=active_S)
         self._blocks = [block for block in model.model.layers if isinstance(block, HybridBlock)]
-        self._states: list[SlotKV | ReplayState] = []
+        self._states: list[SlotKV | ReplayState | RecurrentState] = []
+        fuses = backend == "fused" or (backend == "auto" and device.type == "cuda" and "fused" in available)
+        # A token that stands whatever comes of it needs no ring. On a CPU the plain step is the quicker one.
+        steps = final and most_new == 1 and device.type == "cpu" and not fuses
         for block in self._blocks:
-            if isinstance(block.mixer, RecurrentMixer):
+            if isinstance(block.mixer, RecurrentMixer) and steps:
+                self._states.append(_empty_state(block, num_slots, dtype, device))
+            elif isinstance(block.mixer, RecurrentMixer):
                 self._states.append(block.mixer.replay_state(num_slots, self.place))
             else:
                 assert config.num_key_value_heads and config.head_dim
                 shape = (num_slots, config.num_key_value_heads, length + most_new, config.head_dim)
                 keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
                 self._states.append(SlotKV(keys, values, self.length_S))
+        self._fused: FusedStep | None = None
+        self._at_once = False
+        if fuses:
+            self._at_once = final and most_new == 1 and steps_at_once(model, num_slots)
+            self._fused = FusedStep(
+                model,
+                [state for state in self._states if not isinstance(state, RecurrentState)],
+                self.length_S,
+                places=length + most_new,
+                at_once=self._at_once,
+                overlap=overlap,
+            )
 
     def read(self, token_ST: Tensor, *, fold: bool = False, logits: bool = True) -> Tensor | None:
         """Logits ``[S, T, V]`` after each of T tokens, put behind those that stand in each slot.
@@ -64,13 +104,19 @@ class Tower:
         """
         core = self.model.model
         place = replace(self.place, eager=fold)
+        if self._fused is not None:
+            return self._fused.read(token_ST, place, logits=logits)
         x_STD = core.embed_tokens(token_ST)
         position_ST = self.length_S[:, None] + torch.arange(token_ST.shape[1], device=token_ST.device)
-        with_positions = MixerContext(position_embeddings=core.rotary_emb(x_STD, position_ST))
-        for block, state in zip(self._blocks, self._states, strict=True):
-            replays = isinstance(state, ReplayState)
+        with_positions = MixerContext()
+        if self.model.config.attention_layers:
+            with_positions = MixerContext(position_embeddings=core.rotary_emb(x_STD, position_ST))
+        for index, (block, state) in enumerate(zip(self._blocks, self._states, strict=True)):
+            context = with_positions if isinstance(state, SlotKV) else MixerContext()
             here = state._replace(place=place) if isinstance(state, ReplayState) else state
-            y_STD, _ = block.mixer(block.input_layernorm(x_STD), MixerContext() if replays else with_positions, here)
+            y_STD, after = block.mixer(block.input_layernorm(x_STD), context, here)
+            if isinstance(state, RecurrentState):
+                self._states[index] = _stepped(state, after, self.place.active_S)
             x_STD = block.feed_forward(x_STD + y_STD)
         if not logits:
             return None
@@ -82,37 +128,63 @@ class Tower:
         Args:
             fold: as it was said to :meth:`read`.
         """
-        replace(self.place, eager=fold).advance(count_S, read)
-        self.length_S += torch.where(self.place.active_S, count_S, 0)
+        if self._at_once:
+            self.place.step()
+            self.length_S += torch.where(self.place.active_S, count_S, 0)
+            return
+        above = replace(self.place, eager=fold).folds_above(read)
+        move_on(self.place, self.length_S, count_S, folds_above=above)
 
     def take_back(self, count_S: Tensor) -> None:
         """The last ``count_S`` tokens do not stand after all, in active slots: none that a state was taken over."""
-        taken_S = torch.where(self.place.active_S, count_S, 0)
-        self.length_S -= taken_S
-        self.place.pending_S.sub_(taken_S)
-        self.place.head_S.sub_(taken_S).remainder_(self.place.capacity)
+        move_on(self.place, self.length_S, -count_S)
 
-    def begin(self, slot: int, ids: Sequence[int], *, chunk: int = 2048) -> None:
-        """Empties a slot and reads ``ids`` into it, ``chunk`` tokens at a time; the slot is not active meanwhile."""
-        device = self.model.device
-        self.length_S[slot] = len(ids)
-        self.place.head_S[slot] = 0
-        self.place.pending_S[slot] = 0
-        cache = None
-        for start in range(0, len(ids), chunk):
-            given = torch.tensor([ids[start : start + chunk]], device=device)
-            cache = self.model.model(input_ids=given, past_key_values=cache, use_cache=True).past_key_values
-        row = torch.tensor([slot], device=device)
-        for block, state in zip(self._blocks, self._states, strict=True):
-            if isinstance(state, ReplayState):
-                carried = None if cache is None else block.mixer.load_state(cache)
-                if carried is None:
-                    state.ssm[slot] = 0
-                    state.conv[slot] = 0
-                else:
-                    state.load(row, carried)
-            elif cache is not None:
-                layer = cache.layers[block.layer_idx]
-                kept = layer.keys.shape[2]  # a sliding window keeps the last ones only
-                state.keys_SGLP[slot, :, len(ids) - kept : len(ids)] = layer.keys[0]
-                state.values_SGLP[slot, :, len(ids) - kept : len(ids)] = layer.values[0]
+    @property
+    def carried_bytes(self) -> int:
+        """Bytes of keys, values, states and rings of all slots."""
+        parts = [(*state[:2], *(state.ring if isinstance(state, ReplayState) else ())) for state in self._states]
+        return sum(part.nbytes for each in parts for part in each)
+
+    def pretend(self, length: int) -> None:
+        """Every slot goes on as if it held ``length`` tokens, of random contents: to measure what reading then costs.
+
+        Args:
+            length: at most the slots' own.
+        """
+        self.rewind(length)
+        for state in self._states:
+            for part in state[:2]:
+                part.normal_()
+
+    def rewind(self, length: int) -> None:
+        """Sets how many tokens every slot holds, whatever they are, of which nothing is pending."""
+        self.length_S.fill_(length)
+        self.place.head_S.zero_()
+        self.place.pending_S.zero_()
+
+    def begin(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+        """Empties slots and reads a prompt into each, which may be empty; they are not active meanwhile."""
+        for slot, ids in zip(slots, prompts, strict=True):
+            self.length_S[slot] = len(ids)
+            self.place.head_S[slot] = 0
+            self.place.pending_S[slot] = 0
+        read_prompts(self.model, self._states, slots, prompts)
+
+
+def _stepped(before: RecurrentState, after: RecurrentState, active_S: Tensor) -> RecurrentState:
+    """The state after a plain step, in which slots that are not active did not take part."""
+    if bool(active_S.all()):
+        return after
+
+    def chosen(old: Tensor, new: Tensor) -> Tensor:
+        return torch.where(active_S.view(-1, *[1] * (old.dim() - 1)), new.to(old.dtype), old)
+
+    return RecurrentState(chosen(before.conv, after.conv), chosen(before.ssm, after.ssm))
+
+
+def _empty_state(block: HybridBlock, rows: int, dtype: torch.dtype, device: torch.device) -> RecurrentState:
+    """What a recurrent block carries before the first token: zeros, in shapes found by showing it one token."""
+    assert isinstance(block.mixer, RecurrentMixer)
+    width: int = block.input_layernorm.weight.shape[0]
+    _, state = block.mixer(torch.zeros(1, 1, width, dtype=dtype, device=device), MixerContext(), None)
+    return RecurrentState(*(part.new_zeros(rows, *part.shape[1:]) for part in state))

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mambify.engine import Drawing, Speculator
+from mambify.engine import Sampling, Speculator
 from mambify.errors import InvalidOptionError
 from mambify.model import HybridForCausalLM
 from mambify.trimmed_head import TrimmedHead
@@ -142,7 +142,7 @@ def measured_acceptance(
         draft,
         num_slots=min(num_slots, len(prompts)),
         max_length=max(map(len, prompts)) + max_new_tokens,
-        drawing=Drawing(temperature),
+        sampling=Sampling(temperature=temperature, seed=0),
         num_draft_tokens=num_draft_tokens,
         stop_ids=stop_ids,
     )

@@ -49,6 +49,10 @@ def granite_layout(config: HybridConfig, *, split: int = 1) -> GraniteLayout:
 
 
 def _require_mixers(config: HybridConfig) -> None:
+    if config.stock_layers:
+        raise UnsupportedError(
+            "this is a pure Mamba model, which stock transformers reads as it is published: there is nothing to export"
+        )
     if config.draft_vocabulary is not None:
         raise UnsupportedError(
             f"the head knows {config.draft_vocabulary} of {config.vocab_size} words, and GraniteMoeHybrid's knows all: "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
@@ -55,6 +56,28 @@ class SlotKV(NamedTuple):
         place_ST = self.lengths_S[:, None] + torch.arange(tokens, device=k_STGP.device)
         self.keys_SGLP[slot_S1, :, place_ST] = k_STGP
         self.values_SGLP[slot_S1, :, place_ST] = v_STGP
+
+
+class PrefixKV(NamedTuple):
+    """Rows of slots' buffers into which several tokens of a prompt are read, all rows from one place on.
+
+    Attributes:
+        keys_SGLP, values_SGLP: the buffers.
+        rows: which slots.
+        start: tokens these hold already.
+    """
+
+    keys_SGLP: Tensor
+    values_SGLP: Tensor
+    rows: slice | Tensor
+    start: int
+
+    def append(self, k_ETGP: Tensor, v_ETGP: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes the new keys and values; returns all up to them, ``[E, G, n, P]``."""
+        end = self.start + k_ETGP.shape[1]
+        self.keys_SGLP[self.rows, :, self.start : end] = k_ETGP.transpose(1, 2).to(self.keys_SGLP.dtype)
+        self.values_SGLP[self.rows, :, self.start : end] = v_ETGP.transpose(1, 2).to(self.values_SGLP.dtype)
+        return self.keys_SGLP[self.rows, :, :end], self.values_SGLP[self.rows, :, :end]
 
 
 class SoftmaxAttention(nn.Module):
@@ -121,6 +144,42 @@ def single_query_attention(
     return y_BGRP.reshape(B, 1, H, P)
 
 
+_SCORES = 2**24  # of a head, with a mask that must be written out: 64 MB of it in float32
+
+
+def prefix_attention(
+    q_EHTP: Tensor, keys_EGnP: Tensor, values_EGnP: Tensor, *, scaling: float, window: int | None
+) -> Tensor:
+    """softmax(scaling · q kᵀ) v of the last T of n tokens, each over those up to its own; returns ``[E, T, H, P]``.
+
+    Args:
+        window: a query sees only the last ``window`` tokens up to its own; ``None`` for all.
+    """
+    T, n = q_EHTP.shape[2], keys_EGnP.shape[2]
+    settings: dict[str, Any] = {"scale": scaling, "enable_gqa": q_EHTP.shape[1] != keys_EGnP.shape[1]}
+    attend = nn.functional.scaled_dot_product_attention
+    whole = window is None or n <= window
+    if n == T and whole:
+        return attend(q_EHTP, keys_EGnP, values_EGnP, is_causal=True, **settings).transpose(1, 2)
+    if whole and q_EHTP.device.type == "cuda" and q_EHTP.dtype in (torch.bfloat16, torch.float16):
+        mask: Any = causal_lower_right(T, n)
+        return attend(q_EHTP, keys_EGnP, values_EGnP, attn_mask=mask, **settings).transpose(1, 2)
+    found = []
+    step = max(_SCORES // n, 1)
+    for first in range(0, T, step):
+        last = min(first + step, T)
+        end = n - T + last
+        begin = 0 if window is None else max(0, n - T + first + 1 - window)
+        query_Q1 = torch.arange(n - T + first, end, device=q_EHTP.device)[:, None]
+        key_n = torch.arange(begin, end, device=q_EHTP.device)
+        sees_Qn = key_n <= query_Q1
+        if window is not None:
+            sees_Qn &= key_n > query_Q1 - window
+        keys, values = keys_EGnP[:, :, begin:end], values_EGnP[:, :, begin:end]
+        found.append(attend(q_EHTP[:, :, first:last], keys, values, attn_mask=sees_Qn, **settings))
+    return torch.cat(found, 2).transpose(1, 2)
+
+
 class AttentionMixer(Mixer):
     """The teacher's own attention layer; parameters under transformers' names."""
 
@@ -142,8 +201,8 @@ class AttentionMixer(Mixer):
         self.attend = SoftmaxAttention(config, layer_idx)
 
     def forward(
-        self, x_BTD: Tensor, context: MixerContext, state: KVState | SlotKV | None = None
-    ) -> tuple[Tensor, KVState | SlotKV | None]:
+        self, x_BTD: Tensor, context: MixerContext, state: KVState | SlotKV | PrefixKV | None = None
+    ) -> tuple[Tensor, KVState | SlotKV | PrefixKV | None]:
         """Attends from every token to those before it. Returns ``[B, T, D]`` and the (grown) state.
 
         With slots the caller counts the lengths on.
@@ -166,6 +225,11 @@ class AttentionMixer(Mixer):
                 window=self.attend.sliding_window,
             )
             return self.o_proj(y_STHP.reshape(B, T, -1)), state
+        if isinstance(state, PrefixKV):
+            keys, values = state.append(k_BTGP, v_BTGP)
+            scaling, window = self.attend.scaling, self.attend.sliding_window
+            y_BTHP = prefix_attention(q_BTHP.transpose(1, 2), keys, values, scaling=scaling, window=window)
+            return self.o_proj(y_BTHP.reshape(B, T, -1)), state
         q_BHTP, k_BGTP, v_BGTP = (x.transpose(1, 2) for x in (q_BTHP, k_BTGP, v_BTGP))
         if state is not None:
             k_BGTP, v_BGTP = state.append(k_BGTP, v_BGTP)

@@ -46,7 +46,8 @@ class RecurrentState(NamedTuple):
 
     Attributes:
         conv: the last K-1 inputs of the convolution, oldest first, ``[B, C, K-1]``.
-        ssm: the state-space state in float32, ``[B, H, P, N]`` (Mamba2) or ``[B, J, M, N]`` (Mamba1).
+        ssm: the state-space state in float32, ``[B, H, P, N]`` (Mamba2) or ``[B, J, M, N]`` (Mamba1; J = 1 of the
+            stock one).
     """
 
     conv: Tensor
@@ -61,12 +62,15 @@ class ReplayState(NamedTuple):
         ssm: the state before what is pending, float32, ``[S, …]`` as in :class:`RecurrentState`.
         ring: the tokens since then, as :mod:`mambify.ops.ssd_replay` or :mod:`mambify.ops.selective_replay` keep them.
         place: where each slot stands in the rings.
+        A: the decay rates −exp(A_log), made once: weights do not change under these buffers. ``None`` where the mixer
+            makes them at every call.
     """
 
     conv: Tensor
     ssm: Tensor
     ring: SSDRing | SelectiveRing
     place: RingPlace
+    A: Tensor | None = None
 
     def load(self, row_E: Tensor, state: RecurrentState) -> None:
         """Begins slots ``row_E``, of which nothing is pending, with the state after their prompts (``E`` rows)."""
@@ -127,7 +131,7 @@ class Mixer(nn.Module):
 
     #: parameters that stay float32 whatever dtype the model is cast to
     float32_parameters: ClassVar[tuple[str, ...]] = ()
-    #: names of the starts that :meth:`init_from_attention` knows; empty for attention itself
+    #: names of the starts that :meth:`init_from_attention` knows; empty for attention itself and for stock mixers
     starts: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: HybridConfig, layer_idx: int) -> None:
@@ -171,7 +175,8 @@ class RecurrentMixer(Mixer):
 
     Given a :class:`ReplayState` instead, it reads new tokens that may yet be rejected and changes the buffers in place.
     What attention has no counterpart for can be set in terms of heads, whatever the layout: :meth:`set_decay`,
-    :meth:`set_gate`, :meth:`turn_queries`, :meth:`scale_activations`.
+    :meth:`set_gate`, :meth:`turn_queries`, :meth:`scale_activations`. Stock mixers, which are never made from attention
+    (:attr:`starts` is empty), have none of these.
     """
 
     in_proj: nn.Linear

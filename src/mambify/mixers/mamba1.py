@@ -215,7 +215,8 @@ class Mamba1Mixer(RecurrentMixer):
         N = self.state_size
         initialization.copy_(self.A_log, torch.arange(1, N + 1).float().log().expand(self.A_log.shape).contiguous())
         initialization.copy_(
-            self.dt_proj.bias, initial.dt_bias_(torch.empty(self.D.shape), torch.Generator().manual_seed(0))
+            self.dt_proj.bias,
+            initial.dt_bias_(torch.empty(self.D.shape, device="cpu"), torch.Generator().manual_seed(0)),
         )
         initialization.ones_(self.D)
         if self.BC_bias is not None:

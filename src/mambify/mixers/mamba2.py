@@ -231,7 +231,7 @@ class Mamba2Mixer(RecurrentMixer):
     def init_random(self) -> None:
         initialization.copy_(self.A_log, torch.linspace(1, 16, self.num_heads).log())
         initialization.copy_(
-            self.dt_bias, initial.dt_bias_(torch.empty(self.num_heads), torch.Generator().manual_seed(0))
+            self.dt_bias, initial.dt_bias_(torch.empty(self.num_heads, device="cpu"), torch.Generator().manual_seed(0))
         )
         initialization.ones_(self.D)
         initialization.ones_(self.norm.weight)

@@ -22,7 +22,7 @@ import torch
 
 from mambify.conversion.plan import CONTEXTS, state_bytes
 from mambify.data.synthesize import synthesize
-from mambify.decode.stream import generate_text
+from mambify.decode.stream import stream
 from mambify.distill.arguments import use_bfloat16
 from mambify.distill.logs import Listener, read_metrics
 from mambify.distill.recipe import Recipe, parse_recipe
@@ -257,7 +257,7 @@ def _ask(
     answers = {}
     for offset, (name, model) in enumerate((("teacher", teacher), ("student", student))):
         messages = [{"role": "user", "content": prompt}]
-        answers[name] = "".join(generate_text(model, tokenizer, messages, max_new_tokens=64, temperature=0.0)).strip()
+        answers[name] = "".join(stream(model, tokenizer, messages, max_new_tokens=64, temperature=0.0)).strip()
         tell("answer", 2 * index + offset + 1, 2 * len(PROMPTS))
     return {"prompt": prompt} | answers
 

@@ -20,7 +20,13 @@ from mambify.evaluate.report.quantities import (
     significant,
 )
 
-MIXER_NAMES = {"mamba1": "Mamba1", "mamba2": "Mamba2", "linear_attention": "Mamba"}
+MIXER_NAMES = {
+    "mamba1": "Mamba1",
+    "mamba2": "Mamba2",
+    "stock_mamba1": "Mamba1",
+    "stock_mamba2": "Mamba2",
+    "linear_attention": "Mamba",
+}
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # no network, no script, whatever the text holds
 HEADLINE_CONTEXT = "32768"
 

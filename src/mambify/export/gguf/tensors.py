@@ -70,6 +70,7 @@ def gguf_tensors(model: HybridForCausalLM, layout: MambaLayout | None) -> Iterat
         else:
             assert isinstance(block.mixer, Mamba2Mixer) and layout is not None
             yield from _mamba2(prefix, block.mixer, layout)
+        assert block.post_attention_layernorm is not None
         yield _vector(f"{prefix}.ffn_norm.weight", block.post_attention_layernorm.weight)
         for name in ("gate", "up", "down"):
             projection = getattr(block.mlp, f"{name}_proj")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mambify.ops.draw.reference import quantiles, weights
 from mambify.ops.draw.settings import Settings
+from mambify.ops.ring import is_all_false
 
 
 def accept_drafts(
@@ -19,13 +20,17 @@ def accept_drafts(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`mambify.ops.accept.accept_drafts`."""
     K = drafted_SK.shape[1]
+    counts_SK = torch.arange(K, device=num_drafted_S.device) < num_drafted_S[:, None]
+    if is_all_false(settings.temperature_S > 0):  # nothing is drawn, so nothing needs to be weighed
+        likeliest_ST = target_STV.argmax(-1)
+        num_kept_S = (counts_SK & (drafted_SK == likeliest_ST[:, :K])).cumprod(1).sum(1)
+        return num_kept_S, likeliest_ST.gather(1, num_kept_S[:, None])[:, 0]
     p_STV = _probabilities(target_STV, settings)
     if draft_SKV is None:
         q_SKV = torch.zeros_like(p_STV[:, :K]).scatter_(-1, drafted_SK[..., None], 1.0)
     else:
         q_SKV = _probabilities(draft_SKV, settings)
     p_SK, q_SK = (x.gather(-1, drafted_SK[..., None])[..., 0] for x in (p_STV[:, :K], q_SKV))
-    counts_SK = torch.arange(K, device=num_drafted_S.device) < num_drafted_S[:, None]
     kept_SK = counts_SK & (uniform_ST[:, :K].double() * q_SK < p_SK)
     num_kept_S = kept_SK.cumprod(1).sum(1)
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mambify.ops.draw.settings import Settings
-from mambify.ops.draw.triton import block_of, cut, kept_weights, key_bits
+from mambify.ops.draw.triton import block_of, cut, kept_weights, key_bits, warps_of
 
 #: numbers kept of a row of logits: the largest, the scale of exponents, the least weight kept, the sum of weights, the
 #: probability of the drafted token
@@ -40,7 +40,7 @@ def accept_drafts(
     num_kept_S, token_S = (torch.empty(S, dtype=torch.int64, device=device) for _ in range(2))
     draft = target_STV if draft_SKV is None else draft_SKV  # not read where there is none
     strides = (*target_STV.stride()[:2], *draft.stride()[:2], *drafted_SK.stride())
-    shape = {"K": K, "V": V, "BITS": key_bits(target_STV.dtype), "BLOCK": block_of(V), "num_warps": 8}
+    shape = {"K": K, "V": V, "BITS": key_bits(target_STV.dtype), "BLOCK": block_of(V), "num_warps": warps_of(V)}
     _measure[(positions, S)](
         target_STV, draft, drafted_SK, num_drafted_S, *settings, facts, least, *strides, **shape
     )  # fmt: skip

@@ -61,7 +61,9 @@ def decode_attention(
         num_stages=2,
     )
     if parts > 1:
-        _combine[(slots, groups, queries * shared)](partial, sums, out_STHP, **shape, WIDTH=width, num_warps=1)
+        _combine[(slots, groups, queries * shared)](
+            partial, sums, out_STHP, **shape, WIDTH=width, TOGETHER=min(64, triton.next_power_of_2(parts)), num_warps=4
+        )
     return out_STHP
 
 
@@ -120,22 +122,28 @@ def _attend(
 def _combine(
     partial_ptr, sums_ptr, out_ptr,
     T: tl.constexpr, R: tl.constexpr, P: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    WIDTH: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """One query of one row and key/value head: the parts, each weighted by what it stands for."""
     slot, group, n = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    p = tl.arange(0, WIDTH)
+    p, m = tl.arange(0, WIDTH), tl.arange(0, TOGETHER)  # of so many parts all loads are under way at once
     first = (slot * G + group) * PARTS
     top = tl.full([], float("-inf"), tl.float32)
-    for part in range(PARTS):
-        top = tl.maximum(top, tl.load(sums_ptr + 2 * (first + part) * ROWS + n))
     total = tl.zeros([], tl.float32)
     acc = tl.zeros([WIDTH], tl.float32)
-    for part in range(PARTS):
+    for start in range(0, PARTS, TOGETHER):
+        part = start + m
         place = (first + part) * ROWS
-        share = tl.exp2(tl.load(sums_ptr + 2 * place + n) - top)
-        total += share * tl.load(sums_ptr + 2 * place + ROWS + n)
-        acc += share * tl.load(partial_ptr + (place + n) * P + p, mask=p < P, other=0.0)
+        tops = tl.load(sums_ptr + 2 * place + n, mask=part < PARTS, other=float("-inf"))
+        sums = tl.load(sums_ptr + 2 * place + ROWS + n, mask=part < PARTS, other=0.0)
+        here = (part < PARTS)[:, None] & (p < P)[None, :]
+        values = tl.load(partial_ptr + (place + n)[:, None] * P + p[None, :], mask=here, other=0.0)
+        higher = tl.maximum(top, tl.max(tops, 0))
+        level = tl.where(higher == float("-inf"), 0.0, higher)  # parts beyond what the row holds
+        share, fade = tl.exp2(tops - level), tl.exp2(top - level)
+        total = total * fade + tl.sum(share * sums, 0)
+        acc = acc * fade + tl.sum(share[:, None] * values, 0)
+        top = higher
     out = _places(slot, group, n + tl.zeros([1], tl.int32), p, T, R, P, G)
     tl.store(out_ptr + out, (acc / total)[None, :], mask=(p < P)[None, :])
 

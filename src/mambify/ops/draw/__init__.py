@@ -10,13 +10,14 @@ from torch import Tensor
 
 from mambify.ops.backends import HAS_TRITON, backends_on, check_shape, pick_backend
 from mambify.ops.draw import reference
+from mambify.ops.draw.penalty import penalise
 from mambify.ops.draw.settings import Settings, settings_of
 from mambify.ops.draw.uniform import uniform
 
 if HAS_TRITON:
     from mambify.ops.draw import triton as kernels
 
-__all__ = ["Settings", "draw_tokens", "settings_of", "uniform"]
+__all__ = ["Settings", "draw_tokens", "penalise", "settings_of", "uniform"]
 
 
 def draw_tokens(

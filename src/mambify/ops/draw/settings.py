@@ -21,6 +21,10 @@ class Settings(NamedTuple):
     top_p_S: Tensor
     min_p_S: Tensor
 
+    def named(self) -> dict[str, Tensor]:
+        """As keyword arguments of :func:`mambify.ops.draw.draw_tokens`."""
+        return {name.removesuffix("_S"): value for name, value in self._asdict().items()}
+
 
 def settings_of(
     temperature: float | Tensor,

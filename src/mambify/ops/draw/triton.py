@@ -18,7 +18,7 @@ from torch import Tensor
 from mambify.ops.draw.settings import Settings
 
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-_BLOCK = 4096
+_BLOCK = 8192  # logits a program looks at together: a single row is waited for, so few passes of many
 
 
 def draw_tokens(logits_SV: Tensor, uniform_S: Tensor, settings: Settings) -> Tensor:
@@ -34,7 +34,7 @@ def draw_tokens(logits_SV: Tensor, uniform_S: Tensor, settings: Settings) -> Ten
         V=vocabulary,
         BITS=key_bits(logits_SV.dtype),
         BLOCK=block_of(vocabulary),
-        num_warps=8,
+        num_warps=warps_of(vocabulary),
     )
     return token_S
 
@@ -47,6 +47,11 @@ def key_bits(dtype: torch.dtype) -> int:
 def block_of(vocabulary: int) -> int:
     """Logits a program looks at together."""
     return min(_BLOCK, int(triton.next_power_of_2(vocabulary)))
+
+
+def warps_of(vocabulary: int) -> int:
+    """16 logits a thread."""
+    return max(1, block_of(vocabulary) // 512)
 
 
 @triton.jit

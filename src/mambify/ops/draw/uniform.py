@@ -8,13 +8,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mambify.ops.backends import HAS_TRITON, backends_on, pick_backend
+
+if HAS_TRITON:
+    from mambify.ops.draw import triton_uniform as kernels
+
 # SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), its constants as signed 64-bit integers.
 _GOLDEN = -7046029254386353131
 _MIX = (-4658895280553007687, -7723592293110705685)
 
 
-def uniform(seed_S: Tensor, counter_S: Tensor) -> Tensor:
-    """Float32 numbers in [0, 1), multiples of 2⁻²⁴, from int64 seeds and int64 counters."""
+def uniform(seed_S: Tensor, counter_S: Tensor, *, backend: str = "auto") -> Tensor:
+    """Float32 numbers in [0, 1), multiples of 2⁻²⁴, from int64 seeds and int64 counters.
+
+    Args:
+        seed_S, counter_S: of shapes that broadcast, with one or two dimensions.
+        backend: "auto", "reference" or "triton", which give the same numbers.
+    """
+    seed_S, counter_S = torch.broadcast_tensors(seed_S, counter_S)
+    chosen = pick_backend("uniform", backend, backends_on(seed_S.device, supported=seed_S.dim() in (1, 2)))
+    if chosen == "triton":
+        return kernels.uniform(seed_S, counter_S)
     z_S = _mixed(_mixed(seed_S + _GOLDEN) + counter_S * _GOLDEN)
     return _shifted(z_S, 40).to(torch.float32) * 2.0**-24
 

@@ -20,10 +20,11 @@ def gated_rms_norm(y_BTHP: Tensor, z_BTHP: Tensor, weight_HP: Tensor, eps: float
     """Gates, then normalises each head: ``weight · u / sqrt(mean_P(u²) + eps)`` with ``u = y · SiLU(z)``.
 
     Computed in float32 and rounded to z's dtype before the weight multiplies it, as transformers does in
-    BambaRMSNormGated (group size P); the result, [B, T, H, P], is in z's dtype.
+    BambaRMSNormGated (group size P); the result, [B, T, H, P], is in z's dtype. Where several heads share a norm, as in
+    stock Mamba2, H counts the norms.
 
     Args:
-        backend: "auto", "reference" or "triton" (no float64).
+        backend: "auto", "reference" or "triton" (P up to 16,384, no float64).
 
     Raises InvalidOptionError (unknown backend) or ValueError (shapes).
     """

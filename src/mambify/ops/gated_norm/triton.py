@@ -21,14 +21,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _TILE = 2048  # elements of a tile, 16 a thread: two 16-byte loads of bfloat16 from each input are under way at once
-_WARPS = 4
+_WARPS, _MOST_WARPS = 4, 16
+_WIDEST = 16_384
 _PROGRAMS = 132 * 16  # about two rounds of an H100; more backward programs would only write more partial sums
 
 
 def supports(*inputs: Tensor) -> bool:
-    """Whether the kernels take these inputs: at most float32, head dimensions up to 1024."""
+    """Whether the kernels take these inputs: at most float32, head dimensions up to 16,384."""
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    return inputs[0].shape[-1] <= 1024 and all(v.dtype in dtypes for v in inputs)
+    return inputs[0].shape[-1] <= _WIDEST and all(v.dtype in dtypes for v in inputs)
 
 
 def gated_rms_norm(y_BTHP: Tensor, z_BTHP: Tensor, weight_HP: Tensor, eps: float) -> Tensor:
@@ -47,7 +48,7 @@ class _GatedNorm(torch.autograd.Function):
             y_BTHP, z_BTHP, weight_HP, out_BTHP, tokens, heads, eps,
             y_BTHP.stride(0), y_BTHP.stride(2), z_BTHP.stride(0), z_BTHP.stride(2),
             Y_TOKEN=_token_stride(y_BTHP), Z_TOKEN=_token_stride(z_BTHP), P=width, BLOCK_P=block_p, ROWS=rows,
-            num_warps=_WARPS,
+            num_warps=_warps(block_p),
         )  # fmt: skip
         ctx.save_for_backward(y_BTHP, z_BTHP, weight_HP)
         ctx.eps = eps
@@ -72,7 +73,7 @@ class _GatedNorm(torch.autograd.Function):
             y_BTHP, z_BTHP, weight_HP, dout_BTHP, dy_BTHP, dz_BTHP, partial, tokens, heads, ctx.eps,
             y_BTHP.stride(0), y_BTHP.stride(2), z_BTHP.stride(0), z_BTHP.stride(2),
             Y_TOKEN=_token_stride(y_BTHP), Z_TOKEN=_token_stride(z_BTHP), P=width, BLOCK_P=block_p, ROWS=rows,
-            REPEATS=repeats, num_warps=_WARPS,
+            REPEATS=repeats, num_warps=_warps(block_p),
         )  # fmt: skip
         dweight_HP = None if partial is None else partial.sum(0).to(weight_HP.dtype)
         return dy_BTHP, dz_BTHP, dweight_HP, None
@@ -105,6 +106,11 @@ def _sizes(y_BTHP: Tensor) -> tuple[int, int, int, int]:
     heads, width = y_BTHP.shape[2:]
     block_p = triton.next_power_of_2(width)
     return heads, width, block_p, max(1, _TILE // block_p)
+
+
+def _warps(block_p: int) -> int:
+    """More for a row that is wider than a tile: its norm is one sum."""
+    return min(_MOST_WARPS, max(_WARPS, block_p // (_TILE // _WARPS)))
 
 
 @triton.jit

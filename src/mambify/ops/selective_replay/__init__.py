@@ -65,6 +65,7 @@ def selective_replay(
     place: RingPlace,
     *,
     dt_bias_JM: Tensor | None = None,
+    z_STJM: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Outputs of T new tokens after each row's state and its pending tokens, without taking the state over them.
@@ -79,6 +80,7 @@ def selective_replay(
     pending. In rows where places run short (``place.folds_above``) the same call also writes the state after the
     pending tokens. In rows that are not active neither state nor ring changes, and y is zero.
 
+    Stock Mamba1, whose channels all share B and C, has one sub-head of all channels: J = G = U = 1.
     Sub-head j is sub-head j % U of query head j // U, which reads key/value head j // (Q·U) of B.
 
     Args:
@@ -91,6 +93,7 @@ def selective_replay(
         ring: one layer's, changed in place. Places that are not pending may hold anything.
         place: where each row stands; only read.
         dt_bias_JM: Δ = softplus(dt + dt_bias).
+        z_STJM: gate; the output is then y · SiLU(z).
         backend: "auto", "reference" or "triton" (state sizes up to 256; x, B and their rings in one dtype).
 
     Returns:
@@ -111,10 +114,11 @@ def selective_replay(
     check_shape("selective_replay", "C_STJN", C_STJN, (slots, new, J, N))
     check_shape("selective_replay", "D_JM", D_JM, (J, M))
     check_shape("selective_replay", "dt_bias_JM", dt_bias_JM, (J, M))
+    check_shape("selective_replay", "z_STJM", z_STJM, (slots, new, J, M))
     check_shape("selective_replay", "state_SJMN", state_SJMN, (slots, J, M, N))
     _check_ring("selective_replay", ring, (slots, place.capacity), (J, M, N), (G, U))
     run = reference.selective_replay if chosen == "reference" else kernels.selective_replay
-    return run(x_STJM, dt_STJM, A_JMN, B_STGUN, C_STJN, D_JM, dt_bias_JM, state_SJMN, ring, place)
+    return run(x_STJM, dt_STJM, A_JMN, B_STGUN, C_STJN, D_JM, dt_bias_JM, z_STJM, state_SJMN, ring, place)
 
 
 def selective_fold(

@@ -23,6 +23,7 @@ def selective_replay(
     C_STJN: Tensor,
     D_JM: Tensor | None,
     dt_bias_JM: Tensor | None,
+    z_STJM: Tensor | None,
     state_SJMN: Tensor,
     ring: tuple[Tensor, Tensor, Tensor],
     place: RingPlace,
@@ -45,7 +46,10 @@ def selective_replay(
         outputs.append(y_SJM if D_JM is None else y_SJM + D_JM.to(exact) * x_SJM)
     for part, new in zip(ring, (x_STJM, B_STGUN, delta_STJM), strict=True):
         write_ring(part, new, place)
-    return torch.stack(outputs, dim=1).to(x_STJM.dtype).masked_fill(~place.active_S[:, None, None, None], 0)
+    y_STJM = torch.stack(outputs, dim=1)
+    if z_STJM is not None:
+        y_STJM = y_STJM * torch.nn.functional.silu(z_STJM.to(exact))
+    return y_STJM.to(x_STJM.dtype).masked_fill(~place.active_S[:, None, None, None], 0)
 
 
 def selective_fold(state_LSJMN: Tensor, A_LJMN: Tensor, ring: tuple[Tensor, Tensor, Tensor], place: RingPlace) -> None:

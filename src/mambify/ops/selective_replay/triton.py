@@ -26,6 +26,8 @@ from mambify.ops.ring import RingPlace, check_contiguous
 from mambify.ops.triton_math import softplus
 
 _TILE = 512  # state entries a program, 16 a thread: fewer would spend more on tokens than on entries
+_LEAST_TILE = 128  # where there are too few programs, what counts is how long one of them takes
+_BUSY = 132 * 4  # warps that give each scheduler of an H100 one
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -52,6 +54,7 @@ def selective_replay(
     C_STJN: Tensor,
     D_JM: Tensor | None,
     dt_bias_JM: Tensor | None,
+    z_STJM: Tensor | None,
     state_SJMN: Tensor,
     ring: tuple[Tensor, Tensor, Tensor],
     place: RingPlace,
@@ -62,14 +65,17 @@ def selective_replay(
     check_contiguous("selective_replay", state_SJMN, *ring)
     # Everything within a token must be adjacent, as in a view of a projection.
     x_STJM, dt_STJM, B_STGUN, C_STJN = (_tokens_whole(v) for v in (x_STJM, dt_STJM, B_STGUN, C_STJN))
+    if z_STJM is not None:
+        z_STJM = _tokens_whole(z_STJM)
+    z_strides = (0, 0) if z_STJM is None else z_STJM.stride()[:2]
     y_STJM = x_STJM.new_empty((S, T, J, M))
-    blocks = _blocks(J, M, N)
+    blocks = _blocks(S, J, M, N)
     with torch.cuda.device_of(x_STJM):  # Triton launches on the current device
         _replay[(blocks.programs(J, M), S)](
             x_STJM, dt_STJM, A_JMN.contiguous(), B_STGUN, C_STJN, _contiguous(D_JM), _contiguous(dt_bias_JM),
-            state_SJMN, *ring, y_STJM, place.head_S, place.pending_S, place.active_S, place.folds_above(T),
+            z_STJM, state_SJMN, *ring, y_STJM, place.head_S, place.pending_S, place.active_S, place.folds_above(T),
             *x_STJM.stride()[:2], *dt_STJM.stride()[:2], *B_STGUN.stride()[:2], *C_STJN.stride()[:2],
-            J=J, M=M, GU=G * U, U=U, N=N, T=T, R=place.capacity, **blocks._asdict(), num_warps=1,
+            *z_strides, J=J, M=M, GU=G * U, U=U, N=N, T=T, R=place.capacity, **blocks._asdict(), num_warps=1,
         )  # fmt: skip
     return y_STJM
 
@@ -79,7 +85,7 @@ def selective_fold(state_LSJMN: Tensor, A_LJMN: Tensor, ring: tuple[Tensor, Tens
     L, S, J, M, N = state_LSJMN.shape
     check_contiguous("selective_fold", state_LSJMN, *ring)
     G, U = ring[1].shape[-3:-1]
-    blocks = _blocks(J, M, N)
+    blocks = _blocks(L * S, J, M, N)
     with torch.cuda.device_of(state_LSJMN):
         _fold[(blocks.programs(J, M), S, L)](
             A_LJMN.contiguous(), state_LSJMN, *ring, place.head_S, place.pending_S, place.active_S,
@@ -98,10 +104,13 @@ class _Blocks(NamedTuple):
         return int(triton.cdiv(J, self.BLOCK_J) * triton.cdiv(M, self.BLOCK_M))
 
 
-def _blocks(J: int, M: int, N: int) -> _Blocks:
+def _blocks(rows: int, J: int, M: int, N: int) -> _Blocks:
+    tile = _TILE
+    while tile > _LEAST_TILE and rows * triton.cdiv(J * M * N, tile) < _BUSY:
+        tile //= 2
     block_n = triton.next_power_of_2(N)
-    block_m = min(triton.next_power_of_2(M), max(1, _TILE // block_n))
-    return _Blocks(min(triton.next_power_of_2(J), max(1, _TILE // (block_m * block_n))), block_m, block_n)
+    block_m = min(triton.next_power_of_2(M), max(1, tile // block_n))
+    return _Blocks(min(triton.next_power_of_2(J), max(1, tile // (block_m * block_n))), block_m, block_n)
 
 
 def _tokens_whole(tensor: Tensor) -> Tensor:
@@ -114,9 +123,9 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 @triton.jit
 def _replay(
-    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, state_ptr, ring_x, ring_B, ring_delta, y_ptr,
+    x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, z_ptr, state_ptr, ring_x, ring_B, ring_delta, y_ptr,
     head_ptr, pending_ptr, active_ptr, folds_above,
-    x_row, x_token, dt_row, dt_token, B_row, B_token, C_row, C_token,
+    x_row, x_token, dt_row, dt_token, B_row, B_token, C_row, C_token, z_row, z_token,
     J: tl.constexpr, M: tl.constexpr, GU: tl.constexpr, U: tl.constexpr, N: tl.constexpr, T: tl.constexpr,
     R: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -130,12 +139,14 @@ def _replay(
         s = tl.load(state, mask=here_JMN, other=0.0)
         A = tl.load(A_ptr + JMN, mask=here_JMN, other=0.0).to(tl.float32) * _LOG2E
         # All of the new tokens' inputs are on their way before the first is used.
-        xs, deltas, Bs, Cs = (), (), (), ()
+        xs, deltas, Bs, Cs, zs = (), (), (), (), ()
         for t in tl.static_range(T):
             xs += (tl.load(x_ptr + row * x_row + t * x_token + i_JM, mask=here_JM, other=0.0),)
             deltas += (tl.load(dt_ptr + row * dt_row + t * dt_token + i_JM, mask=here_JM, other=0.0),)
             Bs += (tl.load(B_ptr + row * B_row + t * B_token + BN, mask=here_JN, other=0.0),)
             Cs += (tl.load(C_ptr + row * C_row + t * C_token + JN, mask=here_JN, other=0.0),)
+            if z_ptr is not None:
+                zs += (tl.load(z_ptr + row * z_row + t * z_token + i_JM, mask=here_JM, other=0.0),)
         s = _after_pending(
             s, A, ring_x, ring_B, ring_delta, row, i_JM, here_JM, BN, here_JN, head, pending, J * M, GU * N, R
         )  # fmt: skip
@@ -155,6 +166,9 @@ def _replay(
                 delta = softplus(delta + bias)
             s = _step(s, A, delta, x, Bs[t].to(tl.float32))
             y = tl.sum(s * Cs[t].to(tl.float32)[:, None, :], 2) + D * x
+            if z_ptr is not None:
+                z = zs[t].to(tl.float32)
+                y *= z * tl.sigmoid(z)
             tl.store(y_row + t * J * M, y.to(y_ptr.dtype.element_ty), mask=here_JM)
             tl.store(ring_x + place * J * M + i_JM, xs[t], mask=here_JM)
             tl.store(ring_delta + place * J * M + i_JM, delta, mask=here_JM)
@@ -209,15 +223,20 @@ def _tiles(
 @triton.jit
 def _after_pending(
     s, A, ring_x, ring_B, ring_delta, row, i_JM, here_JM, BN, here_JN, head, pending,
-    x_size: tl.constexpr, B_size: tl.constexpr, R: tl.constexpr,
+    x_size: tl.constexpr, B_size: tl.constexpr, R: tl.constexpr, AT_ONCE: tl.constexpr = 4,
 ):  # fmt: skip
-    """The state [J, M, N] after the pending tokens."""
-    for entry in range(pending):
-        place = row * R + ((head - pending + entry) & (R - 1))
-        delta = tl.load(ring_delta + place * x_size + i_JM, mask=here_JM, other=0.0)
-        x = tl.load(ring_x + place * x_size + i_JM, mask=here_JM, other=0.0).to(tl.float32)
-        B = tl.load(ring_B + place * B_size + BN, mask=here_JN, other=0.0).to(tl.float32)
-        s = _step(s, A, delta, x, B)
+    """The state [J, M, N] after the pending tokens. The inputs of AT_ONCE of them are on their way together: one by
+    one, each would wait for memory. Those beyond the last one have Δ = 0 and change nothing."""
+    for start in range(0, pending, AT_ONCE):
+        deltas, xs, Bs = (), (), ()
+        for k in tl.static_range(AT_ONCE):
+            end_x, end_B = tl.where(start + k < pending, x_size, 0), tl.where(start + k < pending, B_size, 0)
+            place = row * R + ((head - pending + start + k) & (R - 1))
+            deltas += (tl.load(ring_delta + place * x_size + i_JM, mask=here_JM & (i_JM < end_x), other=0.0),)
+            xs += (tl.load(ring_x + place * x_size + i_JM, mask=here_JM & (i_JM < end_x), other=0.0),)
+            Bs += (tl.load(ring_B + place * B_size + BN, mask=here_JN & (end_B > BN), other=0.0),)
+        for k in tl.static_range(AT_ONCE):
+            s = _step(s, A, deltas[k], xs[k].to(tl.float32), Bs[k].to(tl.float32))
     return s
 
 

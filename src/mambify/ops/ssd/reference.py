@@ -11,7 +11,8 @@ With c_t the running sum of A Δ inside a chunk and S_0 the state that enters it
 
 Every exponent is ≤ 0: pairs s > t are masked before the exponential. Running sums are float64, so that
 c_t − c_s is right to float32 even after a token that decays by e^{-10000}. The gradient is written out by
-hand: autograd would go over the Q×Q matrices about twice as often, and keep more of them.
+hand: autograd would go over the Q×Q matrices about twice as often, and keep more of them. Heads that are grouped
+otherwise are repeated first (ops/head_groups.py).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mambify.ops.backends import accumulation_dtype, documents
+from mambify.ops.head_groups import as_key_values
 
 
 class _Decays(NamedTuple):
@@ -47,6 +49,7 @@ def ssd_scan(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`mambify.ops.ssd.ssd_scan`."""
+    x_BTGP, B_BTGN, C_BTHN = as_key_values(x_BTGP, B_BTGN, C_BTHN, dt_BTH.shape[2])
     exact = accumulation_dtype(x_BTGP, dt_BTH, B_BTGN, C_BTHN, initial_state_BHPN)
     work = torch.promote_types(torch.promote_types(x_BTGP.dtype, B_BTGN.dtype), C_BTHN.dtype)
     if initial_state_BHPN is None:
@@ -78,6 +81,7 @@ def ssd_step(
     state_BHPN: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`mambify.ops.ssd.ssd_step`."""
+    x_BGP, B_BGN, C_BHN = as_key_values(x_BGP, B_BGN, C_BHN, dt_BH.shape[1])
     groups, heads = x_BGP.shape[1], C_BHN.shape[1]
     exact = accumulation_dtype(x_BGP, dt_BH, B_BGN, C_BHN, state_BHPN)
     dt_BGR = dt_BH.to(exact).unflatten(1, (groups, heads // groups))

@@ -1,7 +1,8 @@
 """Mamba2 over a few new tokens that may yet be rejected: the state is read once and stays where it is.
 
-Letters: S rows (slots), T new tokens, R places of a ring, H query heads, G key/value heads (H = G·Q), P head
-dimension, N state size, L layers.
+Letters: S rows (slots), T new tokens, R places of a ring, H heads of the state, G heads of x, U of B and V of C (each
+divides H; what attention leaves has G = U key/value heads and V = H query heads), P head dimension, N state size, L
+layers.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mambify.ops.backends import HAS_TRITON, backends_on, check_shape, pick_backend
+from mambify.ops.head_groups import check_head_groups
 from mambify.ops.ring import RingPlace
 from mambify.ops.ssd_replay import reference
 
@@ -22,11 +24,11 @@ __all__ = ["SSDRing", "ssd_fold", "ssd_replay"]
 
 
 class SSDRing(NamedTuple):
-    """What a Mamba2 layer keeps of recent tokens, at the granularity of key/value heads; Δ alone is a query head's.
+    """What a Mamba2 layer keeps of recent tokens: x and B with as many heads as they come with, Δ of every head.
 
     Attributes:
         x: ``[S, R, G, P]``, or ``[L, S, R, G, P]`` for the layers of a model.
-        B: ``[S, R, G, N]``, or ``[L, S, R, G, N]``.
+        B: ``[S, R, U, N]``, or ``[L, S, R, U, N]``.
         delta: ``[S, R, H]``, or ``[L, S, R, H]``; Δ after softplus, float32.
     """
 
@@ -36,12 +38,14 @@ class SSDRing(NamedTuple):
 
     @classmethod
     def zeros(
-        cls, layers: int, slots: int, capacity: int, *, H: int, G: int, P: int, N: int,
+        cls, layers: int, slots: int, capacity: int, *, H: int, G: int, P: int, N: int, U: int | None = None,
         dtype: torch.dtype, device: torch.device | str,
     ) -> SSDRing:  # fmt: skip
-        """Rings of ``layers`` layers, each buffer in one piece so that :func:`ssd_fold` is one launch for all."""
+        """Rings of ``layers`` layers, each buffer in one piece so that :func:`ssd_fold` is one launch for all; U is G
+        unless it is given."""
         start = (layers, slots, capacity)
-        x, B = (torch.zeros(*start, G, width, dtype=dtype, device=device) for width in (P, N))
+        sizes = ((G, P), (U or G, N))
+        x, B = (torch.zeros(*start, *size, dtype=dtype, device=device) for size in sizes)
         return cls(x, B, torch.zeros(*start, H, dtype=torch.float32, device=device))
 
     def layer(self, number: int) -> SSDRing:
@@ -57,8 +61,8 @@ def ssd_replay(
     x_STGP: Tensor,
     dt_STH: Tensor,
     A_H: Tensor,
-    B_STGN: Tensor,
-    C_STHN: Tensor,
+    B_STUN: Tensor,
+    C_STVN: Tensor,
     D_H: Tensor | None,
     state_SHPN: Tensor,
     ring: SSDRing,
@@ -80,15 +84,15 @@ def ssd_replay(
 
         S ← e^{c_n} S₀ + Σ_{j≤n} e^{c_n−c_j} Δ_j x_j B_jᵀ
 
-    Query head h reads key/value head h // (H // G) of x and B, which are never repeated. In rows that are not active
-    neither state nor ring changes, and y is zero. Nothing waits for the device: all shapes are static, and T = 1 is
-    plain decoding that writes a state once in about R tokens.
+    Head h reads head h // (H // G) of x, and likewise of B and C; the kernels repeat none of them. In rows that are not
+    active neither state nor ring changes, and y is zero. Nothing waits for the device: all shapes are static, and T = 1
+    is plain decoding that writes a state once in about R tokens.
 
     Args:
         x_STGP: values. Sets the dtype of ``y``.
         dt_STH: step sizes Δ ≥ 0, after softplus; before it if ``dt_bias_H`` is given.
         A_H: decay rates, A ≤ 0.
-        B_STGN, C_STHN: input and output projections.
+        B_STUN, C_STVN: input and output projections.
         D_H: skip weights, or None for no skip.
         state_SHPN: float32 (the reference takes float64 too), changed in place in rows that fold.
         ring: one layer's, changed in place. Places that are not pending may hold anything.
@@ -103,23 +107,21 @@ def ssd_replay(
         InvalidOptionError: unknown backend.
         ValueError: shapes that do not belong together, or more new tokens than the rings are for.
     """
-    supported = HAS_TRITON and kernels.supports(x_STGP, dt_STH, B_STGN, C_STHN, state_SHPN, *ring)
+    supported = HAS_TRITON and kernels.supports(x_STGP, dt_STH, B_STUN, C_STVN, state_SHPN, *ring)
     chosen = pick_backend("ssd_replay", backend, backends_on(x_STGP.device, supported=supported))
     slots, new, groups, head_dim = x_STGP.shape
-    heads, state_size = C_STHN.shape[2:]
-    if heads % groups:
-        raise ValueError(f"ssd_replay: needs G dividing H, got G={groups}, H={heads}")
+    heads, state_size = len(A_H), C_STVN.shape[-1]
     place.check("ssd_replay", slots, new)
     check_shape("ssd_replay", "dt_STH", dt_STH, (slots, new, heads))
-    check_shape("ssd_replay", "A_H", A_H, (heads,))
-    check_shape("ssd_replay", "B_STGN", B_STGN, (slots, new, groups, state_size))
-    check_shape("ssd_replay", "C_STHN", C_STHN, (slots, new, heads, state_size))
+    check_head_groups("ssd_replay", heads, G=groups, U=B_STUN.shape[2], V=C_STVN.shape[2])
+    check_shape("ssd_replay", "B_STUN", B_STUN, (slots, new, B_STUN.shape[2], state_size))
+    check_shape("ssd_replay", "C_STVN", C_STVN, (slots, new, C_STVN.shape[2], state_size))
     check_shape("ssd_replay", "D_H", D_H, (heads,))
     check_shape("ssd_replay", "dt_bias_H", dt_bias_H, (heads,))
     check_shape("ssd_replay", "state_SHPN", state_SHPN, (slots, heads, head_dim, state_size))
-    _check_ring("ssd_replay", ring, (slots, place.capacity), state_SHPN.shape[1:], groups)
+    _check_ring("ssd_replay", ring, (slots, place.capacity), state_SHPN.shape[1:], groups, B_STUN.shape[2])
     run = reference.ssd_replay if chosen == "reference" else kernels.ssd_replay
-    return run(x_STGP, dt_STH, A_H, B_STGN, C_STHN, D_H, dt_bias_H, state_SHPN, ring, place)
+    return run(x_STGP, dt_STH, A_H, B_STUN, C_STVN, D_H, dt_bias_H, state_SHPN, ring, place)
 
 
 def ssd_fold(state_LSHPN: Tensor, A_LH: Tensor, ring: SSDRing, place: RingPlace, *, backend: str = "auto") -> None:
@@ -145,13 +147,15 @@ def ssd_fold(state_LSHPN: Tensor, A_LH: Tensor, ring: SSDRing, place: RingPlace,
     layers, slots, heads = state_LSHPN.shape[:3]
     place.check("ssd_fold", slots, 1)
     check_shape("ssd_fold", "A_LH", A_LH, (layers, heads))
-    _check_ring("ssd_fold", ring, (layers, slots, place.capacity), state_LSHPN.shape[2:], ring.x.shape[-2])
+    groups = ring.x.shape[-2], ring.B.shape[-2]
+    check_head_groups("ssd_fold", heads, G=groups[0], U=groups[1])
+    _check_ring("ssd_fold", ring, (layers, slots, place.capacity), state_LSHPN.shape[2:], *groups)
     run = reference.ssd_fold if chosen == "reference" else kernels.ssd_fold
     run(state_LSHPN, A_LH, ring, place)
 
 
-def _check_ring(operation: str, ring: SSDRing, start: tuple[int, ...], HPN: tuple[int, ...], groups: int) -> None:
+def _check_ring(operation: str, ring: SSDRing, start: tuple[int, ...], HPN: tuple[int, ...], G: int, U: int) -> None:
     heads, head_dim, state_size = HPN
-    check_shape(operation, "ring.x", ring.x, (*start, groups, head_dim))
-    check_shape(operation, "ring.B", ring.B, (*start, groups, state_size))
+    check_shape(operation, "ring.x", ring.x, (*start, G, head_dim))
+    check_shape(operation, "ring.B", ring.B, (*start, U, state_size))
     check_shape(operation, "ring.delta", ring.delta, (*start, heads))

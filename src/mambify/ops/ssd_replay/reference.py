@@ -3,7 +3,8 @@
 Letters: S rows, T new tokens, R places of a ring, E = R + T tokens of a window (pending ones, then new ones), H = G·Q
 query heads, G key/value heads, P head dimension, N state size.
 
-What is not pending in the first R of a window has Δ = 0, x = 0 and B = 0: it neither decays nor writes.
+What is not pending in the first R of a window has Δ = 0, x = 0 and B = 0: it neither decays nor writes. Heads that are
+grouped otherwise are repeated once they have been read (ops/head_groups.py).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mambify.ops.backends import accumulation_dtype
+from mambify.ops.head_groups import as_key_values
 from mambify.ops.ring import RingPlace, is_all_false, read_ring, write_ring
 
 
@@ -30,7 +32,7 @@ def ssd_replay(
     place: RingPlace,
 ) -> Tensor:
     """See :func:`mambify.ops.ssd_replay.ssd_replay`."""
-    S, T, G, _ = x_STGP.shape
+    S, T = x_STGP.shape[:2]
     exact = accumulation_dtype(x_STGP, dt_STH, state_SHPN)
     delta_STH = dt_STH.to(exact)
     if dt_bias_H is not None:
@@ -41,6 +43,8 @@ def ssd_replay(
         torch.cat([old.to(exact), new.to(exact)], dim=1)
         for old, new in zip(pending, (x_STGP, B_STGN, delta_STH), strict=True)
     )
+    x_SEGP, B_SEGN, C_STHN = as_key_values(x_SEGP, B_SEGN, C_STHN, dt_STH.shape[2])
+    G = x_SEGP.shape[2]
     decay_SEH = (delta_SEH * A_H.to(exact)).double().cumsum(1)
     enter_STH = decay_SEH[:, -T:]
     order_E = torch.arange(x_SEGP.shape[1], device=x_STGP.device)
@@ -81,6 +85,7 @@ def _fold(state_SHPN: Tensor, A_H: Tensor, pending: Sequence[Tensor], folds_S: T
     x_SRGP, B_SRGN, delta_SRH = pending
     if is_all_false(folds_S):
         return
+    x_SRGP, B_SRGN, _ = as_key_values(x_SRGP, B_SRGN, delta_SRH.unsqueeze(-1), delta_SRH.shape[2])
     exact, G = state_SHPN.dtype, x_SRGP.shape[2]
     decay_SRH = (delta_SRH.to(exact) * A_H.to(exact)).double().cumsum(1)
     whole_SH = decay_SRH[:, -1]

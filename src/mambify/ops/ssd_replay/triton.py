@@ -19,8 +19,8 @@ _replay_sums       everything else: plain float32 sums, one token after another.
 
 Folding is float32 in both, S e^{c_n} + Σ_j (weight_j x_j) B_jᵀ, one pending token at a time.
 
-Letters: S rows, T new tokens, R places of a ring = entries of a window, H = G·Q query heads, G key/value heads, P head
-dimension, N state size; in kernels R, P = BLOCK_P, N = BLOCK_N and T = ROWS ≥ T are the axes of tiles.
+Letters: S rows, T new tokens, R places of a ring = entries of a window, H heads of the state, G of x, U of B, V of C, P
+head dimension, N state size; in kernels R, P = BLOCK_P, N = BLOCK_N and T = ROWS ≥ T are the axes of tiles.
 """
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="assignment, misc"
 
@@ -43,12 +43,12 @@ _SUMMED = 2  # new tokens up to which plain sums cost less than matrix products
 _Ring = tuple[Tensor, Tensor, Tensor]
 
 
-def supports(x_STGP: Tensor, dt_STH: Tensor, B_STGN: Tensor, C_STHN: Tensor, state_SHPN: Tensor, *ring: Tensor) -> bool:
+def supports(x_STGP: Tensor, dt_STH: Tensor, B_STUN: Tensor, C_STVN: Tensor, state_SHPN: Tensor, *ring: Tensor) -> bool:
     """Whether the kernels take these inputs: P and N up to 128, one dtype for x, B, C and their rings, no float64."""
     ring_x, ring_B, ring_delta = ring
-    one = {v.dtype for v in (x_STGP, B_STGN, C_STHN, ring_x, ring_B)}
+    one = {v.dtype for v in (x_STGP, B_STUN, C_STVN, ring_x, ring_B)}
     return (
-        max(x_STGP.shape[-1], B_STGN.shape[-1]) <= _WIDEST
+        max(x_STGP.shape[-1], B_STUN.shape[-1]) <= _WIDEST
         and len(one) == 1
         and one <= {torch.bfloat16, torch.float16, torch.float32}
         and state_SHPN.dtype == ring_delta.dtype == torch.float32
@@ -88,8 +88,8 @@ def ssd_replay(
     x_STGP: Tensor,
     dt_STH: Tensor,
     A_H: Tensor,
-    B_STGN: Tensor,
-    C_STHN: Tensor,
+    B_STUN: Tensor,
+    C_STVN: Tensor,
     D_H: Tensor | None,
     dt_bias_H: Tensor | None,
     state_SHPN: Tensor,
@@ -98,9 +98,9 @@ def ssd_replay(
 ) -> Tensor:
     """See :func:`mambify.ops.ssd_replay.ssd_replay`."""
     slots, new, groups, P = x_STGP.shape
-    heads, N = C_STHN.shape[2:]
+    heads, N = dt_STH.shape[2], C_STVN.shape[3]
     check_contiguous("ssd_replay", state_SHPN, *ring)
-    x_STGP, B_STGN, C_STHN = (_columns_adjacent(v) for v in (x_STGP, B_STGN, C_STHN))
+    x_STGP, B_STUN, C_STVN = (_columns_adjacent(v) for v in (x_STGP, B_STUN, C_STVN))
     plan = _plan(slots * heads, P, N, x_STGP.dtype, new)
     y_STHP = x_STGP.new_empty((slots, new, heads, P))
     kernel, options = _replay_sums, {}
@@ -111,10 +111,10 @@ def ssd_replay(
         kernel = _replay_products
     with torch.cuda.device_of(x_STGP):  # Triton launches on the current device
         kernel[plan.grid(heads, slots, P)](
-            x_STGP, dt_STH, A_H, B_STGN, C_STHN, D_H, dt_bias_H, state_SHPN, *ring, y_STHP,
+            x_STGP, dt_STH, A_H, B_STUN, C_STVN, D_H, dt_bias_H, state_SHPN, *ring, y_STHP,
             place.head_S, place.pending_S, place.active_S, place.folds_above(new),
-            *x_STGP.stride()[:3], *dt_STH.stride(), *B_STGN.stride()[:3], *C_STHN.stride()[:3],
-            H=heads, G=groups, P=P, N=N, T=new, R=place.capacity,
+            *x_STGP.stride()[:3], *dt_STH.stride(), *B_STUN.stride()[:3], *C_STVN.stride()[:3],
+            H=heads, G=groups, U=B_STUN.shape[2], V=C_STVN.shape[2], P=P, N=N, T=new, R=place.capacity,
             BLOCK_P=plan.BLOCK_P, BLOCK_N=plan.BLOCK_N, RAGGED=plan.RAGGED, **options, num_warps=4, num_stages=1,
         )  # fmt: skip
     return y_STHP
@@ -128,7 +128,7 @@ def ssd_fold(state_LSHPN: Tensor, A_LH: Tensor, ring: _Ring, place: RingPlace) -
     with torch.cuda.device_of(state_LSHPN):
         _fold[plan.grid(layers * heads, slots, P)](
             A_LH.contiguous(), state_LSHPN, *ring, place.head_S, place.pending_S, place.active_S,
-            H=heads, G=ring[0].shape[-2], P=P, N=N, R=place.capacity,
+            H=heads, G=ring[0].shape[-2], U=ring[1].shape[-2], P=P, N=N, R=place.capacity,
             BLOCK_P=plan.BLOCK_P, BLOCK_N=plan.BLOCK_N, RAGGED=plan.RAGGED, num_warps=4, num_stages=1,
         )  # fmt: skip
 
@@ -143,7 +143,8 @@ def _replay_products(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, state_ptr, ring_x, ring_B, ring_delta, y_ptr,
     head_ptr, pending_ptr, active_ptr, folds_above,
     x_row, x_token, x_group, dt_row, dt_token, dt_head, B_row, B_token, B_group, C_row, C_token, C_head,
-    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, U: tl.constexpr, V: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    T: tl.constexpr, R: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr, ROWS: tl.constexpr, INNER_N: tl.constexpr,
 ):  # fmt: skip
     h, block, p, row = _place(P, BLOCK_P)
@@ -155,7 +156,7 @@ def _replay_products(
         x, delta, rate, B_from, B_to = _window(
             x_ptr, dt_ptr, A_ptr, B_ptr, bias_ptr, ring_x, ring_B, ring_delta, row, h, block, p, head, pending,
             x_row, x_token, x_group, dt_row, dt_token, dt_head, B_row, B_token, B_group,
-            H, G, P, N, T, R, RAGGED,
+            H, G, U, P, N, T, R, RAGGED,
         )  # fmt: skip
         e = tl.arange(0, R)
         y = tl.zeros((ROWS, BLOCK_P), tl.float32)
@@ -163,9 +164,9 @@ def _replay_products(
         for part in tl.static_range(BLOCK_N // INNER_N):
             n = part * INNER_N + tl.arange(0, INNER_N)
             s = _load_state(state_ptr, row * H + h, p, n, P, N, RAGGED)
-            C_tile = C_ptr + row * C_row + t[:, None] * C_token + h * C_head + n[None, :]
+            C_tile = C_ptr + row * C_row + t[:, None] * C_token + (h // (H // V)) * C_head + n[None, :]
             C = tl.load(C_tile, mask=_inside((t < T)[:, None], n[None, :], N, RAGGED), other=0.0)
-            B = _window_of_B(B_from, B_to, h, block, n, pending, H, G, N, T, R, RAGGED)
+            B = _window_of_B(B_from, B_to, h, block, n, pending, H, U, N, T, R, RAGGED)
             scores = tl.dot(C, tl.trans(B), scores)
             s_high, s_low = _halves(s, C.dtype)
             y = tl.dot(C, tl.trans(s_high), y)
@@ -190,7 +191,7 @@ def _replay_products(
             for start in range(0, BLOCK_N, INNER_N):
                 n = start + tl.arange(0, INNER_N)
                 _fold_state(
-                    state_ptr, A, ring_x, ring_B, ring_delta, row, h, p, n, head, pending, H, G, P, N, R, RAGGED
+                    state_ptr, A, ring_x, ring_B, ring_delta, row, h, p, n, head, pending, H, G, U, P, N, R, RAGGED
                 )  # fmt: skip
     else:
         tl.store(y_tile, tl.zeros((ROWS, BLOCK_P), y_ptr.dtype.element_ty), mask=y_here)
@@ -201,7 +202,8 @@ def _replay_sums(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, state_ptr, ring_x, ring_B, ring_delta, y_ptr,
     head_ptr, pending_ptr, active_ptr, folds_above,
     x_row, x_token, x_group, dt_row, dt_token, dt_head, B_row, B_token, B_group, C_row, C_token, C_head,
-    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, U: tl.constexpr, V: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    T: tl.constexpr, R: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     h, block, p, row = _place(P, BLOCK_P)
@@ -213,15 +215,17 @@ def _replay_sums(
         x, delta, rate, B_from, B_to = _window(
             x_ptr, dt_ptr, A_ptr, B_ptr, bias_ptr, ring_x, ring_B, ring_delta, row, h, block, p, head, pending,
             x_row, x_token, x_group, dt_row, dt_token, dt_head, B_row, B_token, B_group,
-            H, G, P, N, T, R, RAGGED,
+            H, G, U, P, N, T, R, RAGGED,
         )  # fmt: skip
-        B = _window_of_B(B_from, B_to, h, block, n, pending, H, G, N, T, R, RAGGED)
+        B = _window_of_B(B_from, B_to, h, block, n, pending, H, U, N, T, R, RAGGED)
         x, B = x.to(tl.float32), B.to(tl.float32)
         # In float64 differences of the sums are right to float32 even after a token that forgets everything.
         decay = tl.cumsum(rate.to(tl.float64), 0)
         e = tl.arange(0, R)
         for t in tl.static_range(T):
-            C = tl.load(C_ptr + row * C_row + t * C_token + h * C_head + n, mask=n < N, other=0.0).to(tl.float32)
+            C = tl.load(C_ptr + row * C_row + t * C_token + (h // (H // V)) * C_head + n, mask=n < N, other=0.0).to(
+                tl.float32
+            )
             enter = tl.sum(tl.where(e == pending + t, decay, 0.0), 0)
             gap = tl.where(e <= pending + t, (enter - decay).to(tl.float32), -float("inf"))
             weight = tl.exp(gap) * delta * tl.sum(B * C[None, :], 1)
@@ -232,7 +236,7 @@ def _replay_sums(
         if pending > folds_above:
             A = tl.load(A_ptr + h).to(tl.float32)
             _fold_state(
-                state_ptr, A, ring_x, ring_B, ring_delta, row, h, p, n, head, pending, H, G, P, N, R, RAGGED
+                state_ptr, A, ring_x, ring_B, ring_delta, row, h, p, n, head, pending, H, G, U, P, N, R, RAGGED
             )  # fmt: skip
     else:
         for t in tl.static_range(T):
@@ -242,7 +246,7 @@ def _replay_sums(
 @triton.jit
 def _fold(
     A_ptr, state_ptr, ring_x, ring_B, ring_delta, head_ptr, pending_ptr, active_ptr,
-    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, U: tl.constexpr, P: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     layer_h, _, p, slot = _place(P, BLOCK_P)  # heads of all layers
@@ -252,7 +256,7 @@ def _fold(
         row = (layer_h // H) * tl.num_programs(1).to(tl.int64) + slot  # of all layers
         A = tl.load(A_ptr + layer_h).to(tl.float32)
         _fold_state(
-            state_ptr, A, ring_x, ring_B, ring_delta, row, layer_h % H, p, n, head, pending, H, G, P, N, R, RAGGED
+            state_ptr, A, ring_x, ring_B, ring_delta, row, layer_h % H, p, n, head, pending, H, G, U, P, N, R, RAGGED
         )  # fmt: skip
 
 
@@ -297,8 +301,8 @@ def _halves(value, dtype: tl.constexpr):
 def _window(
     x_ptr, dt_ptr, A_ptr, B_ptr, bias_ptr, ring_x, ring_B, ring_delta, row, h, block, p, head, pending,
     x_row, x_token, x_group, dt_row, dt_token, dt_head, B_row, B_token, B_group,
-    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
-    RAGGED: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, U: tl.constexpr, P: tl.constexpr, N: tl.constexpr, T: tl.constexpr,
+    R: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """x [R, P], Δ [R] and A Δ [R] of the pending tokens and then the new ones, zero beyond them; where B is to be
     found and where it goes in the ring, each [R]. Writes new x and Δ into the ring: of the programs that have a
@@ -322,20 +326,21 @@ def _window(
     if block == 0:
         tl.store(delta_to, delta, mask=comes)
 
-    B_to = ring_B + (place * G + g) * N
-    B_from = tl.where(pends, B_to, B_ptr + (row * B_row + g * B_group) + t * B_token)
+    u = h // (H // U)
+    B_to = ring_B + (place * U + u) * N
+    B_from = tl.where(pends, B_to, B_ptr + (row * B_row + u * B_group) + t * B_token)
     return x, delta, delta * tl.load(A_ptr + h).to(tl.float32), B_from, B_to
 
 
 @triton.jit
 def _window_of_B(
     B_from, B_to, h, block, n, pending,
-    H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, T: tl.constexpr, R: tl.constexpr, RAGGED: tl.constexpr,
+    H: tl.constexpr, U: tl.constexpr, N: tl.constexpr, T: tl.constexpr, R: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """B [R, N] of the same window; writes the new ones into the ring."""
     t = tl.arange(0, R) - pending
     B = tl.load(B_from[:, None] + n[None, :], mask=_inside((t < T)[:, None], n[None, :], N, RAGGED), other=0.0)
-    if (h % (H // G) == 0) & (block == 0):
+    if (h % (H // U) == 0) & (block == 0):
         comes = (t >= 0) & (t < T)
         tl.store(B_to[:, None] + n[None, :], B, mask=_inside(comes[:, None], n[None, :], N, RAGGED))
     return B
@@ -344,12 +349,13 @@ def _window_of_B(
 @triton.jit
 def _fold_state(
     state_ptr, A, ring_x, ring_B, ring_delta, row, h, p, n, head, pending,
-    H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, R: tl.constexpr, RAGGED: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, U: tl.constexpr, P: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
+    RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Takes a share [P, N] of a state over the pending tokens, which are added from the last to the first: each has
     decayed by those after it. The state is read again after its outputs were made: from the cache, and not kept in
     registers meanwhile."""
-    g = h // (H // G)
+    g, u = h // (H // G), h // (H // U)
     e = tl.arange(0, R)
     s = _load_state(state_ptr, row * H + h, p, n, P, N, RAGGED)
     delta = tl.load(ring_delta + (row * R + ((head - 1 - e) & (R - 1))) * H + h, mask=e < pending, other=0.0)
@@ -359,7 +365,7 @@ def _fold_state(
         place = row * R + ((head - 1 - back) & (R - 1))
         step = tl.load(ring_delta + place * H + h)
         x = tl.load(ring_x + (place * G + g) * P + p, mask=p < P, other=0.0).to(tl.float32)
-        B = tl.load(ring_B + (place * G + g) * N + n, mask=n < N, other=0.0).to(tl.float32)
+        B = tl.load(ring_B + (place * U + u) * N + n, mask=n < N, other=0.0).to(tl.float32)
         s += ((fade * step) * x)[:, None] * B[None, :]
         fade *= tl.exp(A * step)
     tile = state_ptr + ((row * H + h) * P + p[:, None]) * N + n[None, :]

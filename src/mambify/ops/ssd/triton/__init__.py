@@ -5,6 +5,9 @@ outputs of all chunks at once (outputs.py). Backward: the same pass in reverse, 
 then those of the decays (gradients.py). Between them the states are kept in the inputs' dtype. Key/value heads are
 never repeated, sums over them are made in registers, nothing is added atomically: results are the same bits each time.
 
+Heads grouped otherwise (U of B, V of C, see ops/head_groups.py) are read where they are too; only for gradients, which
+are summed over key/value heads, are they repeated first.
+
 Letters: B batch, T tokens, H query heads, G key/value heads, R = H / G, P head dimension, N state size, c chunks,
 Q tokens a chunk.
 """
@@ -20,6 +23,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mambify.ops.head_groups import as_key_values
 from mambify.ops.ssd.triton.gradients import decay_gradient_kernel, gradient_kernel
 from mambify.ops.ssd.triton.outputs import output_kernel
 from mambify.ops.ssd.triton.states import decay_kernel, state_kernel
@@ -48,6 +52,9 @@ def ssd_scan(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`mambify.ops.ssd.ssd_scan`."""
     work = torch.promote_types(torch.promote_types(x_BTGP.dtype, B_BTGN.dtype), C_BTHN.dtype)
+    given = (x_BTGP, dt_BTH, A_H, B_BTGN, C_BTHN, D_H, initial_state_BHPN)
+    if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in given):
+        x_BTGP, B_BTGN, C_BTHN = as_key_values(x_BTGP, B_BTGN, C_BTHN, dt_BTH.shape[2])
     with torch.cuda.device_of(x_BTGP):  # Triton launches on the current device
         y_BTHP, final_BHPN = _scan(
             x_BTGP.to(work),
@@ -88,9 +95,8 @@ class _Plan:
     gradient_registers: int | None
 
 
-def _plan(x_BTGP: Tensor, C_BTHN: Tensor) -> _Plan:
-    P, N = x_BTGP.shape[-1], C_BTHN.shape[-1]
-    batch, tokens, heads = C_BTHN.shape[:3]
+def _plan(x_BTGP: Tensor, heads: int, N: int) -> _Plan:
+    batch, tokens, _, P = x_BTGP.shape
     tile_p, tile_n = (max(16, triton.next_power_of_2(size)) for size in (P, N))
     exact = x_BTGP.dtype == torch.float32  # products without tensor cores: all their operands go to registers
     # Tiles of 64 rows become wgmma (see tiles.py), which is not worth it where P or N is less.
@@ -135,9 +141,9 @@ class _Scan(torch.autograd.Function):
         seq_idx_BT: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         x_BTGP, B_BTGN, C_BTHN = (_columns_adjacent(v) for v in (x_BTGP, B_BTGN, C_BTHN))
-        plan = _plan(x_BTGP, C_BTHN)
-        batch, tokens, heads, N = C_BTHN.shape
-        groups, P = x_BTGP.shape[2:]
+        batch, tokens, heads = dt_BTH.shape
+        (groups, P), N = x_BTGP.shape[2:], C_BTHN.shape[-1]
+        plan = _plan(x_BTGP, heads, N)
         chunks = triton.cdiv(tokens, plan.Q)
         steps_BHcQ = x_BTGP.new_empty((batch, heads, chunks, plan.Q), dtype=torch.float32)
         sums_BHcQ = torch.empty_like(steps_BHcQ, dtype=torch.float64 if x_BTGP.dtype == torch.float32 else None)
@@ -157,7 +163,8 @@ class _Scan(torch.autograd.Function):
             x_BTGP, B_BTGN, C_BTHN, D_H, steps_BHcQ, sums_BHcQ, states_BcHPN, y_BTHP, tokens,
             x_BTGP.stride(0), B_BTGN.stride(0), C_BTHN.stride(0),
             *x_BTGP.stride()[1:3], *B_BTGN.stride()[1:3], *C_BTHN.stride()[1:3],
-            H=heads, R=heads // groups, P=P, N=N, RAGGED=plan.ragged, Q=plan.Q,
+            H=heads, X_SHARE=heads // groups, B_SHARE=heads // B_BTGN.shape[2], C_SHARE=heads // C_BTHN.shape[2],
+            P=P, N=N, RAGGED=plan.ragged, Q=plan.Q,
             BLOCK_P=plan.output_p, INNER_N=plan.inner_n,
             num_warps=4, num_stages=1, maxnreg=plan.output_registers,
         )  # fmt: skip
@@ -244,13 +251,14 @@ def _state_pass(
     *,
     reverse: bool,
 ) -> None:
-    """Forward over x and B, in reverse over dy and C; fills ``states`` and ``last``. X is G or H."""
+    """Forward over x and B, in reverse over dy and C; fills ``states`` and ``last``. X: as many heads as each has."""
     batch, _, heads, P, N = states_BcHPN.shape
     state_kernel[(triton.cdiv(P, plan.state_p) * triton.cdiv(N, plan.state_n) * batch * heads,)](
         left_BTXP, right_BTXN, steps_BHcQ, sums_BHcQ, None if first_BHPN is None else first_BHPN.contiguous(),
         states_BcHPN, last_BHPN, left_BTXP.shape[1],
         left_BTXP.stride(0), right_BTXN.stride(0), *left_BTXP.stride()[1:3], *right_BTXN.stride()[1:3],
-        H=heads, R=heads // left_BTXP.shape[2], P=P, N=N, RAGGED=plan.ragged, REVERSE=reverse, Q=plan.Q,
+        H=heads, LEFT_SHARE=heads // left_BTXP.shape[2], RIGHT_SHARE=heads // right_BTXN.shape[2],
+        P=P, N=N, RAGGED=plan.ragged, REVERSE=reverse, Q=plan.Q,
         BLOCK_P=plan.state_p, BLOCK_N=plan.state_n, STAGES=3, num_warps=4,
     )  # fmt: skip
 

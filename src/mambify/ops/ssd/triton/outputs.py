@@ -17,11 +17,13 @@ from mambify.ops.ssd.triton.tiles import load_state, load_tile, pair_decay, stor
 def output_kernel(
     x_ptr, B_ptr, C_ptr, D_ptr, steps_ptr, sums_ptr, states_ptr, y_ptr, tokens, x_stride_B, B_stride_B, C_stride_B,
     x_stride_T: tl.constexpr, x_stride_G: tl.constexpr, B_stride_T: tl.constexpr, B_stride_G: tl.constexpr,
-    C_stride_T: tl.constexpr, C_stride_H: tl.constexpr,
-    H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr, RAGGED: tl.constexpr,
+    C_stride_T: tl.constexpr, C_stride_G: tl.constexpr,
+    H: tl.constexpr, X_SHARE: tl.constexpr, B_SHARE: tl.constexpr, C_SHARE: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, RAGGED: tl.constexpr,
     Q: tl.constexpr, BLOCK_P: tl.constexpr, INNER_N: tl.constexpr,
 ):  # fmt: skip
-    """``D_ptr`` is None where there is no skip; sums over N are made INNER_N at a time."""
+    """X_SHARE, B_SHARE, C_SHARE heads read the same x, B and C. ``D_ptr`` is None where there is no skip; sums over N
+    are made INNER_N at a time."""
     BLOCKS: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
     chunks = tl.cdiv(tokens, Q)
     block = tl.program_id(0) % BLOCKS
@@ -31,9 +33,9 @@ def output_kernel(
     t = tl.arange(0, Q)
     start = chunk * Q
     here = tl.minimum(tokens - start, Q).to(tl.int32)
-    x_ptr += batch * x_stride_B + head // R * x_stride_G + start * x_stride_T
-    B_ptr += batch * B_stride_B + head // R * B_stride_G + start * B_stride_T
-    C_ptr += batch * C_stride_B + head * C_stride_H + start * C_stride_T
+    x_ptr += batch * x_stride_B + head // X_SHARE * x_stride_G + start * x_stride_T
+    B_ptr += batch * B_stride_B + head // B_SHARE * B_stride_G + start * B_stride_T
+    C_ptr += batch * C_stride_B + head // C_SHARE * C_stride_G + start * C_stride_T
     vector = ((batch * H + head) * chunks + chunk) * Q + t
     dt = tl.load(steps_ptr + vector)
     sums = tl.load(sums_ptr + vector)

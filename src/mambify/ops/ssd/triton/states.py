@@ -52,10 +52,11 @@ def state_kernel(
     left_ptr, right_ptr, steps_ptr, sums_ptr, first_ptr, states_ptr, last_ptr, tokens, left_stride_B, right_stride_B,
     left_stride_T: tl.constexpr, left_stride_G: tl.constexpr,
     right_stride_T: tl.constexpr, right_stride_G: tl.constexpr,
-    H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, N: tl.constexpr, RAGGED: tl.constexpr, REVERSE: tl.constexpr,
-    Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    H: tl.constexpr, LEFT_SHARE: tl.constexpr, RIGHT_SHARE: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, RAGGED: tl.constexpr, REVERSE: tl.constexpr, Q: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One state pass. Left is x or dy, right is B or C; R heads of the H share one left and right.
+    """One state pass. Left is x or dy, right is B or C; so many heads of the H share one left, and one right.
 
     ``first_ptr`` is the state to begin with (None: zero), ``last_ptr`` takes the one it ends with (None: not kept).
     """
@@ -68,8 +69,8 @@ def state_kernel(
     n = (block % BLOCKS_N) * BLOCK_N + tl.arange(0, BLOCK_N)
     t = tl.arange(0, Q)
     chunks = tl.cdiv(tokens, Q)
-    left_ptr += batch * left_stride_B + head // R * left_stride_G
-    right_ptr += batch * right_stride_B + head // R * right_stride_G
+    left_ptr += batch * left_stride_B + head // LEFT_SHARE * left_stride_G
+    right_ptr += batch * right_stride_B + head // RIGHT_SHARE * right_stride_G
     steps_ptr += row * chunks * Q
     sums_ptr += row * chunks * Q
     states_ptr += (batch * chunks * H + head) * (P * N)

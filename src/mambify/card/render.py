@@ -5,13 +5,15 @@ Only what is known is said. A training, a licence or a figure that nobody record
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mambify.config import HybridConfig
+from mambify.card.results import acceptance_section, results_section
+from mambify.card.text import table, without_way
+from mambify.config import STOCK, HybridConfig
 from mambify.layer_map import kinds_of_layers, legend, name, plain_map, ranges
 from mambify.provenance import Provenance
 
@@ -37,10 +39,11 @@ def render_card(
     ]
     if provenance is not None and (provenance.stages or provenance.recipe):
         sections.append(f"## Training\n\n{_training(provenance)}")
-    if provenance is not None and "sources" in provenance.results:
-        sections.append(f"## Results\n\n{_results(provenance.results)}")
-    if provenance is not None and "acceptance" in provenance.results:
-        sections.append(f"## Acceptance\n\n{_acceptance(provenance.results['acceptance'])}")
+    results = {} if provenance is None else provenance.results
+    if any(kind != "acceptance" for kind in results):
+        sections.append(f"## Results\n\n{results_section(results)}")
+    if "acceptance" in results:
+        sections.append(f"## Acceptance\n\n{acceptance_section(results['acceptance'])}")
     limits = [*_limit_lines(config, provenance), *limits]
     sections.append("## Limits\n\n" + "\n".join(f"- {line}" for line in limits))
     return "\n\n".join(sections) + "\n"
@@ -48,13 +51,18 @@ def render_card(
 
 def _header(config: HybridConfig, provenance: Provenance | None) -> str:
     trained = provenance is not None and bool(provenance.stages)
-    mixers = sorted({kind for kind in config.layer_mixers or () if kind != "attention"})
+    mixers = sorted({kind.removeprefix(STOCK) for kind in config.layer_mixers or () if kind != "attention"})
     fields: dict[str, Any] = dict(config.teacher_license or {})
     if config.teacher_hub_id:
         fields["base_model"] = config.teacher_hub_id
     fields["library_name"] = "transformers"
     fields["pipeline_tag"] = "text-generation"
-    fields["tags"] = ["mambify", *(["hybrid"] if mixers else []), *mixers, *(["distillation"] if trained else [])]
+    fields["tags"] = [
+        "mambify",
+        *(["hybrid"] if mixers and not config.stock_layers else []),
+        *mixers,
+        *(["distillation"] if trained else []),
+    ]
     return "---\n" + yaml.safe_dump(fields, sort_keys=False, allow_unicode=True) + "---"
 
 
@@ -69,7 +77,7 @@ def _title(config: HybridConfig) -> str:
     teacher = _teacher(config).rpartition("/")[2] or "A hybrid model"
     if config.cut_from is not None:
         return f"A draft for {teacher}, of {config.num_hidden_layers} layers"
-    if not config.converted_layers:
+    if not config.converted_layers or config.stock_layers:
         return teacher
     mixers = " and ".join(sorted({name(kind) for kind in config.layer_mixers or () if kind != "attention"}))
     return f"{teacher}, {len(config.converted_layers)} of {config.num_hidden_layers} layers as {mixers}"
@@ -80,9 +88,9 @@ def _what_it_is(config: HybridConfig) -> str:
     linked = f"[{teacher}](https://huggingface.co/{teacher})" if config.teacher_hub_id else teacher or "a Transformer"
     if config.cut_from is not None:
         return _what_a_draft_is(config, linked)
-    if not config.converted_layers:
+    if not config.converted_layers or config.stock_layers:
         return f"The weights of {linked}, as mambify saves them; no layer is converted."
-    read_as = _without_way(config.teacher)
+    read_as = without_way(config.teacher)
     loaded_as = f" (read as `{read_as}`)" if read_as not in ("", teacher) else ""
     lines = (
         f"A hybrid of attention and Mamba layers made from {linked}{loaded_as} with mambify, by the method of "
@@ -119,28 +127,30 @@ def _on_its_base(config: HybridConfig) -> str:
 
 def _base_name(config: HybridConfig) -> str:
     assert config.base is not None
-    return _without_way(config.base["name"])
-
-
-def _without_way(name: str) -> str:
-    """A name without the folders of the machine that it comes from."""
-    return Path(name).name if Path(name).is_absolute() else name
+    return without_way(config.base["name"])
 
 
 def _layers(config: HybridConfig) -> str:
     kinds = kinds_of_layers(config)
-    rows = [
-        ("layers that keep attention", ranges(config.attention_layers)),
-        ("layers converted", ranges(config.converted_layers)),
-        ("hidden size, feed-forward size", f"{config.hidden_size:,}, {config.intermediate_size:,}"),
-        (
-            "heads (query, key/value, dimension)",
-            f"{config.num_attention_heads}, {config.num_key_value_heads}, {config.head_dim}",
-        ),
-        ("vocabulary", f"{config.vocab_size:,}"),
-        ("positions of the teacher", f"{config.max_position_embeddings:,}"),
-    ]
-    return f"```\n{plain_map(kinds)}\n{legend(kinds)}\n```\n\n" + _table(("", ""), rows)
+    if config.stock_layers:
+        rows = [
+            ("hidden size, inner size", f"{config.hidden_size:,}, {config.ssm_inner_size:,}"),
+            ("state size", f"{config.ssm_state_size:,}"),
+            ("vocabulary", f"{config.vocab_size:,}"),
+        ]
+    else:
+        rows = [
+            ("layers that keep attention", ranges(config.attention_layers)),
+            ("layers converted", ranges(config.converted_layers)),
+            ("hidden size, feed-forward size", f"{config.hidden_size:,}, {config.intermediate_size:,}"),
+            (
+                "heads (query, key/value, dimension)",
+                f"{config.num_attention_heads}, {config.num_key_value_heads}, {config.head_dim}",
+            ),
+            ("vocabulary", f"{config.vocab_size:,}"),
+            ("positions of the teacher", f"{config.max_position_embeddings:,}"),
+        ]
+    return f"```\n{plain_map(kinds)}\n{legend(kinds)}\n```\n\n" + table(("", ""), rows)
 
 
 def _use(config: HybridConfig) -> str:
@@ -182,7 +192,7 @@ def _training(provenance: Provenance) -> str:
             )
             for stage in provenance.stages
         ]
-        parts.append(_table(("stage", "layers with attention", "steps", "tokens", "seconds"), rows))
+        parts.append(table(("stage", "layers with attention", "steps", "tokens", "seconds"), rows))
         parts.append(f"In all {provenance.tokens:,} tokens.")
     made = [
         f"{key} {provenance.environment[key]}"
@@ -195,56 +205,6 @@ def _training(provenance: Provenance) -> str:
         text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).strip()
         parts.append(f"<details><summary>The recipe</summary>\n\n```yaml\n{text}\n```\n\n</details>")
     return "\n\n".join(parts)
-
-
-def _results(results: Mapping[str, Any]) -> str:
-    sources: Mapping[str, Mapping[str, Any]] = results["sources"]
-    beside_teacher = any("teacher" in source for source in sources.values())
-    headings = ["text", "tokens", "perplexity"]
-    if beside_teacher:
-        headings += ["teacher's", "ratio", "KL", "top-1 agreement"]
-    rows = []
-    for text, source in sources.items():
-        cells = [text, f"{source['num_tokens']:,}", _figure(source["student"], "perplexity", ".2f")]
-        if beside_teacher:
-            cells += [
-                _figure(source.get("teacher", {}), "perplexity", ".2f"),
-                _figure(source["student"], "perplexity_ratio", ".3f"),
-                _figure(source["student"], "kl", ".4f"),
-                _figure(source["student"], "top1_agreement", ".1%"),
-            ]
-        rows.append(cells)
-    length = f" of {results['context_length']} tokens" if "context_length" in results else ""
-    return (
-        _table(headings, rows)
-        + f"\n\nMeasured by `mambify evaluate` on blocks{length}; in brackets 95% bootstrap intervals over blocks."
-    )
-
-
-def _acceptance(report: Mapping[str, Any]) -> str:
-    measured = [("prompts, measured", found) for found in report["measured"]]
-    rows = [
-        (
-            on,
-            f"{found['temperature']:g}",
-            f"{found['tokens_per_round']:.2f}",
-            ", ".join(f"{share:.0%}" for share in found["acceptance_by_position"]),
-        )
-        for on, found in [("held-out text, expected", report["expected"]), *measured]
-    ]
-    target = _without_way(report["target"])
-    headings = ("on", "temperature", "tokens a round", "accepted by position")
-    return f"With {target} as the target:\n\n{_table(headings, rows)}"
-
-
-def _figure(figures: Mapping[str, Any], key: str, form: str) -> str:
-    if key not in figures:
-        return ""
-    text = f"{figures[key]:{form}}"
-    if f"{key}_interval" in figures:
-        low, high = figures[f"{key}_interval"]
-        text += f" ({low:{form}}–{high:{form}})"
-    return text
 
 
 def _limit_lines(config: HybridConfig, provenance: Provenance | None) -> Iterator[str]:
@@ -266,13 +226,3 @@ def _limit_lines(config: HybridConfig, provenance: Provenance | None) -> Iterato
         yield "No evaluation is recorded."
     else:
         yield "What the table above does not measure was not measured."
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    """Text that cannot end its cell or its row."""
-    return " ".join(text.replace("|", "\\|").split())

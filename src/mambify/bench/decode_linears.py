@@ -1,0 +1,96 @@
+"""The linear layers of a decoding step by themselves, for ``mambify bench decode``: bytes of weights a second.
+
+Each has several copies of its weights, more than a cache holds, and is recorded. PyTorch's own products stand beside
+the kernel that has norm, gate or sum inside; theirs are kernels of their own, and part of the time.
+
+Letters: M rows, D inputs, F inner size, E outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mambify.bench.clock import device_seconds_of
+from mambify.bench.shapes import Shape
+from mambify.ops.backends import HAS_TRITON
+from mambify.ops.decode_linear import decode_linear
+
+if HAS_TRITON:
+    from mambify.ops.decode_linear import triton as kernels
+
+_BLOCKS = (2, 4, 8)  # outputs a program
+_BYTES = {"cpu": 2**22, "cuda": 2**29}  # of all copies: ten times an H100's cache
+
+
+class Linear(NamedTuple):
+    """One of a step's products.
+
+    Attributes:
+        heights: outputs of each of its weights.
+        normed, gated, adds: what is inside.
+    """
+
+    inputs: int
+    heights: tuple[int, ...]
+    normed: bool = False
+    gated: bool = False
+    adds: bool = False
+
+
+def linears_of(s: Shape) -> dict[str, Linear]:
+    """The products of a Transformer's and a Mamba2 layer, and the head."""
+    wide, narrow = s.heads * s.head_dim, s.groups * s.head_dim
+    return {
+        "q, k, v": Linear(s.hidden, (wide, narrow, narrow), normed=True),
+        "in_proj": Linear(s.hidden, (2 * wide + 2 * narrow + s.heads,), normed=True),
+        "out_proj": Linear(wide, (s.hidden,), adds=True),
+        "gate, up": Linear(s.hidden, (s.intermediate, s.intermediate), normed=True, gated=True),
+        "down": Linear(s.intermediate, (s.hidden,), adds=True),
+        "head": Linear(s.hidden, (s.vocabulary,), normed=True),
+    }
+
+
+def read_rates(linear: Linear, rows: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Bytes of weights a second, by way: PyTorch's products, the kernel, overlapping, and with other blocks.
+
+    A way that fails has its error in place of a number.
+    """
+    size = sum(linear.heights) * linear.inputs * dtype.itemsize
+    copies = max(2, _BYTES[torch.device(device).type] // size)
+    x_MD = torch.randn(rows, linear.inputs, device=device, dtype=dtype)
+    norm_D = torch.rand(linear.inputs, device=device, dtype=dtype) if linear.normed else None
+    weights = [
+        [torch.randn(height, linear.inputs, device=device, dtype=dtype) / 64 for height in linear.heights]
+        for _ in range(copies)
+    ]
+    sum_MO = torch.zeros(rows, sum(linear.heights), device=device, dtype=dtype) if linear.adds else None
+
+    def public(**settings: Any) -> Callable[[list[Tensor]], Tensor]:
+        return lambda each: decode_linear(
+            x_MD, each, norm_D=norm_D, eps=1e-5, gated=linear.gated, add_to_MO=sum_MO, **settings
+        )  # fmt: skip
+
+    def with_block(block: int) -> Callable[[list[Tensor]], Tensor]:
+        none = [None] * len(linear.heights)
+        return lambda each: kernels.decode_linear(
+            x_MD, each, none, norm_D, 1e-5, linear.gated, sum_MO, False, block
+        )  # fmt: skip
+
+    ways = {"torch": public(backend="reference")}
+    if torch.device(device).type == "cuda":
+        ways |= {"kernel": public(backend="triton"), "overlap": public(backend="triton", overlap=True)}
+        ways |= {f"block {block}": with_block(block) for block in _BLOCKS}
+    found: dict[str, Any] = {}
+    with torch.inference_mode():
+        for name, way in ways.items():
+            try:
+                seconds = device_seconds_of(lambda way=way: [way(each) for each in weights], device)  # type: ignore[misc]
+            except Exception as error:  # one way of several, each its own kernel
+                found[name] = f"{type(error).__name__}: {str(error)[:200]}"
+            else:
+                found[name] = copies * size / seconds
+    return found

@@ -1,0 +1,80 @@
+"""Linear layers of a few tokens, with what stands around them in a block: a norm before, a gate or a sum behind.
+
+A decoding step reads every weight once and multiplies it with few rows, so its time is that of the reading. What comes
+before and after costs a launch each, if it is a kernel of its own, and next to nothing within one that reads weights.
+
+Letters: M rows (tokens), D inputs, O outputs of all weights together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mambify.ops.backends import HAS_TRITON, backends_on, check_shape, pick_backend
+from mambify.ops.decode_linear import reference
+
+if HAS_TRITON:
+    from mambify.ops.decode_linear import triton as kernels
+
+__all__ = ["decode_linear"]
+
+
+@torch.no_grad()
+def decode_linear(
+    x_MD: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    *,
+    norm_D: Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    add_to_MO: Tensor | None = None,
+    overlap: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """``x Wᵀ + b`` for one to three weights that read the same input; not for training.
+
+        x ← norm · x / sqrt(mean_D(x²) + eps)              where a norm is given
+        y = [x W₁ᵀ + b₁ | x W₂ᵀ + b₂ | …]                  or SiLU(x W₁ᵀ + b₁) · (x W₂ᵀ + b₂) where ``gated``
+        add_to ← add_to + y                                where it is given
+
+    The weights stay where they are: several of them need not be one tensor to be read by one kernel.
+
+    Args:
+        x_MD: inputs. Sets the dtype of the result; sums are kept in float32.
+        weights: each ``[O_i, D]``.
+        biases: each ``[O_i]`` or None; None for none at all.
+        norm_D, eps: of an RMSNorm before.
+        gated: of two weights of the same height.
+        add_to_MO: changed in place, and the result; not part of the memory of ``x``.
+        overlap: the kernel starts while the one before it ends, and reads its first weights meanwhile (programmatic
+            dependent launch, compute capability 9.0 on); everything else it reads after that one has ended.
+        backend: "auto", "reference" (PyTorch's own products) or "triton" (up to 8 rows, contiguous weights, one dtype,
+            no float64). In the kernel the order of sums depends on D alone: a row's result is the same to the last bit
+            however many rows there are.
+
+    Returns:
+        y_MO, whose rows may lie further apart than O; ``add_to_MO`` where it is given.
+
+    Raises:
+        InvalidOptionError: unknown backend.
+        ValueError: shapes that do not belong together.
+    """
+    biases = [None] * len(weights) if biases is None else list(biases)
+    supported = HAS_TRITON and kernels.supports(x_MD, weights, add_to_MO)
+    chosen = pick_backend("decode_linear", backend, backends_on(x_MD.device, supported=supported))
+    M, D = x_MD.shape
+    if not 1 <= len(weights) <= 3 or len(biases) != len(weights) or (gated and len(weights) != 2):
+        raise ValueError("decode_linear: takes one to three weights, two where gated, and as many biases")
+    for weight, bias in zip(weights, biases, strict=True):
+        check_shape("decode_linear", "a weight", weight, (len(weights[0]) if gated else len(weight), D))
+        check_shape("decode_linear", "a bias", bias, (len(weight),))
+    outputs = len(weights[0]) if gated else sum(map(len, weights))
+    check_shape("decode_linear", "norm_D", norm_D, (D,))
+    check_shape("decode_linear", "add_to_MO", add_to_MO, (M, outputs))
+    if chosen == "reference":
+        return reference.decode_linear(x_MD, weights, biases, norm_D, eps, gated, add_to_MO)
+    return kernels.decode_linear(x_MD, weights, biases, norm_D, eps, gated, add_to_MO, overlap)

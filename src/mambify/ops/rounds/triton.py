@@ -1,0 +1,90 @@
+"""Bookkeeping between rounds as Triton kernels: a program a slot, or one for many slots.
+
+Letters: S slots, K drafted tokens, T = K + 1, E stop tokens, L places of the history, R places of a ring.
+"""
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mambify.ops.ring import RingPlace
+
+_SLOTS = 128  # a program of move_on
+
+
+def settle_round(
+    drafted_SK: Tensor,
+    kept_S: Tensor,
+    next_S: Tensor,
+    stops_E: Tensor,
+    length_S: Tensor,
+    active_S: Tensor,
+    token_S: Tensor,
+    budget_S: Tensor,
+    history_SL: Tensor,
+    accepted_T: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`mambify.ops.rounds.settle_round`."""
+    S, K = drafted_SK.shape
+    count_S, goes_on_S = torch.empty_like(kept_S), torch.empty_like(active_S)
+    _settle[(S,)](
+        drafted_SK, kept_S, next_S, stops_E, length_S, active_S, token_S, budget_S, history_SL, accepted_T,
+        count_S, goes_on_S, history_SL.shape[1], K=K, E=len(stops_E), BLOCK_T=triton.next_power_of_2(K + 1),
+        BLOCK_E=triton.next_power_of_2(max(len(stops_E), 1)), num_warps=1,
+    )  # fmt: skip
+    return count_S, goes_on_S
+
+
+def move_on(place: RingPlace, length_S: Tensor, count_S: Tensor, folds_above: int) -> None:
+    """See :func:`mambify.ops.rounds.move_on`."""
+    slots = len(length_S)
+    _move_on[(triton.cdiv(slots, _SLOTS),)](
+        place.head_S, place.pending_S, place.active_S, length_S, count_S, slots,
+        LIMIT=folds_above, R=place.capacity, BLOCK=_SLOTS, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _settle(
+    drafted_ptr, kept_ptr, next_ptr, stops_ptr, length_ptr, active_ptr, token_ptr, budget_ptr, history_ptr,
+    accepted_ptr, count_ptr, goes_on_ptr, L, K: tl.constexpr, E: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    s = tl.program_id(0).to(tl.int64)
+    t, e = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E)
+    kept, following = tl.load(kept_ptr + s), tl.load(next_ptr + s)
+    token = tl.load(drafted_ptr + s * K + t, mask=t < K, other=0)
+    token = tl.where(t == kept, following, token)
+    stops = tl.load(stops_ptr + e, mask=e < E, other=0)
+    equal = (token[:, None] == stops[None, :]) & (e < E)[None, :] & (t <= kept)[:, None]
+    stop = tl.min(tl.where(tl.max(equal.to(tl.int32), 1) > 0, t, K + 1), 0).to(tl.int64)
+    active, budget = tl.load(active_ptr + s) != 0, tl.load(budget_ptr + s)
+    count = tl.minimum(tl.minimum(kept, stop) + 1, budget)
+    goes_on = active & (count <= stop) & (count != budget)
+    count = tl.where(active, count, 0)
+    tl.store(history_ptr + s * L + tl.load(length_ptr + s) + 1 + t, token, mask=t < count)
+    last = tl.sum(tl.where(t == count - 1, token, 0), 0)
+    tl.store(token_ptr + s, last, mask=count > 0)
+    tl.store(budget_ptr + s, budget - count)
+    tl.atomic_add(accepted_ptr + kept, tl.full([], 1, tl.int64), mask=active)
+    tl.store(count_ptr + s, count)
+    tl.store(goes_on_ptr + s, goes_on)
+
+
+@triton.jit
+def _move_on(
+    head_ptr, pending_ptr, active_ptr, length_ptr, count_ptr, slots,
+    LIMIT: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    s = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = s < slots
+    here = here & (tl.load(active_ptr + s, mask=here, other=0) != 0)
+    count = tl.load(count_ptr + s, mask=here, other=0)
+    pending = tl.load(pending_ptr + s, mask=here, other=0)
+    tl.store(pending_ptr + s, tl.where(pending > LIMIT, 0, pending) + count, mask=here)
+    tl.store(head_ptr + s, (tl.load(head_ptr + s, mask=here, other=0) + count) & (R - 1), mask=here)
+    tl.store(length_ptr + s, tl.load(length_ptr + s, mask=here, other=0) + count, mask=here)

@@ -1,0 +1,92 @@
+"""The fused step on a GPU, in bfloat16 and recorded: its kernels by themselves, and a whole model's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from mambify.engine import Sampling, Speculator
+from mambify.engine.tower import Tower
+from mambify.model import HybridForCausalLM
+from mambify.ops.decode_linear import decode_linear
+
+pytestmark = pytest.mark.gpu
+MIXES = {"attention": ("attention",) * 4, "mamba2": ("mamba2",) * 4, "halves": ("mamba2", "attention") * 2}
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(
+    ("inputs", "heights", "gated"),
+    [(4096, [4096, 1024, 1024], False), (4096, [1536, 1536], True), (14_336, [512], False), (576, [1545], False)],
+)
+def test_a_row_is_the_same_in_any_company(
+    inputs: int, heights: list[int], gated: bool, normed: bool, overlap: bool
+) -> None:
+    """To the last bit: verifying several tokens multiplies as decoding one by one does."""
+    torch.manual_seed(0)
+    x = torch.randn(8, inputs, device="cuda", dtype=torch.bfloat16)
+    weights = [torch.randn(height, inputs, device="cuda", dtype=torch.bfloat16) / 64 for height in heights]
+    settings: dict[str, Any] = {"gated": gated, "overlap": overlap, "backend": "triton"}
+    if normed:
+        settings |= {"norm_D": torch.rand(inputs, device="cuda", dtype=torch.bfloat16), "eps": 1e-5}
+    alone = torch.cat([decode_linear(x[row : row + 1], weights, **settings) for row in range(8)])
+    wanted = decode_linear(x, weights, **settings | {"backend": "reference", "overlap": False})
+    for rows in (2, 3, 5, 8):
+        together = decode_linear(x[:rows], weights, **settings)
+        assert torch.equal(together, alone[:rows])
+        assert (together - wanted[:rows]).abs().max() < 0.02 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize(("slots", "read"), [(1, 1), (3, 1), (1, 5), (2, 4), (12, 1), (8, 3)])
+def test_logits_of_the_modules(
+    tiny_hybrid: Callable[..., HybridForCausalLM], mix: str, slots: int, read: int, overlap: bool
+) -> None:
+    model = tiny_hybrid(MIXES[mix], qk_norm=True, attention_bias=True).to("cuda", torch.bfloat16)
+    towers = []
+    for backend in ("modules", "fused"):
+        active_S = torch.ones(slots, dtype=torch.bool, device="cuda")
+        with torch.inference_mode():
+            towers.append(
+                Tower(
+                    model, num_slots=slots, length=200, most_new=read, active_S=active_S, final=read == 1,
+                    backend=backend, overlap=overlap,
+                )
+            )  # fmt: skip
+    with torch.inference_mode():
+        for tower in towers:
+            tower.begin(range(slots), [list(range(3, 8 + slot)) for slot in range(slots)])
+        for turn in range(40):
+            token_ST = torch.randint(3, 90, (slots, read), generator=torch.Generator().manual_seed(turn)).cuda()
+            logits = []
+            for tower in towers:
+                found = tower.read(token_ST)
+                assert found is not None
+                logits.append(found.float())
+                tower.keep(torch.full((slots,), read // 2 + 1, device="cuda"), read)
+            assert (logits[0] - logits[1]).abs().max() < 0.08 * logits[0].abs().max()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("draft", [None, "lookup"])
+def test_recorded_rounds_in_float32_give_the_models_tokens(
+    tiny_hybrid: Callable[..., HybridForCausalLM], mix: str, draft: Any, overlap: bool
+) -> None:
+    model = tiny_hybrid(MIXES[mix]).to("cuda")
+    runs = []
+    for backend in ("modules", "fused"):
+        speculator = Speculator(
+            model, draft, num_slots=2, max_length=96, sampling=Sampling(temperature=0.0), backend=backend,
+            overlap=overlap and backend == "fused",
+        )  # fmt: skip
+        answers: list[list[int]] = [[], [], []]
+        for number, tokens in speculator.run([[5, 6, 7], [9], [20, 21, 20, 21]], max_new_tokens=60):
+            answers[number] += tokens
+        runs.append(answers)
+    assert runs[0] == runs[1]
