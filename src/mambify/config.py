@@ -36,6 +36,8 @@ class HybridConfig(PreTrainedConfig):  # type: ignore[misc]
         conv_kernel: width K of the causal convolution of a Mamba mixer.
         mamba1_state_size: N of Mamba1; a head of P channels is P/N sub-heads.
         mamba1_dt_rank: rank of Mamba1's Δ projection; ``None`` is ⌈D/16⌉.
+        cut_from: of a draft, the layers that it has of the model that it was cut from.
+        draft_vocabulary: how many words the head of a draft knows, if not all; which ones stands beside its weight.
         ssm_inner_size: I, channels of a stock Mamba mixer (``stock_mamba1``, ``stock_mamba2``).
         ssm_state_size: N of a stock mixer.
         ssm_dt_rank: rank of ``stock_mamba1``'s Δ projection.
@@ -86,6 +88,8 @@ class HybridConfig(PreTrainedConfig):  # type: ignore[misc]
     conv_kernel: int = 4
     mamba1_state_size: int = 16
     mamba1_dt_rank: int | None = None
+    cut_from: list[int] | None = None
+    draft_vocabulary: int | None = None
     ssm_inner_size: int | None = None
     ssm_state_size: int | None = None
     ssm_dt_rank: int | None = None
@@ -108,6 +112,12 @@ class HybridConfig(PreTrainedConfig):  # type: ignore[misc]
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InvalidOptionError(f"{name} is {value}: it has to be at least {least}")
+        if self.draft_vocabulary is not None and not 1 <= self.draft_vocabulary <= self.vocab_size:
+            raise InvalidOptionError(
+                f"a draft's head can know 1 to {self.vocab_size} words, not {self.draft_vocabulary}"
+            )
+        if self.draft_vocabulary is not None and self.tie_word_embeddings:
+            raise InvalidOptionError("a head that knows part of the vocabulary cannot be tied to the embeddings")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:

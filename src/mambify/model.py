@@ -36,6 +36,7 @@ from mambify.mixers import MIXERS, Mixer, MixerContext
 from mambify.mixers.attention import SoftmaxAttention
 from mambify.norm import RMSNorm, StreamRMSNorm
 from mambify.ops.swiglu import swiglu
+from mambify.trimmed_head import TrimmedHead
 
 _MASKS = {
     "full_attention": create_causal_mask,
@@ -335,7 +336,10 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):  # type: ignore
         super().__init__(config)
         self.model = HybridModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.draft_vocabulary is None:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        else:
+            self.lm_head = TrimmedHead(config.hidden_size, config.vocab_size, config.draft_vocabulary)
         self.post_init()
 
     @can_return_tuple  # type: ignore[untyped-decorator]

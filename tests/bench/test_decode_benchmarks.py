@@ -86,6 +86,16 @@ def test_acceptance_is_as_it_was_injected() -> None:
     assert found[0] == pytest.approx(0.9, abs=0.04) and found[1] == pytest.approx(0.5, abs=0.06) and found[2] == 0.0
 
 
+def test_acceptance_by_position_is_injected_whatever_k_is() -> None:
+    target, draft = drawn_model("tiny", "cpu", attention=0.5), drawn_model("tiny", "cpu", num_hidden_layers=1)
+    speculator = InjectedSpeculator(
+        target, draft, rates=[1.0, 1.0, 0.0], num_slots=4, max_length=80, sampling=Sampling(), num_draft_tokens=(2, 3)
+    )
+    list(speculator.run([[1, 2]] * 4, max_new_tokens=60))
+    assert speculator.statistics.acceptance_by_position[:2] == [1.0, 1.0]
+    assert set(speculator.statistics.passes) <= {2, 3} and not any(speculator.statistics.accepted[3:])
+
+
 def test_a_pace_counts_what_comes_between_looks() -> None:
     model = drawn_model("tiny", "cpu", attention=0.5)
     decoder = Speculator(model, None, num_slots=3, max_length=40, sampling=Sampling(temperature=0.0))

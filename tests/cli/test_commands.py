@@ -306,6 +306,29 @@ class TestGenerate:
         assert told["tokens_per_round"] >= 1 and len(told["acceptance_by_position"]) == 4
         assert run(*command, "--draft", "lookup", "--num-draft-tokens", 0).status == 2
 
+    def test_any_draft_and_any_number_of_tokens(self, run: Run, student: Path, teacher: Path) -> None:
+        """Layers of the model itself, the student for its own teacher, and K that is chosen on the way."""
+        for model, draft in ((student, "cut:2"), (teacher, "cut:1"), (teacher, student), (student, "lookup")):
+            command = ["generate", model, "hi", "--max-new-tokens", 30]
+            plain = run(*command)
+            for number in ("3", "2-5", "auto"):
+                fast = run(*command, "--draft", draft, "--num-draft-tokens", number)
+                assert (fast.status, fast.out) == (0, plain.out)
+        told = parse(run(*command, "--draft", "lookup", "--num-draft-tokens", "auto", "--json").out)["speculation"]
+        assert told["num_draft_tokens"] == "auto" and len(told["acceptance_by_position"]) == 8
+        assert set(told["rounds_by_num_draft_tokens"]) <= {str(K) for K in range(1, 9)}
+
+    def test_drafts_that_cannot_be(self, run: Run, student: Path) -> None:
+        command = ["generate", student, "hi", "--max-new-tokens", 4]
+        for draft, number, words in (
+            ("lookup", "many", "write it like 4, 2-6 or auto"),
+            ("lookup", "5-2", "must be 1 to 16"),
+            ("cut:all", "4", "write it like cut:2"),
+            ("cut:9", "4", "choose 1 to 4"),
+        ):
+            refused = run(*command, "--draft", draft, "--num-draft-tokens", number)
+            assert refused.status == 2 and words in refused.err
+
     def test_a_stop_string_ends_the_text(self, run: Run, teacher: Path) -> None:
         command = ["generate", teacher, "The quick", "--no-chat", "--max-new-tokens", 12]
         whole = run(*command).out

@@ -36,6 +36,14 @@ def test_greedy_is_what_transformers_generates(
     assert torch.equal(ours(hybrid, ids_BT, draft=chosen, **settings), hybrid.generate(ids_BT, **settings))
 
 
+@pytest.mark.parametrize("number", [2, (1, 3), "auto"])
+@pytest.mark.parametrize("draft", ["cut:1", "lookup"])
+def test_any_draft_and_any_number_of_tokens(hybrid: HybridForCausalLM, draft: str, number: Any) -> None:
+    ids_BT = torch.tensor([[5, 6, 7], [9, 9, 9]])
+    found = ours(hybrid, ids_BT, draft=draft, num_draft_tokens=number, **GREEDY)
+    assert torch.equal(found, hybrid.generate(ids_BT, **GREEDY))
+
+
 def test_end_tokens_and_padding(hybrid: HybridForCausalLM) -> None:
     ids_BT = torch.randint(3, 50, (4, 5), generator=torch.Generator().manual_seed(2))
     free = hybrid.generate(ids_BT, **GREEDY)[:, 5:]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import mambify
@@ -67,6 +68,25 @@ def test_calibration_is_logged_and_lowers_the_error(make_recipe: MakeRecipe) -> 
     rows = {row["step"]: row["loss"] for row in read_metrics(run / "metrics.jsonl")}
     assert rows[0] < rows[-1]
     assert rows[0] < 1.0
+
+
+def test_a_run_of_an_earlier_version_goes_on(make_recipe: MakeRecipe) -> None:
+    """Its recipe was written out before there were drafts, and says nothing of them."""
+    recipe = make_recipe(stages=[_align(1)])
+    _, run = distill(recipe, device="cpu")
+    written = yaml.safe_load((run / "recipe.yaml").read_text())
+    for key in ("layers", "spread", "vocabulary"):
+        del written["student"][key]
+    (run / "recipe.yaml").write_text(yaml.safe_dump(written))
+    distill(recipe, device="cpu")
+    with pytest.raises(OutputExistsError, match="another recipe"):
+        distill(make_recipe(stages=[_align(1)], student={"layers": 2, "attention": 0.5}), device="cpu")
+
+
+def test_layers_are_cut_before_they_are_converted(make_recipe: MakeRecipe) -> None:
+    """Depth and attention fall together: two of four layers, one of which is converted and aligned."""
+    student, _ = distill(make_recipe(student={"layers": [1, 3], "attention": 0.5}), device="cpu")
+    assert student.config.layer_mixers == ["mamba2", "attention"] and student.config.cut_from == [1, 3]
 
 
 def test_the_run_directory_tells_the_story(make_recipe: MakeRecipe) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mambify.conversion import apply_plan, plan
+from mambify.conversion.cut import cut
 from mambify.engine import Sampling, Speculator
 from mambify.engine.tower import Tower
 from mambify.errors import InvalidOptionError
@@ -85,6 +86,15 @@ def test_one_token_at_a_time_that_stands(tiny_hybrid: Callable[..., HybridForCau
     one = tower(model, "fused", most_new=1, final=True)
     found([one, one], [(1, [1, 1, 1])])
     assert bool(one.place.pending_S.any()) == (mix == "mixed")
+
+
+def test_a_head_that_knows_some_words(tiny_hybrid: Callable[..., HybridForCausalLM]) -> None:
+    """Logits of these alone, from a product with their rows."""
+    whole = tiny_hybrid(MIXES["halves"])
+    few = cut(whole, 4, token_ids=torch.arange(2, whole.config.vocab_size, 5))
+    check(few, ROUNDS)
+    pairs = [found([tower(model, "fused")] * 2, ROUNDS[:1])[0][0] for model in (few, whole)]
+    assert torch.allclose(pairs[0], pairs[1][..., few.lm_head.token_ids], atol=1e-5)
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from mambify.conversion.cut import cut
 from mambify.engine import Sampling, Speculator
+from mambify.engine.pace import Pace
 from mambify.engine.tower import Tower
 from mambify.model import HybridForCausalLM
 from mambify.ops.decode_linear import decode_linear
@@ -90,3 +92,37 @@ def test_recorded_rounds_in_float32_give_the_models_tokens(
             answers[number] += tokens
         runs.append(answers)
     assert runs[0] == runs[1]
+
+
+class InTurn(Pace):
+    """Takes every K in turn, whatever is accepted."""
+
+    def choose(self) -> int:
+        self._turn = getattr(self, "_turn", -1) + 1
+        return sorted(self._seconds)[self._turn * 3 % len(self._seconds)]
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.4])
+@pytest.mark.parametrize("words", [96, 24])
+def test_recorded_rounds_of_every_k_share_their_memory(
+    tiny_hybrid: Callable[..., HybridForCausalLM], words: int, penalty: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replayed in turn over one pool, with a draft that knows some words or all: the tokens of plain decoding."""
+    monkeypatch.setattr("mambify.engine.speculate.Pace", InTurn)
+    model = tiny_hybrid(MIXES["halves"]).to("cuda")
+    size = model.config.vocab_size
+    draft = cut(model, 4, token_ids=None if words == 96 else torch.arange(0, size, size // words, device="cuda"))
+    settings: dict[str, Any] = {
+        "num_slots": 2, "max_length": 96, "sampling": Sampling(temperature=0.0, repetition_penalty=penalty)
+    }  # fmt: skip
+    runs = []
+    for speculator in (
+        Speculator(model, None, **settings),
+        Speculator(model, draft, num_draft_tokens=(1, 4), **settings),
+    ):
+        answers: list[list[int]] = [[], [], []]
+        for number, tokens in speculator.run([[5, 6, 7], [9], [20, 21, 20, 21]], max_new_tokens=60):
+            answers[number] += tokens
+        runs.append(answers)
+    assert runs[0] == runs[1]
+    assert len(speculator.statistics.drafted) == 4

@@ -10,6 +10,7 @@ import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
 import mambify
+from mambify.conversion.cut import cut
 from mambify.engine import DecodeEngine, Sampling, Speculator
 from mambify.errors import InvalidOptionError
 from mambify.families.load import LoadedModel, require_tokenizer
@@ -71,7 +72,7 @@ def test_what_it_puts_forward_is_penalised_as_well(tiny_hybrid: Hybrid) -> None:
     assert decoder.statistics.accepted == [0, 0, 0, 8]
 
 
-@pytest.mark.parametrize("draft", ["small", "lookup", "itself"])
+@pytest.mark.parametrize("draft", ["small", "few words", "lookup", "itself"])
 @pytest.mark.parametrize(
     "sampling",
     [Sampling(repetition_penalty=2.5), Sampling(0.8, top_k=5, top_p=0.95, min_p=0.02, repetition_penalty=1.7)],
@@ -84,6 +85,7 @@ def test_drawn_tokens_follow_the_penalised_target(tiny_hybrid: Hybrid, sampling:
     drafts: dict[str, Any] = {
         "itself": target, "lookup": "lookup",
         "small": tiny_hybrid(["attention"], seed=4, **facts),
+        "few words": cut(target, 2, token_ids=torch.tensor([0, 1, 3, 4])),
     }  # fmt: skip
     samples, prompt = 6_000, [3, 1, 3, 1]
     decoder = Speculator(target, drafts[draft], num_slots=2000, max_length=12, sampling=sampling, num_draft_tokens=2)

@@ -18,6 +18,7 @@ import mambify
 from mambify import HybridConfig, HybridForCausalLM
 from mambify.cli.main import app
 from mambify.conversion import plan, state_bytes
+from mambify.conversion.cut import cut
 from mambify.engine import Sampling, Speculator
 from mambify.engine.slots import Slots
 from mambify.errors import InvalidOptionError, UnsupportedError
@@ -199,7 +200,7 @@ def plain(model: PreTrainedModel, prompt: list[int], count: int) -> list[int]:
 PROMPTS = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8, 9, 10, 3, 4, 5], list(range(30, 60))]
 
 
-@pytest.mark.parametrize("drafts", [None, "lookup", "own", "other", "itself"])
+@pytest.mark.parametrize("drafts", [None, "lookup", "cut", "own", "other", "itself"])
 @pytest.mark.parametrize("kind", ["mamba", "mamba-biased", "mamba2", "mamba2-groups"])
 def test_speculation_gives_transformers_tokens(pairs: Pairs, kind: str, drafts: str | None, tmp_path: Path) -> None:
     """Greedy, in float32: with a draft of the same kind, of the other kind, and the target itself."""
@@ -211,6 +212,8 @@ def test_speculation_gives_transformers_tokens(pairs: Pairs, kind: str, drafts: 
         draft = mambify.load(tmp_path).model
     elif drafts == "itself":
         draft = target
+    elif drafts == "cut":
+        draft = cut(target, 1, token_ids=torch.arange(0, target.config.vocab_size, 2))
     speculator = Speculator(
         target, draft, num_slots=3, max_length=96, sampling=Sampling(temperature=0.0), num_draft_tokens=4
     )

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mambify.bench.clock import seconds_of
@@ -19,36 +18,25 @@ from mambify.bench.shapes import model_of_shape
 from mambify.engine.recording import recorded
 from mambify.engine.tower import Tower
 from mambify.model import HybridForCausalLM
+from mambify.trimmed_head import TrimmedHead
 
 _MOST_TOKENS = 131_072
-
-
-class TrimmedHead(nn.Linear):
-    """The head of a draft that can only say the first ``words`` tokens: logits of all others are −∞.
-
-    Which words a real draft keeps does not matter to what it costs.
-    """
-
-    def __init__(self, hidden: int, vocabulary: int, words: int) -> None:
-        super().__init__(hidden, words, bias=False)
-        self._beyond = vocabulary - words
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pad(super().forward(x), (0, self._beyond), value=-torch.inf)
 
 
 def drawn_model(shape: str, device: str, *, words: int | None = None, **config: Any) -> HybridForCausalLM:
     """A model of a named shape with random weights, in bfloat16 on a GPU.
 
     Args:
-        words: tokens that its head knows; all of them by default.
+        words: tokens that its head knows, the first ones; all by default.
         config: see :func:`mambify.bench.shapes.config_of_shape`.
     """
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     model = model_of_shape(shape, device, dtype, seed=0, **{"max_position_embeddings": _MOST_TOKENS} | config)
-    if words is not None:
+    if words is not None:  # which of them does not matter to what it costs
         facts = model.config
+        facts.draft_vocabulary = words
         model.lm_head = TrimmedHead(facts.hidden_size, facts.vocab_size, words).to(device, dtype)
+        torch.arange(words, out=model.lm_head.token_ids)
     return model
 
 

@@ -25,20 +25,21 @@ class InjectedSpeculator(Speculator):
     """A :class:`Speculator` that accepts the k-th drafted token, where those before it stand, with ``rates[k]``.
 
     Args:
-        rates: K probabilities.
-        settings: as :class:`Speculator` takes them.
+        rates: as many probabilities as a round may draft tokens.
+        settings: as :class:`Speculator` takes them; by default every round drafts as many tokens as there are rates.
     """
 
     def __init__(self, target: HybridForCausalLM, draft: Draft, *, rates: Sequence[float], **settings: Any) -> None:
         self._rates_K = torch.tensor(list(rates), dtype=torch.float32, device=target.device)
-        super().__init__(target, draft, num_draft_tokens=len(rates), **settings)
+        super().__init__(target, draft, **{"num_draft_tokens": len(rates)} | settings)
 
     def _accept(
-        self, logits_STV: Tensor, draft_SKV: Tensor | None, drafted_SK: Tensor, num_drafted_S: Tensor | None
+        self, logits_STV: Tensor, draft_SKW: Tensor | None, drafted_SK: Tensor, num_drafted_S: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        _, next_S = super()._accept(logits_STV, draft_SKV, drafted_SK, num_drafted_S)
+        _, next_S = super()._accept(logits_STV, draft_SKW, drafted_SK, num_drafted_S)
+        K = drafted_SK.shape[1]
         # The numbers that the tests used: they decide nothing else.
-        stands_SK = self._numbers(self.K, self.K) < self._rates_K
+        stands_SK = self._numbers(K, K) < self._rates_K[:K]
         return stands_SK.long().cumprod(1).sum(1), next_S
 
 

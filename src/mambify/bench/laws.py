@@ -26,6 +26,7 @@ from torch import Tensor
 from mambify.bench.decode_steps import forget
 from mambify.bench.questions import read_questions
 from mambify.bench.shapes import model_of_shape
+from mambify.decode.drafts import cut_if_named, is_made_of_target
 from mambify.engine import Sampling, Speculator
 from mambify.engine.speculate import Draft
 from mambify.families.load import load, require_tokenizer
@@ -62,13 +63,13 @@ _K, _ANSWER = 4, 6  # drafted tokens; tokens of an answer of the law of distribu
 class Damaged(Speculator):
     """A :class:`Speculator` one of whose pending ring entries is changed before every round."""
 
-    def _step(self) -> None:
+    def _step(self, K: int) -> None:
         place = self._target.place
         row_S = torch.arange(len(place.head_S), device=place.head_S.device)
         for state in self._target._states:
             if isinstance(state, ReplayState):
                 state.ring.x[row_S, (place.head_S - 1) % place.capacity] *= -3.0
-        super()._step()
+        super()._step(K)
 
 
 def run(
@@ -85,7 +86,7 @@ def run(
     Args:
         only: ``greedy`` or ``distribution``.
         target: model of the greedy law; a small one with random weights by default.
-        draft: what drafts for it: models, or ``lookup``.
+        draft: what drafts for it: models, ``lookup``, or ``cut:2``.
         prompts: files of questions for it; random tokens by default.
     """
     size = SIZES[torch.device(device).type]
@@ -129,8 +130,8 @@ def greedy_trials(
 
             def trial(name: str = name, dtype: torch.dtype = dtype, whole: Any = whole) -> dict[str, Any]:
                 model, prompts = whole()
-                other: Draft = "lookup"
-                if name != "lookup":
+                other: Any = cut_if_named(name, model)
+                if not is_made_of_target(name):
                     other = load(name, dtype=dtype, device=device).model
                 return greedy(model, other, prompts, new=size.new) | {"draft": name}
 

@@ -36,7 +36,7 @@ def run(
     Args:
         only: a part of the shapes without a target; one of :data:`REAL` with one.
         target: a model to be made faster.
-        draft: what drafts for it: models, or ``lookup``.
+        draft: what drafts for it: models, ``lookup``, or ``cut:2``.
         prompts: files of questions; see :func:`mambify.bench.questions.read_questions`.
 
     Raises:

@@ -20,6 +20,7 @@ from mambify.bench.decode_steps import forget, pass_seconds
 from mambify.bench.pace import pace_of
 from mambify.bench.questions import CHAT, CODE_AND_MATH, read_questions
 from mambify.conversion.plan import state_bytes
+from mambify.decode.drafts import cut_if_named, is_made_of_target
 from mambify.decode.text import stop_ids
 from mambify.engine import Sampling, Speculator
 from mambify.engine.speculate import Draft
@@ -101,7 +102,9 @@ class Trials:
         return [{"part": part} | row for row in rows]
 
     def _load_draft(self, name: str) -> Draft:
-        return "lookup" if name == "lookup" else load(name, dtype=self._dtype, device=self._device).model
+        if is_made_of_target(name):
+            return cut_if_named(name, self.target)  # type: ignore[return-value]
+        return load(name, dtype=self._dtype, device=self._device).model
 
     def _rows(self, name: str, draft: Draft, temperature: float, K: int, groups: Sequence[str]) -> list[dict[str, Any]]:
         if not groups:

@@ -151,7 +151,7 @@ class Bench:
         pace = pace_of(decoder, prompts, max_new_tokens=case.new)
         round_seconds = pace.seconds / pace.rounds
         speed = case.batch * case.tokens_per_round / round_seconds
-        drafting, reading = _parts_of_a_round(decoder, self._device)
+        drafting, reading = _parts_of_a_round(decoder, case.K, self._device)
         read = read_weight_bytes(target) + (case.K + 1) * read_weight_bytes(draft)
         return {
             **asdict(case),
@@ -173,9 +173,9 @@ class Bench:
 
 
 @torch.inference_mode()
-def _parts_of_a_round(decoder: Speculator, device: str) -> tuple[float, float]:
+def _parts_of_a_round(decoder: Speculator, K: int, device: str) -> tuple[float, float]:
     """Seconds of drafting, and of the target's pass, each by itself, all slots taking part; sequences have ended."""
-    draft, target, T = decoder._draft, decoder._target, decoder.K + 1
+    draft, target, T = decoder._draft, decoder._target, K + 1
     assert draft is not None
     decoder._active_S.fill_(True)
     all_S = torch.full_like(draft.length_S, T)
@@ -183,7 +183,7 @@ def _parts_of_a_round(decoder: Speculator, device: str) -> tuple[float, float]:
 
     @torch.inference_mode()
     def put_forward() -> None:
-        decoder._put_forward()
+        decoder._put_forward(K)
         draft.take_back(all_S)
 
     drafting = seconds_of(recorded(put_forward, device), device)

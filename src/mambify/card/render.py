@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from mambify.card.results import results_section
+from mambify.card.results import acceptance_section, results_section
 from mambify.card.text import table, without_way
 from mambify.config import STOCK, HybridConfig
 from mambify.layer_map import kinds_of_layers, legend, name, plain_map, ranges
@@ -39,8 +39,11 @@ def render_card(
     ]
     if provenance is not None and (provenance.stages or provenance.recipe):
         sections.append(f"## Training\n\n{_training(provenance)}")
-    if provenance is not None and provenance.results:
-        sections.append(f"## Results\n\n{results_section(provenance.results)}")
+    results = {} if provenance is None else provenance.results
+    if any(kind != "acceptance" for kind in results):
+        sections.append(f"## Results\n\n{results_section(results)}")
+    if "acceptance" in results:
+        sections.append(f"## Acceptance\n\n{acceptance_section(results['acceptance'])}")
     limits = [*_limit_lines(config, provenance), *limits]
     sections.append("## Limits\n\n" + "\n".join(f"- {line}" for line in limits))
     return "\n\n".join(sections) + "\n"
@@ -72,6 +75,8 @@ def _teacher(config: HybridConfig) -> str:
 
 def _title(config: HybridConfig) -> str:
     teacher = _teacher(config).rpartition("/")[2] or "A hybrid model"
+    if config.cut_from is not None:
+        return f"A draft for {teacher}, of {config.num_hidden_layers} layers"
     if not config.converted_layers or config.stock_layers:
         return teacher
     mixers = " and ".join(sorted({name(kind) for kind in config.layer_mixers or () if kind != "attention"}))
@@ -81,6 +86,8 @@ def _title(config: HybridConfig) -> str:
 def _what_it_is(config: HybridConfig) -> str:
     teacher = _teacher(config)
     linked = f"[{teacher}](https://huggingface.co/{teacher})" if config.teacher_hub_id else teacher or "a Transformer"
+    if config.cut_from is not None:
+        return _what_a_draft_is(config, linked)
     if not config.converted_layers or config.stock_layers:
         return f"The weights of {linked}, as mambify saves them; no layer is converted."
     read_as = without_way(config.teacher)
@@ -91,12 +98,31 @@ def _what_it_is(config: HybridConfig) -> str:
         "mixers, everything else is kept from the teacher. A converted layer carries a state of fixed size instead of "
         "keys and values that grow with the text."
     )
-    if config.base is not None:
+    return lines + _on_its_base(config)
+
+
+def _what_a_draft_is(config: HybridConfig, linked: str) -> str:
+    assert config.cut_from is not None
+    lines = (
+        f"A draft for speculative decoding with {linked}, or with a hybrid made from it: layers "
+        f"{ranges(config.cut_from)} of it, with its embeddings. It guesses tokens, which the large model reads all at "
+        "once and keeps or refuses; what comes out is the large model's own."
+    )
+    if config.draft_vocabulary is not None:
         lines += (
-            f"\n\nThis directory holds only the weights that are not the teacher's. On loading they are put into "
-            f"`{_base_name(config)}`, whose kept weights are checked against a fingerprint."
+            f" Its head knows {config.draft_vocabulary:,} of {config.vocab_size:,} words; all others have a "
+            "probability of zero."
         )
-    return lines
+    return lines + _on_its_base(config)
+
+
+def _on_its_base(config: HybridConfig) -> str:
+    if config.base is None:
+        return ""
+    return (
+        f"\n\nThis directory holds only the weights that are not the teacher's. On loading they are put into "
+        f"`{_base_name(config)}`, whose kept weights are checked against a fingerprint."
+    )
 
 
 def _base_name(config: HybridConfig) -> str:
@@ -129,6 +155,9 @@ def _layers(config: HybridConfig) -> str:
 
 def _use(config: HybridConfig) -> str:
     base = "" if config.base is None else f" and the base model `{_base_name(config)}`"
+    command = "mambify chat PATH_OR_HUB_ID"
+    if config.cut_from is not None:
+        command = f"mambify chat {_teacher(config) or 'TARGET'} --draft PATH_OR_HUB_ID"
     return f"""With `pip install mambify`{base}:
 
 ```python
@@ -146,7 +175,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("PATH_OR_HUB_ID", trust_remote_code=True)
 ```
 
-or on the command line: `mambify chat PATH_OR_HUB_ID`."""
+or on the command line: `{command}`."""
 
 
 def _training(provenance: Provenance) -> str:
@@ -179,6 +208,9 @@ def _training(provenance: Provenance) -> str:
 
 
 def _limit_lines(config: HybridConfig, provenance: Provenance | None) -> Iterator[str]:
+    if config.cut_from is not None:
+        yield "By itself it is of no use: it is trained to guess what a large model says next, not to be right."
+        return
     yield "It knows what its teacher knows, and has its teacher's errors and biases."
     if not config.converted_layers:
         return

@@ -1,4 +1,4 @@
-"""What an evaluation gave, as tables of a card: distance to the teacher on text, preferences, and tasks.
+"""What an evaluation gave, as tables of a card: distance to the teacher on text, preferences, tasks, acceptance.
 
 The figures are those of ``mambify evaluate --json``; brackets hold 95% bootstrap intervals.
 """
@@ -18,6 +18,22 @@ _PREFERENCES = {"accuracy": "summed", "accuracy_per_token": "a token", "reward_a
 def results_section(results: Figures) -> str:
     """The tables of everything that ``results`` holds."""
     return "\n\n".join(_tables(results))
+
+
+def acceptance_section(report: Figures) -> str:
+    """What of a draft is accepted; see :func:`mambify.workflows.draft.acceptance_report`."""
+    measured = [("prompts, measured", found) for found in report["measured"]]
+    rows = [
+        (
+            on,
+            f"{found['temperature']:g}",
+            f"{found['tokens_per_round']:.2f}",
+            ", ".join(f"{share:.0%}" for share in found["acceptance_by_position"]),
+        )
+        for on, found in [("held-out text, expected", report["expected"]), *measured]
+    ]
+    headings = ("on", "temperature", "tokens a round", "accepted by position")
+    return f"With {without_way(report['target'])} as the target:\n\n{table(headings, rows)}"
 
 
 def _tables(results: Figures) -> Iterator[str]:

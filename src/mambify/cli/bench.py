@@ -37,7 +37,7 @@ def bench(
     teacher: Annotated[str | None, typer.Option(help="What is distilled; smollm2 by default.")] = None,
     target: Annotated[str | None, typer.Option(help="Model to make faster (speculate).")] = None,
     draft: Annotated[
-        list[str] | None, typer.Option(help="What drafts for it: a model, or lookup; repeat for several (speculate).")
+        list[str] | None, typer.Option(help="What drafts for it: a model, lookup or cut:2; repeat for several.")
     ] = None,
     prompts: Annotated[
         list[Path] | None, typer.Option(help="Questions, as Spec-Bench's question.jsonl (speculate).")

@@ -29,7 +29,7 @@ def chat(
     stop: options.Stop = None,
     seed: options.Seed = 0,
     draft: options.Draft = None,
-    num_draft_tokens: options.NumDraftTokens = 4,
+    num_draft_tokens: options.NumDraftTokens = "4",
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     stats: options.Stats = False,
@@ -41,14 +41,12 @@ def chat(
     quiet_libraries()
     from mambify.decode import Conversation, Sampling, Session, stop_strings
     from mambify.decode.rows import require_count
-    from mambify.engine import require_drafted
     from mambify.families.load import load, require_tokenizer
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     require_count(max_new_tokens)
     strings = stop_strings(stop)
-    if draft is not None:
-        require_drafted(num_draft_tokens)
+    counts = options.parse_draft_counts(num_draft_tokens)
     place = options.pick_device(device)
     with working(f"loading {model}"):
         loaded = load(model, dtype=dtype, device=place)
@@ -67,8 +65,8 @@ def chat(
         tokenizer,
         sampling,
         max_length=limit + max_new_tokens,
-        draft=options.load_draft(draft, target=loaded, dtype=dtype, device=place),
-        num_draft_tokens=num_draft_tokens,
+        draft=options.load_draft(draft, target=loaded, device=place),
+        num_draft_tokens=counts,
         stop=strings,
         on_growth=lambda holds: console.print(f"(buffers now hold {holds:,} tokens)", style="dim"),
     )

@@ -34,7 +34,7 @@ def generate(
     stop: options.Stop = None,
     seed: options.Seed = 0,
     draft: options.Draft = None,
-    num_draft_tokens: options.NumDraftTokens = 4,
+    num_draft_tokens: options.NumDraftTokens = "4",
     chat: Annotated[
         bool, typer.Option("--chat/--no-chat", help="Put the prompt through the chat template where there is one.")
     ] = True,
@@ -53,14 +53,12 @@ def generate(
     quiet_libraries()
     from mambify.decode import Sampling, Session, encode_prompt, stop_strings
     from mambify.decode.rows import require_count, require_positions
-    from mambify.engine import require_drafted
     from mambify.families.load import load, require_tokenizer
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     require_count(max_new_tokens)
     strings = stop_strings(stop)
-    if draft is not None:
-        require_drafted(num_draft_tokens)
+    counts = options.parse_draft_counts(num_draft_tokens)
     place = options.pick_device(device)
     with working(f"loading {model}", quiet=json):
         loaded = load(model, dtype=dtype, device=place)
@@ -74,8 +72,8 @@ def generate(
         sampling,
         max_length=len(prompt_ids) + max_new_tokens,
         first=len(prompt_ids) + max_new_tokens,
-        draft=options.load_draft(draft, target=loaded, dtype=dtype, device=place, quiet=json),
-        num_draft_tokens=num_draft_tokens,
+        draft=options.load_draft(draft, target=loaded, device=place, quiet=json),
+        num_draft_tokens=counts,
         stop=strings,
     )
     start = time.perf_counter()
@@ -111,7 +109,8 @@ def generate(
         if draft is not None:
             result["speculation"] = {
                 "draft": draft,
-                "num_draft_tokens": num_draft_tokens,
+                "num_draft_tokens": counts,
+                "rounds_by_num_draft_tokens": speed.drafted,
                 "tokens_per_round": round(speed.tokens_per_round, 3),
                 "acceptance_by_position": [round(share, 4) for share in speed.acceptance_by_position],
             }

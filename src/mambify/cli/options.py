@@ -35,12 +35,14 @@ Stop = Annotated[
 Stats = Annotated[bool, typer.Option("--stats", help="Say at the end how fast it was, of what the device can do.")]
 Draft = Annotated[
     str | None,
-    typer.Option(help="A smaller model of the same vocabulary that guesses ahead, or lookup: from the text so far."),
+    typer.Option(
+        help="A smaller model that guesses ahead; lookup: from the text so far; cut:2: two layers of the model itself."
+    ),
 ]
-NumDraftTokens = Annotated[int, typer.Option(help="How many tokens are guessed at a time, 1 to 16.")]
+NumDraftTokens = Annotated[
+    str, typer.Option(help="How many tokens are guessed at a time, 1 to 16; 2-6 or auto: as many as pay.")
+]
 Seed = Annotated[int, typer.Option(help="Of everything drawn at random.")]
-
-LOOKUP = "lookup"
 
 
 def pick_device(name: str | None) -> str:
@@ -68,26 +70,46 @@ def pick_device(name: str | None) -> str:
     return name
 
 
-def load_draft(name: str | None, *, target: LoadedModel, dtype: str, device: str, quiet: bool = False) -> Any:
-    """The model that ``--draft`` names, ``"lookup"`` itself, or ``None``.
+def load_draft(name: str | None, *, target: LoadedModel, device: str, quiet: bool = False) -> Any:
+    """The model that ``--draft`` names, in the target's dtype; ``"lookup"``, ``"cut:2"`` and ``None`` as they are.
+
+    What it has of the target is in memory once.
 
     Raises:
         InvalidOptionError: its vocabulary is of another size than the target's.
         TokenizerMismatchError: its tokenizer gives other ids than the target's.
     """
-    if name is None or name == LOOKUP:
-        return name
     from mambify.cli.console import working
+    from mambify.decode.drafts import is_made_of_target, share_with_target
     from mambify.engine import require_same_vocabulary
     from mambify.families.load import load
     from mambify.tokenization import require_same_tokenizer
 
+    if name is None or is_made_of_target(name):
+        return name
     with working(f"loading {name}", quiet=quiet):
-        loaded = load(name, dtype=dtype, device=device)
+        loaded = load(name, dtype=target.model.dtype, device=device)
     require_same_vocabulary(target.model.config, loaded.model.config)
     if target.tokenizer is not None and loaded.tokenizer is not None:
         require_same_tokenizer(target.tokenizer, loaded.tokenizer, names=("target", "draft"))
+    share_with_target(loaded.model, target.model)
     return loaded.model
+
+
+def parse_draft_counts(text: str) -> int | tuple[int, int] | str:
+    """``"4"`` → 4, ``"2-6"`` → (2, 6), ``"auto"`` as it is.
+
+    Raises:
+        InvalidOptionError: anything else, or a number out of range.
+    """
+    from mambify.engine.pace import draft_counts
+
+    first, dash, last = text.partition("-")
+    if text != "auto" and not (first.isdecimal() and (last.isdecimal() or not dash)):
+        raise InvalidOptionError(f"--num-draft-tokens '{text}' is no number of tokens: write it like 4, 2-6 or auto")
+    counts = text if text == "auto" else (int(first), int(last)) if dash else int(first)
+    draft_counts(counts)
+    return counts
 
 
 def parse_tokens(text: str) -> int:
@@ -102,6 +124,12 @@ def parse_tokens(text: str) -> int:
     if not isinstance(count, int) or count < 1:
         raise InvalidOptionError(f"'{text}' is no number of tokens: write it like 500k, 20M or 1B")
     return count
+
+
+def require_positive(option: str, value: int) -> None:
+    """Raises InvalidOptionError for a number below 1."""
+    if value < 1:
+        raise InvalidOptionError(f"{option} must be at least 1, not {value}")
 
 
 def parse_layers(text: str | None) -> Sequence[int] | None:

@@ -26,13 +26,13 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from mambify.decode.generate import Ends, continue_rows, filled_up, padding_id
 from mambify.decode.rows import rows_of
-from mambify.engine import Sampling
+from mambify.engine import DraftCount, Sampling
 from mambify.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
-    from mambify.decode.decoder import Draft
+    from mambify.decode.drafts import Draft
 
 #: what the engine draws by, in the order it applies them, which is transformers' own: the processor, what it keeps the
 #: setting in, and the setting
@@ -59,7 +59,7 @@ def custom_generate(
     generation_config: GenerationConfig | None = None,
     *,
     draft: Draft = None,
-    num_draft_tokens: int = 4,
+    num_draft_tokens: DraftCount = 4,
     seed: int | Sequence[int] | None = None,
     **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:

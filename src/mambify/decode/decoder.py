@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol
 
+from mambify.decode.drafts import cut_if_named, is_made_of_target
 from mambify.decode.steps import StepDecoder
-from mambify.engine import Sampling, Speculator
+from mambify.engine import DraftCount, Sampling, Speculator
 from mambify.errors import UnsupportedError
 from mambify.model import HybridForCausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    Draft: TypeAlias = PreTrainedModel | Literal["lookup"] | None
+    from mambify.decode.drafts import Draft
 
 
 class Decoder(Protocol):
@@ -37,7 +38,7 @@ def decoder_for(
     *,
     max_length: int,
     stop_ids: Sequence[int],
-    num_draft_tokens: int = 4,
+    num_draft_tokens: DraftCount = 4,
     num_slots: int = 1,
 ) -> Decoder:
     """The engine for models of this package, with a draft or without; plain steps for any other of transformers'.
@@ -66,14 +67,15 @@ def speculator(
     *,
     max_length: int,
     stop_ids: Sequence[int],
-    num_draft_tokens: int = 4,
+    num_draft_tokens: DraftCount = 4,
     num_slots: int = 1,
 ) -> Speculator:
     """Buffers and, on a GPU, recorded rounds for ``num_slots`` sequences; to be kept where many prompts follow.
 
     Args:
-        draft: a smaller model of the same vocabulary; ``"lookup"``: what followed the last tokens earlier on; ``None``
-            for plain decoding.
+        draft: a smaller model of the same vocabulary; ``"lookup"``: what followed the last tokens earlier on;
+            ``"cut:2"``: two layers of the target itself, the first and the last; ``None`` for plain decoding.
+        num_draft_tokens: 1 to 16, a range of such numbers, or ``"auto"``: see :class:`mambify.engine.Speculator`.
         max_length: the most tokens of a sequence, prompt included.
 
     Raises:
@@ -81,13 +83,15 @@ def speculator(
         UnsupportedError: target or draft is not one of this package's models.
     """
     for role, model in (("target", target), ("draft", draft)):
-        if not isinstance(model, HybridForCausalLM) and not (role == "draft" and model in (None, "lookup")):
-            raise UnsupportedError(
-                f"speculation needs a {role} of this package, not a {type(model).__name__}: load it with mambify.load"
-            )
+        if isinstance(model, HybridForCausalLM) or (role == "draft" and (model is None or is_made_of_target(model))):
+            continue
+        raise UnsupportedError(
+            f"speculation needs a {role} of this package, not a {type(model).__name__}: load it with mambify.load"
+        )
+    assert isinstance(target, HybridForCausalLM)
     return Speculator(
         target,
-        draft,
+        cut_if_named(draft, target),  # type: ignore[arg-type]
         num_slots=num_slots,
         max_length=max_length,
         sampling=sampling,

@@ -15,13 +15,13 @@ from mambify.decode.decoder import Decoder, decoder_for
 from mambify.decode.detokenizer import Detokenizer
 from mambify.decode.rows import require_count, require_positions, rows_of
 from mambify.decode.stop import Cutter, stop_strings
-from mambify.engine import Sampling
+from mambify.engine import DraftCount, Sampling
 from mambify.errors import InvalidOptionError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from mambify.decode.decoder import Draft
+    from mambify.decode.drafts import Draft
 
 Prompts = TypeVar("Prompts", Tensor, list[list[int]])
 
@@ -45,7 +45,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     attention_mask: Tensor | None = None,
     draft: Draft = None,
-    num_draft_tokens: int = 4,
+    num_draft_tokens: DraftCount = 4,
 ) -> Prompts:
     """Continues every row of ``input_ids`` until it ends, or for ``max_new_tokens``.
 
@@ -60,10 +60,11 @@ def generate(
         stop: strings that end a row as soon as its new text has one of them; the token that completes it is the last.
         tokenizer: the model's, for ``stop``.
         attention_mask: ``[B, T]``, 0 where a row is padded on the left.
-        draft: a smaller model of the same vocabulary that puts tokens forward, or ``"lookup"``, which takes them from
-            the text so far. The tokens that come out are the model's own (at temperature 0 the very same ones, above
-            it distributed as without a draft); only their speed changes.
-        num_draft_tokens: how many are put forward at a time, 1 to 16.
+        draft: a smaller model of the same vocabulary that puts tokens forward; ``"lookup"``, which takes them from the
+            text so far; or ``"cut:2"``, two layers of the model itself. The tokens that come out are the model's own
+            (at temperature 0 the very same ones, above it distributed as without a draft); only their speed changes.
+        num_draft_tokens: how many are put forward at a time, 1 to 16. ``(2, 6)`` or ``"auto"`` leaves the number to
+            what gives the most tokens a second; the draws of one seed may then differ from run to run.
 
     Returns:
         Prompts with what follows. For a tensor ``[B, T + new]``, where a row that ended is filled up with the padding
@@ -104,7 +105,7 @@ def continue_rows(
     max_new_tokens: int,
     stop_ids: Sequence[int],
     draft: Draft = None,
-    num_draft_tokens: int = 4,
+    num_draft_tokens: DraftCount = 4,
     ends: Ends | None = None,
 ) -> list[list[int]]:
     """The new tokens of each row, stop tokens included.

@@ -10,13 +10,13 @@ from mambify.decode.speed import Speed
 from mambify.decode.stop import stop_strings
 from mambify.decode.stream import TextStream, stream_tokens
 from mambify.decode.text import stop_ids
-from mambify.engine import Sampling, Speculator
+from mambify.engine import DraftCount, Sampling, Speculator
 from mambify.errors import InvalidOptionError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from mambify.decode.decoder import Draft
+    from mambify.decode.drafts import Draft
 
 _FIRST = 1024  # tokens that the first buffers hold
 
@@ -47,7 +47,7 @@ class Session:
         max_length: int,
         first: int = _FIRST,
         draft: Draft = None,
-        num_draft_tokens: int = 4,
+        num_draft_tokens: DraftCount = 4,
         stop: str | Sequence[str] | None = None,
         on_growth: Callable[[int], None] | None = None,
     ) -> None:

@@ -18,6 +18,7 @@ class Speed:
         seconds: in rounds, without the reading of prompts.
         tokens_per_round: 1 without a draft.
         acceptance_by_position: see :class:`~mambify.engine.Statistics`; empty without a draft.
+        drafted: K → rounds that drafted K tokens.
         share_of_bandwidth: bytes that the rounds had to read (weights and what layers carry, of target and draft) a
             second, of the bytes a second that the device copies; ``None`` where that was not asked for.
     """
@@ -26,6 +27,7 @@ class Speed:
     seconds: float
     tokens_per_round: float
     acceptance_by_position: list[float]
+    drafted: dict[int, int]
     share_of_bandwidth: float | None = None
 
     @classmethod
@@ -38,10 +40,11 @@ class Speed:
         found = decoder.statistics
         share = None
         if with_bandwidth and found.seconds:
-            bytes_read = found.rounds * decoder.read_bytes(prompt_tokens + found.tokens // 2)
+            length = prompt_tokens + found.tokens // 2
+            bytes_read = sum(passes * decoder.read_bytes(length, K) for K, passes in found.passes.items())
             share = bytes_read / found.seconds / memory_bandwidth(str(decoder.device))
         acceptance = found.acceptance_by_position
-        return cls(found.tokens, found.seconds, found.tokens_per_round, acceptance, share)
+        return cls(found.tokens, found.seconds, found.tokens_per_round, acceptance, found.drafted, share)
 
     @property
     def tokens_per_second(self) -> float:

@@ -10,12 +10,12 @@ from mambify.decode.detokenizer import Detokenizer
 from mambify.decode.rows import require_count, require_positions
 from mambify.decode.stop import Cutter, stop_strings
 from mambify.decode.text import Message, encode_prompt, stop_ids
-from mambify.engine import Sampling
+from mambify.engine import DraftCount, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from mambify.decode.decoder import Draft
+    from mambify.decode.drafts import Draft
 
 
 class TextStream(Iterator[str]):
@@ -98,7 +98,7 @@ def stream(
     seed: int | None = None,
     stop: str | Sequence[str] | None = None,
     draft: Draft = None,
-    num_draft_tokens: int = 4,
+    num_draft_tokens: DraftCount = 4,
 ) -> TextStream:
     """The answer to a prompt, piece by piece; together they are the text of all its tokens.
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch.utils.data import Dataset
 from transformers import set_seed
 
@@ -37,7 +38,7 @@ from mambify.distill.checkpoints import (
 from mambify.distill.logs import Listener, MetricsLog, forget_after
 from mambify.distill.parallel import Processes
 from mambify.distill.provenance import provenance_of
-from mambify.distill.recipe import Recipe, dump_recipe
+from mambify.distill.recipe import Recipe, dump_recipe, parse_recipe
 from mambify.distill.rounds import FOLDER as ROUNDS
 from mambify.distill.rounds import Rounds, Writer, round_seed, round_sizes
 from mambify.distill.settings import Align, OnPolicy, Stage
@@ -69,7 +70,7 @@ def _open_run(recipe: Recipe, processes: Processes, *, overwrite: bool) -> None:
         shutil.rmtree(run)
     existing = run / "recipe.yaml"
     if existing.is_file():
-        if existing.read_text(encoding="utf-8") != text:
+        if _as_now_written(existing) != text:
             raise OutputExistsError(f"{run} holds a run of another recipe: choose another output or pass --overwrite")
         return
     if run.exists() and any(run.iterdir()):
@@ -78,6 +79,15 @@ def _open_run(recipe: Recipe, processes: Processes, *, overwrite: bool) -> None:
     write_json(
         run / "environment.json", {"command": sys.argv} | environment(processes.device) | {"processes": processes.count}
     )
+
+
+def _as_now_written(path: Path) -> str:
+    """A recipe that was written out earlier, with the defaults of keys that did not exist then."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        return dump_recipe(parse_recipe(yaml.safe_load(text)))
+    except (RecipeError, yaml.YAMLError):
+        return text
 
 
 def run_stages(
@@ -117,8 +127,7 @@ def run_stages(
     base = teacher if base is None else base
     bfloat16 = use_bfloat16(recipe.precision, processes.device)
     dtype = torch.bfloat16 if bfloat16 else torch.float32
-    working = in_dtype(teacher.model, dtype, processes.home)
-    origin = working if base is teacher else in_dtype(base.model, dtype, processes.home)
+    working, origin = _both_in_dtype(teacher.model, base.model, dtype, processes.home)
     say = announce or (lambda _: None)
     work = _Work(recipe, run, working, origin, dataset, writer, processes, bfloat16, listener, say)
     steps = steps_of(recipe, base.model.config)
@@ -157,8 +166,25 @@ def _save_student(student: HybridForCausalLM, path: Path, base: LoadedModel, run
 
 def in_dtype(model: HybridForCausalLM, dtype: torch.dtype, device: str) -> HybridForCausalLM:
     """``model`` itself where it has this dtype and place already, else a copy."""
-    same_place = model.device.type == torch.device(device).type
-    return model if model.dtype == dtype and same_place else copy.deepcopy(model).to(device=device, dtype=dtype)
+    return model if _is_in_dtype(model, dtype, device) else copy.deepcopy(model).to(device=device, dtype=dtype)
+
+
+def _is_in_dtype(model: HybridForCausalLM, dtype: torch.dtype, device: str) -> bool:
+    return bool(model.dtype == dtype and model.device.type == torch.device(device).type)
+
+
+def _both_in_dtype(
+    teacher: HybridForCausalLM, base: HybridForCausalLM, dtype: torch.dtype, device: str
+) -> tuple[HybridForCausalLM, HybridForCausalLM]:
+    """As :func:`in_dtype`; what the two share, as a model and what was cut from it do, their copies share as well."""
+    shared = base is not teacher and not {id(p) for p in teacher.parameters()}.isdisjoint(map(id, base.parameters()))
+    if not shared:
+        working = in_dtype(teacher, dtype, device)
+        return working, working if base is teacher else in_dtype(base, dtype, device)
+    if _is_in_dtype(teacher, dtype, device):
+        return teacher, base
+    working, origin = copy.deepcopy((teacher, base))
+    return working.to(device=device, dtype=dtype), origin.to(device=device, dtype=dtype)
 
 
 def _final_student(

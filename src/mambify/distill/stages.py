@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
+from mambify.config import HybridConfig
 from mambify.distill.align import MixerAligner
 from mambify.distill.arguments import item_tokens, optimizer_class
 from mambify.distill.checkpoints import last_complete_checkpoint
@@ -52,8 +53,7 @@ def stage_module(
         base: what the student was made from, which stages learn from that go layer by layer; the teacher by default.
     """
     base = teacher if base is None else base
-    layers = _layers_to_learn(student, base) if stage.layerwise else student.config.converted_layers
-    if not layers:
+    if not (_layers_to_learn(student, base) if stage.layerwise else trains_something(stage, student.config)):
         raise InvalidOptionError(f"stage {stage.kind} has nothing to train: no layer of the student is converted")
     for model in (teacher, base, student):
         model.requires_grad_(False)
@@ -63,6 +63,11 @@ def stage_module(
             module.float().requires_grad_(True)
     _set_checkpointing(student, isinstance(stage, EndToEnd) and stage.gradient_checkpointing)
     return _MODULES[type(stage)](stage, student, base if stage.layerwise else teacher)
+
+
+def trains_something(stage: Stage, config: HybridConfig) -> bool:
+    """Whether a student of this configuration has what the stage trains: new mixers, or its other parts too."""
+    return bool(config.converted_layers) or any(part != "mixer" for part in stage.learning_rates)
 
 
 def _layers_to_learn(student: HybridForCausalLM, base: HybridForCausalLM) -> list[int]:

@@ -16,6 +16,7 @@ from mambify.distill.layers import LayerPair, student_units
 from mambify.distill.trainer import DistillationStage, Unit
 from mambify.mixers import MixerContext
 from mambify.model import HybridBlock, HybridForCausalLM, HybridModel
+from mambify.trimmed_head import TrimmedHead
 
 
 class Towers(DistillationStage):
@@ -36,6 +37,8 @@ class Towers(DistillationStage):
         if teacher is not None:
             self.teacher_embed_tokens, self.teacher_norm = teacher.model.embed_tokens, teacher.model.norm
             self.teacher_lm_head = teacher.lm_head
+            if isinstance(student.lm_head, TrimmedHead):  # both distributions are over the words that the student knows
+                self.teacher_lm_head = student.lm_head.rows_of(teacher.lm_head)
             theirs = list(teacher.model.layers)  # type: ignore[arg-type]
         ours: list[HybridBlock] = list(student.model.layers)  # type: ignore[arg-type]
         self.pairs = nn.ModuleList(LayerPair(*pair) for pair in zip_longest(theirs, ours))

@@ -41,6 +41,7 @@ from mambify.ops.mamba2_step import Mamba2Weights, mamba2_step
 from mambify.ops.ring import RingPlace
 from mambify.ops.rotate_kv import rotate_kv
 from mambify.ops.ssd_replay import SSDRing, ssd_replay
+from mambify.trimmed_head import TrimmedHead, known_logits
 
 _MOST_STEPPED = 8  # slots up to which writing every state each step costs less than what else replay launches
 _MOVING = ("dynamic", "longrope")  # rotations that depend on the length of the text, not on the position alone
@@ -132,10 +133,10 @@ class FusedStep:
         if not logits:
             return None
         head = self._model.lm_head
-        if not _is_plain(head):
-            found: Tensor = head(core.norm(x_MD))
-        else:
+        if _is_plain(head) or type(head) is TrimmedHead:  # a product with the rows of the words that it knows
             found = self._product(x_MD, [head], norm=core.norm)
+        else:
+            found = known_logits(head, core.norm(x_MD))
         return found.view(*token_ST.shape, -1)
 
     def _contexts(self, x_MD: Tensor, token_ST: Tensor) -> tuple[MixerContext, MixerContext]:

@@ -81,11 +81,17 @@ def slot_bytes(model: HybridForCausalLM, *, length: int, most_new: int) -> int:
 def working_bytes(models: Sequence[HybridForCausalLM], *, most_new: int, penalises: bool) -> int:
     """Bytes of one slot's logits and of what is made of them in a round."""
     target, *drafts = models
-    positions = most_new + 2 * len(drafts) * (most_new - 1)  # the draft's are stacked
+    V, drafted = target.config.vocab_size, most_new - 1
+    logits, flags = most_new * V, 2 * V
+    for draft in drafts:
+        known: int = draft.lm_head.weight.shape[0]
+        logits += 2 * drafted * known  # they are stacked
+        if known < V:  # and put among all words
+            logits, flags = logits + drafted * V, flags + known
     each = target.dtype.itemsize if target.device.type == "cuda" else _EXACT
     if penalises:
         each += 4 + 4 + 1  # penalised, in float32, and which of them
-    return target.config.vocab_size * (positions * each + (2 if penalises else 0))
+    return logits * each + (flags if penalises else 0)
 
 
 def read_bytes(model: HybridForCausalLM, *, num_slots: int = 1, length: int = 0) -> int:

@@ -9,10 +9,10 @@ Letters: S slots, K drafted tokens, T = K + 1 tokens that the target reads, V vo
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,49 +22,23 @@ from mambify.config import HybridConfig
 from mambify.engine.looks import Look, Looks
 from mambify.engine.lookup import look_up
 from mambify.engine.memory import check_memory, read_bytes
-from mambify.engine.recording import recorded
+from mambify.engine.pace import MOST_DRAFTED, DraftCount, Pace, draft_counts
+from mambify.engine.recording import recorded, seconds_of
 from mambify.engine.sampling import Sampling
+from mambify.engine.statistics import Statistics
 from mambify.engine.tower import Tower
 from mambify.errors import InvalidOptionError
 from mambify.model import HybridForCausalLM
 from mambify.ops.accept import accept_drafts
 from mambify.ops.draw import draw_tokens, penalise, settings_of, uniform
 from mambify.ops.rounds import settle_round
+from mambify.trimmed_head import TrimmedHead, scatter_logits
 
 Draft = HybridForCausalLM | Literal["lookup"] | None
 
 _LOOK_EVERY = 4  # rounds; each on a CPU, where looking costs nothing
 NUMBERS = 64  # uniform numbers that a round may use: K for the draft, K tests, one last draw
-MOST_DRAFTED = 16
 _ENDLESS = 2**40  # tokens
-
-
-@dataclass
-class Statistics:
-    """What a run did.
-
-    Attributes:
-        tokens: given out in all.
-        rounds: passes of the target, whatever number of slots took part in each.
-        seconds: that they took; the reading of prompts is left out.
-        accepted: in how many rounds of a slot 0, 1, … K drafted tokens were accepted.
-    """
-
-    tokens: int = 0
-    rounds: int = 0
-    seconds: float = 0.0
-    accepted: list[int] = field(default_factory=list)
-
-    @property
-    def tokens_per_round(self) -> float:
-        """Of one slot."""
-        return self.tokens / max(sum(self.accepted), 1)
-
-    @property
-    def acceptance_by_position(self) -> list[float]:
-        """Of the rounds that kept all drafted tokens before it, the share that kept the k-th as well."""
-        reached = [sum(self.accepted[k:]) for k in range(len(self.accepted))]
-        return [after / before if before else 0.0 for before, after in itertools.pairwise(reached)]
 
 
 class Speculator:
@@ -74,14 +48,16 @@ class Speculator:
         target: whose tokens are wanted; any mix of layers.
         draft: a model of the same vocabulary; ``"lookup"`` takes tokens from the text so far; ``None`` drafts nothing:
             plain decoding.
-        num_draft_tokens: K, 1 to 16; without a draft it is 0.
+        num_draft_tokens: K, 1 to 16; without a draft it is 0. A range ``(2, 6)`` or ``"auto"``, which is ``(1, 8)``,
+            leaves it to what gives the most tokens a second as the text goes on (:mod:`mambify.engine.pace`).
         max_length: the most tokens of a sequence, prompt included.
         sampling: the distribution that tokens are drawn from, by target and draft alike.
         stop_ids: tokens that end a sequence.
         backend, overlap: of target and draft; see :class:`mambify.engine.tower.Tower`.
 
     Raises:
-        InvalidOptionError: K out of range, a draft of another vocabulary, or more sequences than free memory holds.
+        InvalidOptionError: K out of range, a draft of another vocabulary, a target that knows part of it, or more
+            sequences than free memory holds.
     """
 
     def __init__(
@@ -92,21 +68,22 @@ class Speculator:
         num_slots: int,
         max_length: int,
         sampling: Sampling,
-        num_draft_tokens: int = 4,
+        num_draft_tokens: DraftCount = 4,
         stop_ids: Sequence[int] = (),
         backend: str = "auto",
         overlap: bool = False,
     ) -> None:
-        if draft is not None:
-            require_drafted(num_draft_tokens)
+        counts = (0,) if draft is None else draft_counts(num_draft_tokens)
+        if draft is not None and isinstance(target.lm_head, TrimmedHead):
+            raise InvalidOptionError("the target is a draft that knows part of the vocabulary: give a whole model")
         if isinstance(draft, HybridForCausalLM):
             require_same_vocabulary(target.config, draft.config)
-        self.K = 0 if draft is None else num_draft_tokens
+        most = counts[-1]
         self.max_length = max_length
         self.sampling = sampling
         device = target.device
         models = [target, draft] if isinstance(draft, HybridForCausalLM) else [target]
-        check_memory(models, num_slots=num_slots, length=max_length, most_new=self.K + 1, penalises=sampling.penalises)
+        check_memory(models, num_slots=num_slots, length=max_length, most_new=most + 1, penalises=sampling.penalises)
         self._settings = sampling.settings()
         if sampling.temperature > 0:  # as tensors, which are then not made anew for every token
             self._settings = settings_of(**self._settings, rows=num_slots, device=device).named()
@@ -121,69 +98,82 @@ class Speculator:
         self._seen_SV = zeros(target.config.vocab_size, dtype=torch.bool) if sampling.penalises else None
         self._dismissed: set[int] = set()
         self._history_SL = zeros(max_length + 1 + MOST_DRAFTED)
-        self._accepted_T = torch.zeros(self.K + 1, dtype=torch.long, device=device)
+        self._accepted_T = torch.zeros(most + 1, dtype=torch.long, device=device)
         self._stops_E = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
-        #: sizes of the parts of what the host is told
         self._look_every = 1 if device.type == "cpu" else _LOOK_EVERY
-        self._told = [num_slots, num_slots, self.K + 1, num_slots * self._look_every * (self.K + 1)]
+        #: sizes of the parts of what the host is told
+        self._told = [num_slots, num_slots, most + 1, num_slots * self._look_every * (most + 1)]
         self._told_X = torch.zeros(sum(self._told), dtype=torch.long, device=device)
         with torch.inference_mode():
             common = {"num_slots": num_slots, "length": max_length, "active_S": self._active_S}
             common |= {"backend": backend, "overlap": overlap}
-            self._target = Tower(target, most_new=self.K + 1, final=draft is None, **common)  # type: ignore[arg-type]
+            self._target = Tower(target, most_new=most + 1, final=draft is None, **common)  # type: ignore[arg-type]
             self._draft: Tower | None = None
             if isinstance(draft, HybridForCausalLM):
-                self._draft = Tower(draft, most_new=self.K + 1, **common)  # type: ignore[arg-type]
+                self._draft = Tower(draft, most_new=most + 1, **common)  # type: ignore[arg-type]
             self._looks_up = draft == "lookup"
-            # No slot is active yet, so the trial runs change none.
-            self._round, self._report = recorded(self._step, device), recorded(self._tell, device)
+            #: the words that each of them knows, where that is not all
+            self._target_ids_W, self._draft_ids_W = _known_ids(target), _known_ids(draft)
+            # No slot is active yet, so the trial runs change none. Of all these graphs one is replayed at a time.
+            pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+            self._rounds = {K: recorded(partial(self._step, K), device, pool=pool) for K in counts}
+            self._report = recorded(self._tell, device, pool=pool)
+            chooses = len(counts) > 1
+            self._seconds = {K: seconds_of(step, device) if chooses else 0.0 for K, step in self._rounds.items()}
 
     # ---- a round, on the device ------------------------------------------------------------------------------------
 
-    def _step(self) -> None:
-        drafted_SK, draft_SKV, num_drafted_S = self._put_forward()
+    def _step(self, K: int) -> None:
+        drafted_SK, draft_SKW, num_drafted_S = self._put_forward(K)
         logits_STV = self._target.read(torch.cat([self._token_S[:, None], drafted_SK], 1))
         assert logits_STV is not None
+        if self._target_ids_W is not None:
+            logits_STV = scatter_logits(logits_STV, self._target_ids_W, self._target.model.config.vocab_size)
         if self._seen_SV is not None:
             logits_STV = self._penalised(logits_STV, self._seen_SV, drafted_SK)
-        kept_S, next_S = self._accept(logits_STV, draft_SKV, drafted_SK, num_drafted_S)
+        kept_S, next_S = self._accept(logits_STV, draft_SKW, drafted_SK, num_drafted_S)
         count_S, goes_on_S = settle_round(
             drafted_SK, kept_S, next_S, self._stops_E, self._target.length_S, self._active_S, self._token_S,
             self._budget_S, self._history_SL, self._accepted_T,
         )  # fmt: skip
         if self._seen_SV is not None:
             self._see(drafted_SK, next_S, count_S)
-        self._target.keep(count_S, self.K + 1)
+        self._target.keep(count_S, K + 1)
         if self._draft is not None:
-            self._draft.take_back(self.K + 1 - count_S)
+            self._draft.take_back(K + 1 - count_S)
         self._active_S.copy_(goes_on_S)
 
-    def _put_forward(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _put_forward(self, K: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Drafted tokens ``[S, K]``, the logits they were drawn from, and how many there are in each slot."""
         if self._looks_up:
-            drafted_SK, found_S = look_up(self._history_SL, self._target.length_S + 1, self.K)
+            drafted_SK, found_S = look_up(self._history_SL, self._target.length_S + 1, K)
             return drafted_SK, None, found_S
         if self._draft is None:
             return self._token_S.new_zeros(len(self._token_S), 0), None, None
-        one_S, numbers_SK = torch.ones_like(self._token_S), self._numbers(0, self.K)
+        one_S, numbers_SK = torch.ones_like(self._token_S), self._numbers(0, K)
         tokens, logits = [self._token_S], []
         seen_SV = None if self._seen_SV is None else self._seen_SV.clone()
-        for k in range(self.K + 1):  # the last drafted token is read as well: nothing is missing if all of them stand
-            found_S1V = self._draft.read(tokens[k][:, None], fold=k == 0, logits=k < self.K)
+        for k in range(K + 1):  # the last drafted token is read as well: nothing is missing if all of them stand
+            found_S1W = self._draft.read(tokens[k][:, None], fold=k == 0, logits=k < K)
             self._draft.keep(one_S, 1, fold=k == 0)
-            if found_S1V is not None:
+            if found_S1W is not None:
                 if seen_SV is not None:
-                    found_S1V = self._penalised(found_S1V, seen_SV.scatter_(1, tokens[k][:, None], True))
-                logits.append(found_S1V[:, 0])
-                tokens.append(draw_tokens(logits[k], numbers_SK[:, k].contiguous(), **self._settings))
+                    seen_SV.scatter_(1, tokens[k][:, None], True)
+                    found_S1W = self._penalised(found_S1W, _columns(seen_SV, self._draft_ids_W))
+                logits.append(found_S1W[:, 0])
+                drawn_S = draw_tokens(logits[k], numbers_SK[:, k].contiguous(), **self._settings)
+                tokens.append(drawn_S if self._draft_ids_W is None else self._draft_ids_W[drawn_S])
         return torch.stack(tokens[1:], 1), torch.stack(logits, 1), None
 
     def _accept(
-        self, logits_STV: Tensor, draft_SKV: Tensor | None, drafted_SK: Tensor, num_drafted_S: Tensor | None
+        self, logits_STV: Tensor, draft_SKW: Tensor | None, drafted_SK: Tensor, num_drafted_S: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """How many drafted tokens of each slot stand, and the token after them."""
-        numbers_ST = self._numbers(self.K, self.K + 1)
-        return accept_drafts(logits_STV, draft_SKV, drafted_SK, numbers_ST, num_drafted_S, **self._settings)
+        K = drafted_SK.shape[1]
+        return accept_drafts(
+            logits_STV, draft_SKW, drafted_SK, self._numbers(K, K + 1), num_drafted_S,
+            draft_ids_W=self._draft_ids_W, **self._settings,
+        )  # fmt: skip
 
     def _penalised(self, logits_SXV: Tensor, seen_SV: Tensor, following_SF: Tensor | None = None) -> Tensor:
         return penalise(logits_SXV, seen_SV, following_SF, penalty=self.sampling.repetition_penalty)
@@ -207,7 +197,7 @@ class Speculator:
         self._heard_S.copy_(self._target.length_S)
 
     def pretend(self, length: int) -> Callable[[], object]:
-        """Every slot goes on as if it held ``length`` tokens; returns a round, to measure what it costs.
+        """Every slot goes on as if it held ``length`` tokens; returns a round (of the largest K), to measure its cost.
 
         Rounds may follow each other until the slots are full. A later :meth:`run` begins anew.
         """
@@ -217,12 +207,12 @@ class Speculator:
                     tower.pretend(length)
             self._active_S.fill_(True)
             self._budget_S.fill_(_ENDLESS)
-        return self._round
+        return self._rounds[max(self._rounds)]
 
     def _see(self, drafted_SK: Tensor, next_S: Tensor, count_S: Tensor) -> None:
         """Notes the tokens that stand among those that occurred."""
         assert self._seen_SV is not None
-        index_T = torch.arange(self.K + 1, device=next_S.device)
+        index_T = torch.arange(drafted_SK.shape[1] + 1, device=next_S.device)
         last_S1 = (count_S - 1).clamp(min=0)[:, None]
         token_ST = torch.cat([drafted_SK, next_S[:, None]], 1).scatter_(1, last_S1, self._token_S[:, None])
         # In place of tokens that do not stand: the last one that does.
@@ -253,39 +243,45 @@ class Speculator:
         seeds = self.sampling.seeds(len(prompts)) if seeds is None else seeds
         if len(seeds) != len(prompts):
             raise InvalidOptionError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one for each")
-        return self._rounds(
+        return self._continue(
             [_Prompt(n, ids, seed) for n, (ids, seed) in enumerate(zip(prompts, seeds, strict=True))], max_new_tokens
         )
 
     @torch.inference_mode()
-    def _rounds(self, prompts: Sequence[_Prompt], max_new_tokens: int) -> Iterator[tuple[int, list[int]]]:
+    def _continue(self, prompts: Sequence[_Prompt], max_new_tokens: int) -> Iterator[tuple[int, list[int]]]:
         waiting = deque(prompts)
         seats: list[_Seat | None] = [None] * len(self._token_S)
         self._active_S.zero_()  # a run that was not heard to its end
         self._accepted_T.zero_()
         self.statistics = Statistics()
         self._dismissed.clear()
-        looks = Looks(self._told_X.device)
+        looks, pace = Looks(self._told_X.device), Pace(self._seconds)
+        counted = [0] * len(self._accepted_T)
+        under_way: deque[int] = deque()  # K of every look that was not dealt with
         while waiting or any(seats):
             free = [slot for slot, seat in enumerate(seats) if seat is None][: len(waiting)]
             begun = {slot: waiting.popleft() for slot in free}
             self._begin(begun, max_new_tokens)
             for slot, newcomer in begun.items():
                 seats[slot] = _Seat(newcomer.number, since=looks.number)
+            under_way.append(pace.choose())
             looks.begin()
             for _ in range(self._look_every):
-                self._round()
+                self._rounds[under_way[-1]]()
             self._report()
             looks.take(self._told_X)
             for look in looks.ready():
+                K, before = under_way.popleft(), counted
+                counted = look.values.split(self._told)[2].tolist()
+                accepted = [now - then for now, then in zip(counted, before, strict=True)]
+                # Now: whoever meets a stop token listens no further.
+                self.statistics.add(K, accepted, passes=self._look_every, seconds=look.seconds)
+                pace.observe(K, accepted, look.seconds / self._look_every)
                 yield from self._hear(look, seats)
 
     def _hear(self, look: Look, seats: list[_Seat | None]) -> Iterator[tuple[int, list[int]]]:
         """Gives out what a look found, and frees the seats of sequences that have ended."""
-        counts, active, accepted, tokens = look.values.split(self._told)
-        self.statistics.rounds += self._look_every
-        self.statistics.seconds += look.seconds
-        self.statistics.accepted = accepted.tolist()  # now: whoever meets a stop token listens no further
+        counts, active, _, tokens = look.values.split(self._told)
         given = zip(counts.tolist(), active.tolist(), tokens.view(len(seats), -1).tolist(), strict=True)
         for slot, (count, goes_on, new) in enumerate(given):
             seat = seats[slot]
@@ -305,13 +301,13 @@ class Speculator:
         """Where it decodes."""
         return self._active_S.device
 
-    def read_bytes(self, length: int) -> int:
-        """Bytes that a round must read: weights and what layers carry, ``length`` tokens a slot; a draft reads K + 1
-        times.
+    def read_bytes(self, length: int, num_drafted: int) -> int:
+        """Bytes that a round with this K must read: weights and what layers carry, ``length`` tokens a slot; a draft
+        reads K + 1 times.
         """
         found = read_bytes(self._target.model, num_slots=len(self._token_S), length=length)
         if self._draft is not None:
-            found += (self.K + 1) * read_bytes(self._draft.model, num_slots=len(self._token_S), length=length)
+            found += (num_drafted + 1) * read_bytes(self._draft.model, num_slots=len(self._token_S), length=length)
         return found
 
     def dismiss(self, number: int) -> None:
@@ -343,12 +339,6 @@ class Speculator:
         self._active_S.index_fill_(0, slot_E, True)
 
 
-def require_drafted(num_draft_tokens: int) -> None:
-    """Raises InvalidOptionError unless a round can put forward so many tokens."""
-    if not 1 <= num_draft_tokens <= MOST_DRAFTED:
-        raise InvalidOptionError(f"num_draft_tokens must be 1 to {MOST_DRAFTED}, not {num_draft_tokens}")
-
-
 def require_same_vocabulary(target: HybridConfig, draft: HybridConfig) -> None:
     """Raises InvalidOptionError unless both models have as many tokens."""
     if draft.vocab_size != target.vocab_size:
@@ -356,6 +346,16 @@ def require_same_vocabulary(target: HybridConfig, draft: HybridConfig) -> None:
             f"the draft has a vocabulary of {draft.vocab_size} tokens and the target one of {target.vocab_size}: give "
             "a draft of the same vocabulary"
         )
+
+
+def _known_ids(model: Draft) -> Tensor | None:
+    """The words that a trimmed head knows, ``[W]``; ``None`` for all."""
+    head = model.lm_head if isinstance(model, HybridForCausalLM) else None
+    return head.token_ids if isinstance(head, TrimmedHead) else None
+
+
+def _columns(seen_SV: Tensor, ids_W: Tensor | None) -> Tensor:
+    return seen_SV if ids_W is None else seen_SV[:, ids_W]
 
 
 class _Prompt(NamedTuple):

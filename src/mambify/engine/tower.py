@@ -23,6 +23,7 @@ from mambify.mixers.attention import SlotKV
 from mambify.model import HybridBlock, HybridForCausalLM
 from mambify.ops.ring import RingPlace
 from mambify.ops.rounds import move_on
+from mambify.trimmed_head import known_logits
 
 
 class Tower:
@@ -95,6 +96,8 @@ class Tower:
     def read(self, token_ST: Tensor, *, fold: bool = False, logits: bool = True) -> Tensor | None:
         """Logits ``[S, T, V]`` after each of T tokens, put behind those that stand in each slot.
 
+        Of a trimmed head, those of the words that it knows.
+
         Args:
             fold: recurrent layers take their states over everything that stands, not only where their rings run full.
             logits: ``False`` spares the head; the result is then ``None``.
@@ -117,8 +120,7 @@ class Tower:
             x_STD = block.feed_forward(x_STD + y_STD)
         if not logits:
             return None
-        found: Tensor = self.model.lm_head(core.norm(x_STD))
-        return found
+        return known_logits(self.model.lm_head, core.norm(x_STD))
 
     def keep(self, count_S: Tensor, read: int, *, fold: bool = False) -> None:
         """After a read of ``read`` tokens: the first ``count_S`` of them stand, in active slots.

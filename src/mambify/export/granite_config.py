@@ -53,6 +53,11 @@ def _require_mixers(config: HybridConfig) -> None:
         raise UnsupportedError(
             "this is a pure Mamba model, which stock transformers reads as it is published: there is nothing to export"
         )
+    if config.draft_vocabulary is not None:
+        raise UnsupportedError(
+            f"the head knows {config.draft_vocabulary} of {config.vocab_size} words, and GraniteMoeHybrid's knows all: "
+            "train a draft without --vocabulary to export it"
+        )
     others = [i for i, mixer in enumerate(config.layer_mixers or ()) if mixer not in (ATTENTION, "mamba2")]
     if others:
         name = (config.layer_mixers or [])[others[0]]

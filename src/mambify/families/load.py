@@ -128,7 +128,7 @@ def build(
     """
     model = empty_model(config)
     config.dtype = dtype
-    wanted = {name for name, _ in model.named_parameters()}
+    wanted = set(model.state_dict())
     tied = config.tie_word_embeddings
     for name, tensor in weights:
         if tied and name == "lm_head.weight":
@@ -153,12 +153,16 @@ def set_parameter(
     owner_name, _, leaf = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     place = getattr(owner, leaf)
+    is_buffer = leaf in owner._buffers
     if place.shape != tensor.shape:
         raise CheckpointError(
             f"{source}: '{name}' has shape {list(tensor.shape)}, the configuration says {list(place.shape)}"
         )
     if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():  # isfinite of all would copy the tensor
         raise CheckpointError(f"{source}: '{name}' holds NaN or infinite values")
+    if is_buffer:  # which words a trimmed head knows
+        setattr(owner, leaf, tensor.to(device=device, dtype=place.dtype))
+        return
     tensor = tensor.to(device=device, dtype=dtype_of(model, name, dtype))
     setattr(owner, leaf, nn.Parameter(tensor, requires_grad=True))
 

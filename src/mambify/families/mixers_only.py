@@ -95,7 +95,7 @@ def open_base(name: str, whose: str) -> Checkpoint:
 def _weight_names(config: HybridConfig) -> set[str]:
     """The weights of a model; of tied ones the first."""
     with torch.device("meta"):
-        names = {name for name, _ in HybridForCausalLM(config).named_parameters()}
+        names = set(HybridForCausalLM(config).state_dict())
     return names - {"lm_head.weight"} if config.tie_word_embeddings else names
 
 

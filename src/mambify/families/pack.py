@@ -21,6 +21,7 @@ from mambify.families.load import LoadedModel, as_dtype, dtype_of, load
 from mambify.families.mixers_only import MIXERS, Fingerprint, open_base
 from mambify.hub import prepare_config, write_companions
 from mambify.io import atomic_directory, atomic_write_text, require_new
+from mambify.trimmed_head import TrimmedHead
 
 _ALIAS = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 
@@ -112,6 +113,9 @@ def _write_mixers(student: LoadedModel, base: str, directory: Path, dtype: torch
     if not own:
         raise CheckpointError(f"{student.source} has all its weights from '{base}': nothing is left to pack")
     weights = {name: p.detach().to(dtype_of(model, name, dtype)).contiguous() for name, p in own.items()}
+    num_new = sum(tensor.numel() for tensor in weights.values())
+    if isinstance(model.lm_head, TrimmedHead):
+        weights["lm_head.token_ids"] = model.lm_head.token_ids
     safetensors.write_file(directory / MIXERS, weights)
     config = prepare_config(model.config, base={"name": base, "fingerprint": fingerprint.value()})
     config.save_pretrained(directory)
@@ -121,7 +125,6 @@ def _write_mixers(student: LoadedModel, base: str, directory: Path, dtype: torch
     write_companions(directory, config, model.provenance)
     safetensors.record_checksums(directory, [directory / MIXERS])
     sizes = {file.name: file.stat().st_size for file in directory.iterdir()}
-    num_new = sum(tensor.numel() for tensor in weights.values())
 
     def packed(where: Path) -> Packed:
         return Packed(where, base, fingerprint.value(), num_new, num_kept, sizes[MIXERS], sum(sizes.values()))

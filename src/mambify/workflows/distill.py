@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from mambify.config import HybridConfig
 from mambify.conversion import plan
+from mambify.conversion.cut import choose_layers, cut, cut_config, most_frequent
 from mambify.distill.arguments import check_launch, check_training_arguments
 from mambify.distill.logs import Listener
 from mambify.distill.parallel import joined
 from mambify.distill.recipe import Recipe
 from mambify.distill.run import open_run, run_stages
-from mambify.distill.settings import Mixing
+from mambify.distill.settings import Kd, Mixing
+from mambify.distill.stages import trains_something
 from mambify.distill.steps import schedule, steps_of
-from mambify.errors import InvalidOptionError, TokenizerMismatchError, UnsupportedError
+from mambify.errors import InvalidOptionError, RecipeError, TokenizerMismatchError, UnsupportedError
 from mambify.families.load import LoadedModel, load, load_config, require_tokenizer
 from mambify.machine import default_device
 from mambify.model import HybridForCausalLM
@@ -68,7 +71,7 @@ def distill(
             say("reading the text")
             texts = Texts(recipe, base, say)
             texts.read_all(base)
-            return loaded, base, texts
+            return loaded, _cut(base, recipe, texts), texts
 
         loaded, base, texts = processes.all_do(read)
         run = open_run(recipe, processes, overwrite=overwrite)
@@ -101,14 +104,58 @@ def check_plan(recipe: Recipe, teacher: LoadedModel | None = None) -> None:
                 f"the teacher has a vocabulary of {bigger.vocab_size} tokens and student.base one of "
                 f"{config.vocab_size}: distillation compares probabilities token by token"
             )
-    steps_of(recipe, config)
+    if recipe.student.vocabulary is not None:
+        _check_vocabulary(recipe)
+    if is_cut(recipe):
+        layers = _layers_of(recipe, config)
+        config = cut_config(config, layers, vocabulary=recipe.student.vocabulary)
+    steps = steps_of(recipe, config)
     for kept in schedule(recipe.student, config):
         planned = plan(config, mixer=recipe.student.mixer, attention_layers=kept, init=recipe.student.init)
-        if not planned.student.converted_layers:
+        idle = next((s.stage for s in steps if not trains_something(s.stage, planned.student)), None)
+        if idle is not None:
             share = len(kept) / config.num_hidden_layers
-            raise InvalidOptionError(f"attention {share:g} keeps every layer: nothing is converted, nothing to distil")
+            raise InvalidOptionError(
+                f"attention {share:g} keeps every layer: nothing is converted, and stage {idle.kind} has nothing to "
+                "distil: lower it, or set mlp_learning_rate and rest_learning_rate"
+            )
     if recipe.student.mixer != "mamba2" and any(isinstance(stage, Mixing) for stage in recipe.stages):
         raise UnsupportedError(
             f"stage mixing: {recipe.student.mixer} has no one matrix for each head of the attention: "
             "choose mixer mamba2, or stage align or hidden"
         )
+
+
+def is_cut(recipe: Recipe) -> bool:
+    """Whether the student has fewer layers, or fewer words, than what it is made from."""
+    return recipe.student.layers is not None or recipe.student.vocabulary is not None
+
+
+def _layers_of(recipe: Recipe, config: HybridConfig) -> list[int]:
+    """The layers that the student has of a base with this configuration."""
+    layers, count = recipe.student.layers, config.num_hidden_layers
+    if isinstance(layers, list):
+        return layers
+    return choose_layers(count, count if layers is None else layers, recipe.student.spread)
+
+
+def _check_vocabulary(recipe: Recipe) -> None:
+    for stage in recipe.stages:
+        if not isinstance(stage, Kd) or stage.ce_weight:
+            raise RecipeError(
+                f"stage {stage.kind}: student.vocabulary leaves words without a probability: only stage kd without "
+                "ce_weight trains such a student"
+            )
+
+
+def _cut(base: LoadedModel, recipe: Recipe, texts: Texts) -> LoadedModel:
+    """What the student is made from, where that is part of the base only."""
+    if not is_cut(recipe):
+        return base
+    token_ids, wanted = None, recipe.student.vocabulary
+    if wanted is not None:
+        tokenizer, size = require_tokenizer(base), base.model.config.vocab_size
+        special = [i for i in tokenizer.all_special_ids if i < size]
+        token_ids = most_frequent(texts.token_ids(recipe.stages[0]), wanted, size, always=special)
+    shallow = cut(base, _layers_of(recipe, base.model.config), token_ids=token_ids)
+    return LoadedModel(shallow, base.tokenizer, base.source, base.family)

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from mambify.data.documents import Document, Split, read_documents
 from mambify.data.overlap import check_disjoint
-from mambify.data.packing import pack
+from mambify.data.packing import PackedDataset, pack
 from mambify.data.preferences import PreferenceDataset, Preferences, describe, read_preferences
 from mambify.data.sequences import SequenceWriter, prompts_of
 from mambify.distill.recipe import Recipe
@@ -49,6 +49,12 @@ class Texts:
         if isinstance(stage, OnPolicy) and stage.share == 1:
             return None
         return self._once(("blocks", data), lambda: self._blocks(data))
+
+    def token_ids(self, stage: Stage) -> Tensor:
+        """All tokens that a stage of blocks is trained on."""
+        blocks = self(stage)
+        assert isinstance(blocks, PackedDataset)
+        return blocks.input_ids()
 
     def writer(self, stage: OnPolicy) -> SequenceWriter:
         """What has a student write the stage's texts."""

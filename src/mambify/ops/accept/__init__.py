@@ -15,6 +15,7 @@ from torch import Tensor
 from mambify.ops.accept import reference
 from mambify.ops.backends import HAS_TRITON, backends_on, check_shape, pick_backend
 from mambify.ops.draw import settings_of
+from mambify.trimmed_head import scatter_logits
 
 if HAS_TRITON:
     from mambify.ops.accept import triton as kernels
@@ -29,6 +30,7 @@ def accept_drafts(
     uniform_ST: Tensor,
     num_drafted_S: Tensor | None = None,
     *,
+    draft_ids_W: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     top_k: int | Tensor = 0,
     top_p: float | Tensor = 1.0,
@@ -44,6 +46,8 @@ def accept_drafts(
         drafted_SK: the tokens; only the first ``num_drafted_S`` of a row count.
         uniform_ST: float32 in [0, 1): one number for each test, and the last for the draw.
         num_drafted_S: 0 to K of each row; ``None`` for K.
+        draft_ids_W: of a draft that knows part of the vocabulary, the words that its W columns stand for, int64; all
+            others have a probability of exactly zero in q. ``draft_SKV`` is then ``[S, K, W]``.
         temperature, top_k, top_p, min_p: see :func:`mambify.ops.draw.draw_tokens`; one number, or one a row.
         backend: "auto", "reference" or "triton".
 
@@ -52,6 +56,9 @@ def accept_drafts(
         ValueError: shapes that do not belong together.
     """
     S, T, V = target_STV.shape
+    if draft_SKV is not None and draft_ids_W is not None:
+        check_shape("accept_drafts", "draft_SKV", draft_SKV, (S, T - 1, len(draft_ids_W)))
+        draft_SKV = scatter_logits(draft_SKV, draft_ids_W, V)
     check_shape("accept_drafts", "draft_SKV", draft_SKV, (S, T - 1, V))
     check_shape("accept_drafts", "drafted_SK", drafted_SK, (S, T - 1))
     check_shape("accept_drafts", "uniform_ST", uniform_ST, (S, T))

@@ -1,0 +1,56 @@
+"""What a run of speculation did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Statistics:
+    """What a run did. A round of a slot is a pass of the target in which the slot took part; K may differ by pass.
+
+    Attributes:
+        tokens: given out in all.
+        seconds: that passes took; the reading of prompts is left out.
+        passes: K → passes of the target over K drafted tokens, whatever number of slots took part in each.
+        drafted: K → rounds of a slot that drafted K tokens.
+        accepted: in how many rounds of a slot 0, 1, … drafted tokens were accepted.
+        whole: in how many of these that was all that the round drafted.
+    """
+
+    tokens: int = 0
+    seconds: float = 0.0
+    passes: dict[int, int] = field(default_factory=dict)
+    drafted: dict[int, int] = field(default_factory=dict)
+    accepted: list[int] = field(default_factory=list)
+    whole: list[int] = field(default_factory=list)
+
+    def add(self, num_drafted: int, accepted: Sequence[int], *, passes: int, seconds: float) -> None:
+        """Counts passes with this K, of whose rounds ``accepted`` says how many kept 0, 1, … tokens."""
+        missing = len(accepted) - len(self.accepted)
+        self.accepted, self.whole = self.accepted + [0] * missing, self.whole + [0] * missing
+        self.accepted = [a + b for a, b in zip(self.accepted, accepted, strict=True)]
+        self.whole[num_drafted] += accepted[num_drafted]
+        self.drafted[num_drafted] = self.drafted.get(num_drafted, 0) + sum(accepted)
+        self.passes[num_drafted] = self.passes.get(num_drafted, 0) + passes
+        self.seconds += seconds
+
+    @property
+    def rounds(self) -> int:
+        """Passes of the target."""
+        return sum(self.passes.values())
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Of one slot."""
+        return self.tokens / max(sum(self.accepted), 1)
+
+    @property
+    def acceptance_by_position(self) -> list[float]:
+        """Of the rounds that drafted k tokens and kept all before the k-th, the share that kept it as well."""
+        shares = []
+        for k in range(1, len(self.accepted)):
+            tried, kept = sum(self.accepted[k - 1 :]) - self.whole[k - 1], sum(self.accepted[k:])
+            shares.append(kept / tried if tried else 0.0)
+        return shares

@@ -1,0 +1,243 @@
+"""Laws of drafts that are unlike their target: cut from it, with part of its words, with a K that changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mambify.conversion import apply_plan, plan
+from mambify.conversion.cut import choose_layers, cut, most_frequent
+from mambify.engine import Sampling, Speculator, Statistics
+from mambify.engine import pace as pace_module
+from mambify.engine.memory import read_bytes, working_bytes
+from mambify.errors import InvalidOptionError
+from mambify.families.load import load
+from mambify.model import HybridForCausalLM
+from mambify.ops.accept import accept_drafts
+from mambify.ops.draw import draw_tokens, settings_of
+from mambify.ops.draw.reference import weights
+from tiny import llama
+
+VOCABULARY = 96
+GREEDY = Sampling(temperature=0.0)
+PROMPTS = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8, 9, 10, 3, 4, 5], [20, 21], [90, 3, 90, 3, 90], list(range(30, 60))]
+
+
+def model(path: Path, *, vocabulary: int = VOCABULARY, **changes: Any) -> HybridForCausalLM:
+    llama(vocabulary, **changes).save_pretrained(path)
+    return load(path).model
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> HybridForCausalLM:
+    return model(tmp_path_factory.mktemp("teacher"))
+
+
+def hybrid(teacher: HybridForCausalLM, mixer: str = "mamba2", attention: float = 0.5) -> HybridForCausalLM:
+    return apply_plan(teacher, plan(teacher.config, mixer=mixer, attention=attention)).eval()
+
+
+def answers(speculator: Speculator, prompts: Sequence[Sequence[int]], **settings: Any) -> list[list[int]]:
+    found: list[list[int]] = [[] for _ in prompts]
+    for number, tokens in speculator.run(prompts, **settings):
+        found[number] += tokens
+    return found
+
+
+def greedy(target: HybridForCausalLM, prompt: list[int], count: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    out = target.generate(input_ids=ids, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
+    tokens: list[int] = out[0, len(prompt) :].tolist()
+    return tokens
+
+
+class EveryNumber(pace_module.Pace):
+    """Goes through all K in turn, whatever is accepted: each round has another one than the round before."""
+
+    def choose(self) -> int:
+        self._turn = getattr(self, "_turn", -1) + 1
+        return sorted(self._seconds)[(self._turn * 5) % len(self._seconds)]
+
+
+@pytest.fixture
+def every_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mambify.engine.speculate.Pace", EveryNumber)
+
+
+@pytest.mark.usefixtures("every_number")
+@pytest.mark.parametrize("mixer", ["mamba2", "mamba1"])
+@pytest.mark.parametrize("attention", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("kind", ["lookup", "cut", "hybrid", "target"])
+def test_greedy_tokens_are_the_targets_while_k_changes(
+    teacher: HybridForCausalLM, mixer: str, attention: float, kind: str
+) -> None:
+    target = teacher if attention == 1.0 else hybrid(teacher, mixer, attention)
+    drafts: dict[str, Any] = {
+        "lookup": "lookup", "cut": cut(target, 2), "hybrid": hybrid(teacher, mixer), "target": target
+    }  # fmt: skip
+    speculator = Speculator(target, drafts[kind], num_slots=4, max_length=80, sampling=GREEDY, num_draft_tokens=(1, 6))
+    assert answers(speculator, PROMPTS, max_new_tokens=40) == [greedy(target, prompt, 40) for prompt in PROMPTS]
+    statistics = speculator.statistics
+    assert len(statistics.drafted) == 6 and sum(statistics.drafted.values()) == sum(statistics.accepted)
+    if kind == "target":
+        assert set(statistics.acceptance_by_position) == {1.0}
+
+
+@pytest.mark.parametrize("kind", ["lookup", "cut", "target"])
+def test_greedy_tokens_are_the_targets_with_auto(teacher: HybridForCausalLM, kind: str) -> None:
+    target = hybrid(teacher)
+    drafts: dict[str, Any] = {"lookup": "lookup", "cut": cut(target, [0, 3]), "target": target}
+    speculator = Speculator(target, drafts[kind], num_slots=2, max_length=80, sampling=GREEDY, num_draft_tokens="auto")
+    assert answers(speculator, PROMPTS, max_new_tokens=40) == [greedy(target, prompt, 40) for prompt in PROMPTS]
+
+
+@pytest.mark.usefixtures("every_number")
+@pytest.mark.parametrize("words", [4, 8])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7, top_k=5, top_p=0.9)], ids=["plain", "cut"])
+def test_drawn_tokens_follow_the_target(tmp_path: Path, sampling: Sampling, words: int) -> None:
+    """Pairs of tokens, of a draft that knows half of the words or all of them, against the target's distribution."""
+    target = hybrid(model(tmp_path, vocabulary=8, initializer_range=0.4))
+    draft = cut(target, 2, token_ids=torch.arange(8)[8 - words :] if words < 8 else None)
+    samples, prompt = 6000, [3]
+    speculator = Speculator(target, draft, num_slots=samples, max_length=8, sampling=sampling, num_draft_tokens=(1, 3))
+    found = torch.tensor(answers(speculator, [prompt] * samples, max_new_tokens=2, seeds=list(range(samples))))
+    counts = torch.bincount(found[:, 0] * 8 + found[:, 1], minlength=64).double() / samples
+    with torch.no_grad():
+
+        def distribution(ids: list[int]) -> torch.Tensor:
+            logits = target(input_ids=torch.tensor([ids])).logits[:, -1]
+            weight = weights(logits, settings_of(**sampling.settings(), rows=1, device=logits.device))[0]
+            return weight / weight.sum()
+
+        first = distribution(prompt)
+        wanted = torch.cat([first[token] * distribution([*prompt, token]) for token in range(8)])
+    assert (counts - wanted).abs().sum() / 2 < 0.06  # 6000 draws among 64 pairs stray by about 0.04
+    assert ((counts > 0) <= (wanted > 0)).all()
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {}, {"temperature": 0.8, "top_k": 6, "top_p": 0.9}])
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_one_round_with_part_of_the_words_is_exact(settings: dict[str, Any], backend: str) -> None:
+    """The first token of 200,000 rounds is the target's own, though the draft never says 7 of the 12 words."""
+    generator = torch.Generator().manual_seed(0)
+    S, V, known = 200_000, 12, torch.tensor([1, 4, 5, 8, 11])
+    target = (2 * torch.randn(1, 2, V, generator=generator)).expand(S, -1, -1)
+    draft = (2 * torch.randn(1, 1, 5, generator=generator)).expand(S, -1, -1)
+    numbers = torch.rand(S, 3, generator=generator)
+    drafted = known[draw_tokens(draft[:, 0], numbers[:, 0].contiguous(), **settings)][:, None]
+    kept, after = accept_drafts(
+        target, draft, drafted, numbers[:, 1:].contiguous(), draft_ids_W=known, backend=backend, **settings
+    )
+    first = torch.where(kept > 0, drafted[:, 0], after)
+    found = torch.bincount(first, minlength=V).double() / S
+    weight = weights(target[:1, 0], settings_of(**({"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | settings), rows=1, device=target.device))[0]  # fmt: skip # noqa: E501
+    assert (found - weight / weight.sum()).abs().sum() / 2 < 0.01
+    if settings.get("temperature") != 0.0:
+        q = torch.zeros(V).index_copy(0, known, torch.ones(5))
+        assert kept.double().mean() > 0 and (q[drafted] == 1).all()
+
+
+@pytest.mark.parametrize("attention", [1.0, 0.5])
+def test_greedy_tokens_with_part_of_the_words(teacher: HybridForCausalLM, attention: float) -> None:
+    target = teacher if attention == 1.0 else hybrid(teacher)
+    draft = cut(target, 3, token_ids=torch.arange(0, VOCABULARY, 3))
+    speculator = Speculator(target, draft, num_slots=3, max_length=64, sampling=GREEDY, num_draft_tokens=3)
+    assert answers(speculator, PROMPTS, max_new_tokens=25) == [greedy(target, prompt, 25) for prompt in PROMPTS]
+    with torch.no_grad():
+        logits = draft(input_ids=torch.tensor([PROMPTS[0]])).logits
+    assert logits.shape[-1] == VOCABULARY
+    assert (logits.softmax(-1) > 0).sum(-1).eq(VOCABULARY // 3).all()
+
+
+def test_a_whole_cut_is_the_target(teacher: HybridForCausalLM) -> None:
+    """All layers and all words: the same logits, from the same tensors."""
+    ids = torch.tensor([PROMPTS[2]])
+    for target in (teacher, hybrid(teacher), hybrid(teacher, "mamba1", 0.0)):
+        whole = cut(target, 4)
+        assert {p.data_ptr() for p in whole.parameters()} == {p.data_ptr() for p in target.parameters()}
+        with torch.no_grad():
+            assert torch.equal(whole(input_ids=ids).logits, target(input_ids=ids).logits)
+            every = cut(target, 4, token_ids=torch.arange(VOCABULARY))
+            assert torch.equal(every(input_ids=ids).logits, target(input_ids=ids).logits)
+
+
+def test_which_layers_are_cut(teacher: HybridForCausalLM) -> None:
+    assert choose_layers(32, 2) == [0, 31]
+    assert choose_layers(32, 4) == [0, 10, 20, 31]
+    assert choose_layers(32, 4, "ends") == [0, 1, 30, 31]
+    assert choose_layers(32, 3, "ends") == [0, 1, 31]
+    assert choose_layers(32, 3, "first") == [0, 1, 2]
+    assert choose_layers(32, 1) == [0]
+    for call, words in (
+        (lambda: choose_layers(4, 5), "choose 1 to 4"),
+        (lambda: choose_layers(4, 2, "evenly"), "did you mean 'even'"),
+        (lambda: cut(teacher, [0, 4]), "layers 0 to 3"),
+        (lambda: cut(teacher, [2, 1]), "rising order"),
+        (lambda: most_frequent(torch.tensor([1, 2]), 9, 8), "choose 1 to 8"),
+    ):
+        with pytest.raises(InvalidOptionError, match=words):
+            call()
+
+
+def test_the_most_frequent_words() -> None:
+    text = torch.tensor([[3, 3, 3, 1], [1, 5, 0, 3]])
+    assert most_frequent(text, 2, 8).tolist() == [1, 3]
+    assert most_frequent(text, 4, 8).tolist() == [0, 1, 3, 5]
+    assert most_frequent(text, 3, 8, always=[7]).tolist() == [1, 3, 7]
+
+
+@pytest.mark.usefixtures("every_number")
+@pytest.mark.parametrize("words", [VOCABULARY, VOCABULARY // 3])
+@pytest.mark.parametrize("backend", ["modules", "fused"])
+def test_a_penalty_while_k_changes_and_words_are_few(teacher: HybridForCausalLM, words: int, backend: str) -> None:
+    """The draft's words are penalised where they stand in its head; what knows all words keeps all it puts forward."""
+    target = hybrid(teacher)
+    sampling = Sampling(temperature=0.0, repetition_penalty=1.5)
+    settings: dict[str, Any] = {"num_slots": 3, "max_length": 80, "sampling": sampling}
+    plain = answers(Speculator(target, None, **settings), PROMPTS, max_new_tokens=40)
+    draft = cut(target, 4, token_ids=torch.arange(0, VOCABULARY, VOCABULARY // words))
+    speculator = Speculator(target, draft, num_draft_tokens=(1, 6), backend=backend, **settings)
+    assert answers(speculator, PROMPTS, max_new_tokens=40) == plain
+    statistics = speculator.statistics
+    assert (set(statistics.acceptance_by_position) == {1.0}) == (words == VOCABULARY)
+    assert len(statistics.drafted) == 6 and statistics.seconds > 0
+
+
+def test_a_trimmed_model_is_no_target(teacher: HybridForCausalLM) -> None:
+    draft = cut(teacher, 2, token_ids=torch.arange(9))
+    with pytest.raises(InvalidOptionError, match="give a whole model"):
+        Speculator(draft, "lookup", num_slots=1, max_length=20, sampling=GREEDY)
+
+
+def test_a_trimmed_model_says_its_own_words(teacher: HybridForCausalLM) -> None:
+    """By itself, without a draft, as any model; and bytes to read and to work with are those of its head."""
+    draft = cut(teacher, 2, token_ids=torch.arange(1, VOCABULARY, 4))
+    speculator = Speculator(draft, None, num_slots=2, max_length=40, sampling=GREEDY)
+    assert answers(speculator, PROMPTS[:3], max_new_tokens=20) == [greedy(draft, prompt, 20) for prompt in PROMPTS[:3]]
+    rows, whole = draft.lm_head.weight.shape[0], cut(teacher, 2)
+    assert read_bytes(whole) - read_bytes(draft) == (VOCABULARY - rows) * draft.config.hidden_size * 4
+    for K in (1, 4):  # of V logits the target has K + 1, and the draft's K are kept twice
+        each = working_bytes([teacher], most_new=K + 1, penalises=False) / (K + 1)
+        assert working_bytes([teacher, whole], most_new=K + 1, penalises=False) == (3 * K + 1) * each
+        assert working_bytes([teacher, draft], most_new=K + 1, penalises=False) == (2 * K + 1 + 2 * K / 4) * each
+
+
+def test_bytes_that_rounds_read_by_their_k(teacher: HybridForCausalLM) -> None:
+    speculator = Speculator(
+        teacher, cut(teacher, 1), num_slots=1, max_length=40, sampling=GREEDY, num_draft_tokens="auto"
+    )
+    one, two, five = (speculator.read_bytes(10, K) for K in (1, 2, 5))
+    assert five - two == 3 * (two - one) == 3 * read_bytes(cut(teacher, 1), length=10)
+
+
+def test_acceptance_counts_only_rounds_that_drafted_so_far() -> None:
+    statistics = Statistics()
+    statistics.add(1, [4, 6, 0], passes=5, seconds=1.0)  # ten rounds of one token, six of which kept it
+    statistics.add(2, [2, 3, 5], passes=5, seconds=2.0)  # ten of two: eight kept the first, five of them the second too
+    assert statistics.acceptance_by_position == [14 / 20, 5 / 8]
+    assert statistics.drafted == {1: 10, 2: 10}
+    assert (statistics.passes, statistics.rounds, statistics.seconds) == ({1: 5, 2: 5}, 10, 3.0)

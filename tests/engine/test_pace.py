@@ -1,0 +1,79 @@
+"""The choice of K: what it expects, how it follows, what it refuses."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from mambify.engine.pace import Pace, draft_counts
+from mambify.errors import InvalidOptionError
+
+
+def rounds(K: int, chance: float, count: int, generator: random.Random) -> list[int]:
+    accepted = [0] * 9
+    for _ in range(count):
+        accepted[sum(1 for _ in itertools.takewhile(lambda _: generator.random() < chance, range(K)))] += 1
+    return accepted
+
+
+def best(chance: float, seconds: dict[int, float]) -> int:
+    return max(seconds, key=lambda K: sum(chance**k for k in range(K + 1)) / seconds[K])
+
+
+@pytest.mark.parametrize("chance", [0.15, 0.4, 0.6, 0.8, 0.95])
+@pytest.mark.parametrize("step", [0.05, 0.3])
+def test_it_comes_to_the_best_number(chance: float, step: float) -> None:
+    """A round takes 1 and ``step`` for each drafted token; what is chosen costs at most 3% of the best's speed."""
+    seconds = {K: 1.0 + step * K for K in range(1, 9)}
+    pace, generator = Pace(seconds), random.Random(0)
+    for _ in range(150):
+        K = pace.choose()
+        pace.observe(K, rounds(K, chance, 4, generator), seconds[K])
+
+    def speed(K: int) -> float:
+        return sum(chance**k for k in range(K + 1)) / seconds[K]
+
+    assert speed(pace.choose()) > 0.97 * speed(best(chance, seconds))
+
+
+def test_it_follows_when_the_text_changes() -> None:
+    seconds = {K: 1.0 + 0.1 * K for K in range(1, 9)}
+    pace, generator = Pace(seconds), random.Random(0)
+    for chance in (0.9, 0.2, 0.9):
+        for _ in range(300):
+            K = pace.choose()
+            pace.observe(K, rounds(K, chance, 4, generator))
+        assert abs(pace.choose() - best(chance, seconds)) <= 2
+        assert pace.chances()[0] == pytest.approx(chance, abs=0.1)
+
+
+def test_what_longer_texts_cost_is_followed() -> None:
+    """Where every round takes much longer than an empty one, whatever its K, longer drafts pay."""
+    seconds = {K: 1.0 + 0.5 * K for K in range(1, 9)}
+    generator = random.Random(0)
+    chosen = []
+    for longer in (0.0, 20.0):
+        pace = Pace(seconds)
+        for _ in range(200):
+            K = pace.choose()
+            pace.observe(K, rounds(K, 0.75, 4, generator), seconds[K] + longer)
+        chosen.append(pace.choose())
+    assert chosen[0] <= 3 and chosen[1] >= 6
+
+
+def test_one_number_is_not_chosen() -> None:
+    assert Pace({4: 0.0}).choose() == 4
+    assert Pace({0: 0.0}).choose() == 0
+
+
+def test_what_may_be_asked_for() -> None:
+    assert draft_counts(4) == (4,)
+    assert draft_counts((2, 5)) == (2, 3, 4, 5)
+    assert draft_counts("auto") == tuple(range(1, 9))
+    for wrong in (0, 17, (0, 4), (5, 2), (3, 17)):
+        with pytest.raises(InvalidOptionError, match="1 to 16"):
+            draft_counts(wrong)
+    with pytest.raises(InvalidOptionError, match="a range or auto, not 'many'"):
+        draft_counts("many")
