@@ -4,9 +4,8 @@
 
 Batch 1, a new process for each row, and the peak of its resident memory over what it had before it loaded the model:
 libraries are not counted; weights, buffers and whatever loading needed for a moment are. llama.cpp reads the whole
-context, in its own defaults (keys and values in float16); torch's models read 256 tokens and get the rest of their keys
-and values as random numbers, because decoding takes the same time whatever they are. So only llama.cpp has a figure
-for reading.
+context, in its own defaults (keys and values in float16); torch's models get (most of) their keys and values as random
+numbers, because decoding takes the same time whatever they are. So only llama.cpp has a figure for reading.
 """
 
 from __future__ import annotations
@@ -138,14 +137,26 @@ def run_transformers(case: Case, new_tokens: int, threads: int) -> dict[str, flo
 
 
 def run_mambify(case: Case, new_tokens: int, threads: int) -> dict[str, float]:
-    """Our own model in the loop that ``mambify generate`` runs."""
+    """Our own model in the engine that ``mambify generate`` runs, its slots filled as if it had read the context."""
     import torch
 
     import mambify
+    from mambify.engine import Sampling, Speculator
 
     torch.set_num_threads(threads)
     before = memory("VmRSS")
-    return run_torch(mambify.load(case.path, dtype="float32", with_tokenizer=False).model, case, new_tokens, before)
+    model = mambify.load(case.path, dtype="float32", with_tokenizer=False).model
+    engine = Speculator(
+        model, None, num_slots=1, max_length=case.context + new_tokens + 8, sampling=Sampling(temperature=0.0)
+    )
+    decode = engine.pretend(case.context)
+
+    def step(token: int) -> int:
+        decode()
+        return token
+
+    with torch.inference_mode():
+        return figures(step, 0, new_tokens, before)
 
 
 def run_torch(model: Any, case: Case, new_tokens: int, before: int) -> dict[str, float]:
