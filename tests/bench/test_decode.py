@@ -24,11 +24,19 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "_ROUNDS", 4)
 
 
-def test_every_part_gives_figures(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_compiled_peer_gives_figures() -> None:
+    (row,) = run_benchmark("decode", device="cpu", only="compiled")["results"]
+    assert "error" not in row and row["ms"] > 0
+
+
+def test_every_part_gives_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
+    cases = [case for case in decode.CASES["cpu"] if case.way != "compiled"]  # compiling takes its time
+    monkeypatch.setattr(decode, "CASES", {"cpu": cases})
     result = run_benchmark("decode", device="cpu")
     assert set(result["read_bytes_per_second"]) == {"M=1", "M=5"}
-    assert [row["part"] for row in result["results"]] == [case.part for case in decode.CASES["cpu"]]
+    assert [row["part"] for row in result["results"]] == [case.part for case in cases]
     for row in result["results"]:
         assert "error" not in row
         if row["part"] == "linears":
