@@ -13,7 +13,6 @@ What fails says so in its row, and the others go on.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -21,13 +20,11 @@ from typing import Any
 import torch
 from rich.box import SIMPLE
 from rich.table import Table
-from torch import Tensor
-from torch.nn import functional as F
 
-from mambify.bench.clock import device_seconds_of, seconds_of
+from mambify.bench.clock import seconds_of
 from mambify.bench.decode_linears import linears_of, read_rates
 from mambify.bench.decode_peers import llama, seconds_a_token
-from mambify.bench.decode_steps import drawn_model, read_weight_bytes
+from mambify.bench.decode_steps import drawn_model, forget, read_bandwidth, read_weight_bytes
 from mambify.bench.shapes import SHAPES
 from mambify.conversion import state_bytes
 from mambify.distill.arguments import use_bfloat16
@@ -122,30 +119,9 @@ def run(device: str, progress: Progress, only: str | None = None) -> dict[str, A
             found = {"error": f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:600]}
             machine.forget()
         rows.append(asdict(case) | found)
-        _clear()
+        forget(device)
     progress(len(cases), len(cases))
     return {"read_bytes_per_second": bound, "results": rows}
-
-
-def read_bandwidth(device: str, rows: int) -> float:
-    """Bytes of weights a second that a chain of recorded linear layers reads, each with weights of its own."""
-    wide, narrow, pairs = (14_336, 4096, 8) if torch.device(device).type == "cuda" else (1024, 512, 8)
-    dtype = _dtype(device)
-    weights = [torch.randn(s, device=device, dtype=dtype) / 64 for s in ((wide, narrow), (narrow, wide)) * pairs]
-    x = torch.randn(rows, narrow, device=device, dtype=dtype)
-
-    def chain() -> Tensor:
-        y = x
-        for weight in weights:
-            y = F.linear(y, weight)
-        return y
-
-    with torch.inference_mode():
-        seconds = device_seconds_of(chain, device)
-    found = sum(weight.nbytes for weight in weights) / seconds
-    weights.clear()
-    _clear()
-    return found
 
 
 class _Machine:
@@ -163,13 +139,13 @@ class _Machine:
     def measure(self, case: Case) -> dict[str, Any]:
         if case.part == "linears":
             self.forget()
-            _clear()
+            forget(self._device)
             dtype = _dtype(self._device)
             linear = linears_of(SHAPES[case.shape])[case.way]
             return {"read_bytes_per_second": read_rates(linear, case.tokens, self._device, dtype)}
         if case.way in ("eager", "compiled"):
             self.forget()
-            _clear()
+            forget(self._device)
             return self._figures(_peer_seconds(case, self._device), case)
         model = self._of(case)
         weights = read_weight_bytes(model)
@@ -189,7 +165,7 @@ class _Machine:
         key = case.shape, case.attention
         if self._key != key or self._model is None:
             self.forget()
-            _clear()
+            forget(self._device)
             self._model, self._key = drawn_model(case.shape, self._device, attention=case.attention), key
         return self._model
 
@@ -298,7 +274,7 @@ def most_slots(model: HybridForCausalLM, length: int, device: str) -> int:
     active_S = torch.ones(1, dtype=torch.bool, device=device)
     with torch.inference_mode():
         one = Tower(model, num_slots=1, length=length, most_new=1, active_S=active_S).carried_bytes
-    _clear()
+    forget(device)
     free, total = torch.cuda.mem_get_info(device)
     logits = 3 * model.config.vocab_size * model.dtype.itemsize
     return max(8, int((free - _RESERVED * total) / (one + logits)) // 8 * 8)
@@ -316,12 +292,6 @@ def _peer_seconds(case: Case, device: str) -> float:
 
 def _dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if use_bfloat16("auto", torch.device(device).type) else torch.float32
-
-
-def _clear() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def table(result: dict[str, Any]) -> Table:

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from mambify.bench.clock import seconds_of
+from mambify.bench.clock import device_seconds_of, seconds_of
 from mambify.bench.shapes import model_of_shape
 from mambify.engine.recording import recorded
 from mambify.engine.tower import Tower
@@ -75,17 +76,29 @@ def pass_seconds(model: HybridForCausalLM, *, slots: int, new: int, context: int
     return seconds
 
 
-def read_bandwidth(device: str) -> float:
-    """Bytes a second at which linear layers read their weights for one token: the bound of decoding at batch 1.
+def read_bandwidth(device: str, rows: int = 1) -> float:
+    """Bytes of weights a second that a chain of recorded linear layers reads, each with weights of its own.
 
-    As many of them as no cache holds, in one recorded graph on a GPU.
+    In one graph on a GPU, and more weights than any cache holds: the bound of decoding ``rows`` tokens at once.
     """
     on_gpu = torch.device(device).type == "cuda"
-    (rows, columns, count), dtype = ((28_672, 4096, 16), torch.bfloat16) if on_gpu else ((2048, 576, 32), torch.float32)
-    weights = [torch.randn(rows, columns, device=device, dtype=dtype) for _ in range(count)]
-    x = torch.randn(1, columns, device=device, dtype=dtype)
-    seconds = seconds_of(recorded(lambda: [F.linear(x, weight) for weight in weights], device), device)
-    return sum(weight.nbytes for weight in weights) / seconds
+    wide, narrow, pairs = (14_336, 4096, 8) if on_gpu else (1024, 512, 8)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    weights = [torch.randn(s, device=device, dtype=dtype) / 64 for s in ((wide, narrow), (narrow, wide)) * pairs]
+    x = torch.randn(rows, narrow, device=device, dtype=dtype)
+
+    def chain() -> Tensor:
+        y = x
+        for weight in weights:
+            y = F.linear(y, weight)
+        return y
+
+    with torch.inference_mode():
+        seconds = device_seconds_of(chain, device)
+    found = sum(weight.nbytes for weight in weights) / seconds
+    weights.clear()
+    forget(device)
+    return found
 
 
 def forget(device: str) -> None:
