@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mambify.mixers import initial
-from mambify.ops.conv_replay import load_window
+from mambify.ops.causal_conv import causal_conv, causal_conv_step
+from mambify.ops.conv_replay import conv_replay, load_window
 from mambify.ops.ring import RingPlace
 from mambify.ops.selective_replay import SelectiveRing
 from mambify.ops.ssd_replay import SSDRing
@@ -180,7 +181,9 @@ class RecurrentMixer(Mixer):
     """
 
     in_proj: nn.Linear
+    conv1d: nn.Conv1d
     out_proj: nn.Linear
+    ops_backend: str
     num_heads: int
     head_dim: int
 
@@ -188,6 +191,30 @@ class RecurrentMixer(Mixer):
     def rows(self) -> ProjectionRows:
         """``in_proj``'s rows."""
         raise NotImplementedError
+
+    def convolve(
+        self, x_BTC: Tensor, context: MixerContext, state: RecurrentState | ReplayState | None
+    ) -> tuple[Tensor, Tensor]:
+        """``conv1d`` over T tokens, causal, continuing from ``state``, then SiLU.
+
+        Returns:
+            ``[B, T, C]``, and the window after the last token, which a :class:`ReplayState` keeps itself.
+        """
+        weight_CK, bias_C = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        if isinstance(state, ReplayState):
+            y_BTC = conv_replay(x_BTC, weight_CK, bias_C, state.conv, state.place, backend=self.ops_backend)
+            return y_BTC, state.conv
+        if x_BTC.shape[1] == 1 and state is not None:
+            y_BC, conv = causal_conv_step(x_BTC[:, 0], weight_CK, bias_C, state.conv)
+            return y_BC[:, None], conv
+        return causal_conv(
+            x_BTC,
+            weight_CK,
+            bias_C,
+            initial_state_BCL=None if state is None else state.conv,
+            seq_idx_BT=context.seq_idx_BT,
+            backend=self.ops_backend,
+        )
 
     def replay_state(self, slots: int, place: RingPlace) -> ReplayState:
         """Empty buffers for ``slots`` sequences, in this mixer's dtype and on its device."""

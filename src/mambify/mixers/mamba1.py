@@ -25,8 +25,6 @@ from mambify.mixers.base import (
     mask_padding,
 )
 from mambify.mixers.linear import PaddedLinear
-from mambify.ops.causal_conv import causal_conv, causal_conv_step
-from mambify.ops.conv_replay import conv_replay
 from mambify.ops.ring import RingPlace
 from mambify.ops.selective_replay import SelectiveRing, selective_replay
 from mambify.ops.selective_scan import selective_scan, selective_scan_step
@@ -74,7 +72,6 @@ class Mamba1Mixer(RecurrentMixer):
     ) -> tuple[Tensor, RecurrentState | ReplayState]:
         """Mixes T tokens, continuing from ``state``. Returns ``[B, T, D]`` and the state after the last token."""
         T, mask = x_BTD.shape[1], context.padding_mask_BT
-        conv_weight = self.conv1d.weight.squeeze(1)
         z, x, B, C, dt = self.in_proj(mask_padding(x_BTD, mask)).split(self.split, dim=-1)
         if self.BC_bias is not None:
             B_bias, C_bias = self.BC_bias.split(self.split[2:4])
@@ -85,14 +82,14 @@ class Mamba1Mixer(RecurrentMixer):
         A_JMN = -self._sub_heads(self.A_log.float().exp(), dim=0)
         D_JM = self._sub_heads(self.D.float())
         B_BTJN, C_BTJN, dt_BTJM = self._sub_heads(B_BTI), self._sub_heads(C), self._sub_heads(dt_BTI)
+        x_BTI, conv = self.convolve(x_BTI, context, state)
+        x_BTJM = self._sub_heads(x_BTI)
 
         after: RecurrentState | ReplayState
         if isinstance(state, ReplayState):
             assert isinstance(state.ring, SelectiveRing)
-            backend = self.ops_backend
-            x_BTI = conv_replay(x_BTI, conv_weight, self.conv1d.bias, state.conv, state.place, backend=backend)
             y_BTJM = selective_replay(
-                self._sub_heads(x_BTI),
+                x_BTJM,
                 dt_BTJM,
                 A_JMN,
                 self._sub_heads(B).unflatten(2, (self.num_groups, -1)),
@@ -101,26 +98,17 @@ class Mamba1Mixer(RecurrentMixer):
                 state.ssm,
                 state.ring,
                 state.place,
-                backend=backend,
+                backend=self.ops_backend,
             )
             y_BTI, after = y_BTJM.flatten(2), state
         elif T == 1 and state is not None:
-            x_BI, conv = causal_conv_step(x_BTI[:, 0], conv_weight, self.conv1d.bias, state.conv)
             y_BJM, ssm = selective_scan_step(
-                self._sub_heads(x_BI), dt_BTJM[:, 0], A_JMN, B_BTJN[:, 0], C_BTJN[:, 0], D_JM, state.ssm
+                x_BTJM[:, 0], dt_BTJM[:, 0], A_JMN, B_BTJN[:, 0], C_BTJN[:, 0], D_JM, state.ssm
             )
             y_BTI, after = y_BJM.flatten(1)[:, None], RecurrentState(conv, ssm)
         else:
-            x_BTI, conv = causal_conv(
-                x_BTI,
-                conv_weight,
-                self.conv1d.bias,
-                initial_state_BCL=None if state is None else state.conv,
-                seq_idx_BT=context.seq_idx_BT,
-                backend=self.ops_backend,
-            )
             y_BTJM, ssm = selective_scan(
-                self._sub_heads(x_BTI),
+                x_BTJM,
                 dt_BTJM,
                 A_JMN,
                 B_BTJN,

@@ -24,8 +24,6 @@ from mambify.mixers.base import (
     mask_padding,
 )
 from mambify.mixers.linear import PaddedLinear
-from mambify.ops.causal_conv import causal_conv, causal_conv_step
-from mambify.ops.conv_replay import conv_replay
 from mambify.ops.gated_norm import gated_rms_norm
 from mambify.ops.ring import RingPlace
 from mambify.ops.ssd import ssd_scan, ssd_step
@@ -80,7 +78,7 @@ class Mamba2Mixer(RecurrentMixer):
         """Mixes T tokens, continuing from ``state``. Returns ``[B, T, D]`` and the state after the last token."""
         B, T, _ = x_BTD.shape
         mask = context.padding_mask_BT
-        conv_weight, A_H = self.conv1d.weight.squeeze(1), -self.A_log.float().exp()
+        A_H = -self.A_log.float().exp()
         zxBCdt = self.in_proj(mask_padding(x_BTD, mask))
         z_BTI, xBC_BTC, dt_BTH = zxBCdt.split(
             [self.num_heads * self.head_dim, sum(self.conv_split), self.num_heads], dim=-1
@@ -88,13 +86,12 @@ class Mamba2Mixer(RecurrentMixer):
         z_BTHP = z_BTI.unflatten(-1, (self.num_heads, self.head_dim))
         # With Δ = 0 padding neither writes into the state nor lets it decay, whatever the conv's bias makes of it.
         dt_BTH = mask_padding(F.softplus(dt_BTH.float() + self.dt_bias.float()), mask)
+        xBC_BTC, conv = self.convolve(xBC_BTC, context, state)
+        x_BTGP, B_BTGN, C_BTHN = self._split_heads(xBC_BTC)
 
         after: RecurrentState | ReplayState
         if isinstance(state, ReplayState):
             assert isinstance(state.ring, SSDRing)
-            backend = self.ops_backend
-            xBC_BTC = conv_replay(xBC_BTC, conv_weight, self.conv1d.bias, state.conv, state.place, backend=backend)
-            x_BTGP, B_BTGN, C_BTHN = self._split_heads(xBC_BTC)
             y_BTHP = ssd_replay(
                 x_BTGP,
                 dt_BTH,
@@ -105,24 +102,15 @@ class Mamba2Mixer(RecurrentMixer):
                 state.ssm,
                 state.ring,
                 state.place,
-                backend=backend,
+                backend=self.ops_backend,
             )
             after = state
         elif T == 1 and state is not None:
-            xBC_BC, conv = causal_conv_step(xBC_BTC[:, 0], conv_weight, self.conv1d.bias, state.conv)
-            x_BGP, B_BGN, C_BHN = self._split_heads(xBC_BC)
-            y_BHP, ssm = ssd_step(x_BGP, dt_BTH[:, 0], A_H, B_BGN, C_BHN, self.D.float(), state.ssm)
+            y_BHP, ssm = ssd_step(
+                x_BTGP[:, 0], dt_BTH[:, 0], A_H, B_BTGN[:, 0], C_BTHN[:, 0], self.D.float(), state.ssm
+            )
             y_BTHP, after = y_BHP[:, None], RecurrentState(conv, ssm)
         else:
-            xBC_BTC, conv = causal_conv(
-                xBC_BTC,
-                conv_weight,
-                self.conv1d.bias,
-                initial_state_BCL=None if state is None else state.conv,
-                seq_idx_BT=context.seq_idx_BT,
-                backend=self.ops_backend,
-            )
-            x_BTGP, B_BTGN, C_BTHN = self._split_heads(xBC_BTC)
             y_BTHP, ssm = ssd_scan(
                 x_BTGP,
                 dt_BTH,

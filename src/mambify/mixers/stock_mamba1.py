@@ -16,8 +16,6 @@ from transformers import initialization
 from mambify.errors import InvalidOptionError
 from mambify.mixers import initial
 from mambify.mixers.base import MixerContext, RecurrentMixer, RecurrentState, ReplayState, mask_padding
-from mambify.ops.causal_conv import causal_conv, causal_conv_step
-from mambify.ops.conv_replay import conv_replay
 from mambify.ops.ring import RingPlace
 from mambify.ops.selective_replay import SelectiveRing, selective_replay
 from mambify.ops.selective_scan import selective_scan, selective_scan_step
@@ -57,24 +55,14 @@ class StockMamba1Mixer(RecurrentMixer):
         self, x_BTD: Tensor, context: MixerContext, state: RecurrentState | ReplayState | None = None
     ) -> tuple[Tensor, RecurrentState | ReplayState]:
         """Mixes T tokens, continuing from ``state``. Returns ``[B, T, D]`` and the state after the last token."""
-        mask, conv_weight = context.padding_mask_BT, self.conv1d.weight.squeeze(1)
+        mask = context.padding_mask_BT
         x_BTI, z_BTI = self.in_proj(x_BTD).chunk(2, dim=-1)
         if isinstance(state, ReplayState):
+            x_BTI, _ = self.convolve(x_BTI, context, state)
             return self.out_proj(self._replay(x_BTI, z_BTI, state)), state
         x_BTI = mask_padding(x_BTI, mask)  # not the input: in_proj may have a bias
         T, D_1I, A_1IN = x_BTI.shape[1], self.D.float()[None], self._decay()
-        if T == 1 and state is not None:
-            x_BI, conv = causal_conv_step(x_BTI[:, 0], conv_weight, self.conv1d.bias, state.conv)
-            x_BTI = x_BI[:, None]
-        else:
-            x_BTI, conv = causal_conv(
-                x_BTI,
-                conv_weight,
-                self.conv1d.bias,
-                initial_state_BCL=None if state is None else state.conv,
-                seq_idx_BT=context.seq_idx_BT,
-                backend=self.ops_backend,
-            )
+        x_BTI, conv = self.convolve(x_BTI, context, state)
         dt_BTI, B_BTN, C_BTN = self._select(x_BTI)
         # With Δ = 0 padding neither writes into the state nor lets it decay, whatever the conv's bias makes of it.
         dt_BTI = mask_padding(F.softplus(dt_BTI.float() + self.dt_proj.bias.float()), mask)
@@ -96,11 +84,8 @@ class StockMamba1Mixer(RecurrentMixer):
         return self.out_proj(y_BTI.to(z_BTI.dtype) * F.silu(z_BTI)), RecurrentState(conv, ssm)
 
     def _replay(self, x_STI: Tensor, z_STI: Tensor, state: ReplayState) -> Tensor:
-        """The gated outputs ``[S, T, I]`` of new tokens: three kernels beside the two small projections."""
+        """The gated outputs ``[S, T, I]`` of convolved new tokens: a kernel beside the two small projections."""
         assert isinstance(state.ring, SelectiveRing) and state.A is not None
-        x_STI = conv_replay(
-            x_STI, self.conv1d.weight.squeeze(1), self.conv1d.bias, state.conv, state.place, backend=self.ops_backend
-        )
         dt_STI, B_STN, C_STN = self._select(x_STI)
         y_ST1I = selective_replay(
             x_STI[:, :, None],

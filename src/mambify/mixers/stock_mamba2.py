@@ -18,8 +18,6 @@ from mambify.mixers import initial
 from mambify.mixers.base import MixerContext, RecurrentMixer, RecurrentState, ReplayState, mask_padding
 from mambify.mixers.linear import PaddedLinear
 from mambify.mixers.mamba2 import GatedRMSNorm
-from mambify.ops.causal_conv import causal_conv, causal_conv_step
-from mambify.ops.conv_replay import conv_replay
 from mambify.ops.ring import RingPlace
 from mambify.ops.ssd import ssd_scan, ssd_step
 from mambify.ops.ssd_replay import SSDRing, ssd_replay
@@ -65,29 +63,21 @@ class StockMamba2Mixer(RecurrentMixer):
         self, x_BTD: Tensor, context: MixerContext, state: RecurrentState | ReplayState | None = None
     ) -> tuple[Tensor, RecurrentState | ReplayState]:
         """Mixes T tokens, continuing from ``state``. Returns ``[B, T, D]`` and the state after the last token."""
-        mask, conv_weight, D_H = context.padding_mask_BT, self.conv1d.weight.squeeze(1), self.D.float()
+        mask, D_H = context.padding_mask_BT, self.D.float()
         z_BTI, xBC_BTC, dt_BTH = self.in_proj(x_BTD).split(
             [self.conv_split[0], sum(self.conv_split), self.num_heads], dim=-1
         )
         if isinstance(state, ReplayState):
+            xBC_BTC, _ = self.convolve(xBC_BTC, context, state)
             return self._out(self._replay(xBC_BTC, dt_BTH, state), z_BTI), state
         xBC_BTC = mask_padding(xBC_BTC, mask)  # not the input: in_proj may have a bias
         # With Δ = 0 padding neither writes into the state nor lets it decay, whatever the conv's bias makes of it.
         dt_BTH, A_H = mask_padding(self._step_sizes(dt_BTH), mask), self._decay()
-        if xBC_BTC.shape[1] == 1 and state is not None:
-            xBC_BC, conv = causal_conv_step(xBC_BTC[:, 0], conv_weight, self.conv1d.bias, state.conv)
-            x_BHP, B_BGN, C_BGN = self._split(xBC_BC)
-            y_BHP, ssm = ssd_step(x_BHP, dt_BTH[:, 0], A_H, B_BGN, C_BGN, D_H, state.ssm)
-            return self._out(y_BHP[:, None], z_BTI), RecurrentState(conv, ssm)
-        xBC_BTC, conv = causal_conv(
-            xBC_BTC,
-            conv_weight,
-            self.conv1d.bias,
-            initial_state_BCL=None if state is None else state.conv,
-            seq_idx_BT=context.seq_idx_BT,
-            backend=self.ops_backend,
-        )
+        xBC_BTC, conv = self.convolve(xBC_BTC, context, state)
         x_BTHP, B_BTGN, C_BTGN = self._split(xBC_BTC)
+        if xBC_BTC.shape[1] == 1 and state is not None:
+            y_BHP, ssm = ssd_step(x_BTHP[:, 0], dt_BTH[:, 0], A_H, B_BTGN[:, 0], C_BTGN[:, 0], D_H, state.ssm)
+            return self._out(y_BHP[:, None], z_BTI), RecurrentState(conv, ssm)
         y_BTHP, ssm = ssd_scan(
             x_BTHP,
             dt_BTH,
@@ -102,12 +92,9 @@ class StockMamba2Mixer(RecurrentMixer):
         return self._out(y_BTHP, z_BTI), RecurrentState(conv, ssm)
 
     def _replay(self, xBC_STC: Tensor, dt_STH: Tensor, state: ReplayState) -> Tensor:
-        """The outputs ``[S, T, H, P]`` of new tokens, before the norm: two kernels, where Δ has no limits."""
+        """The outputs ``[S, T, H, P]`` of convolved new tokens, before the norm: one kernel, where Δ has no limits."""
         assert isinstance(state.ring, SSDRing) and state.A is not None
         limited = self.dt_limits != (0.0, None)
-        xBC_STC = conv_replay(
-            xBC_STC, self.conv1d.weight.squeeze(1), self.conv1d.bias, state.conv, state.place, backend=self.ops_backend
-        )
         x_STHP, B_STGN, C_STGN = self._split(xBC_STC)
         return ssd_replay(
             x_STHP,
