@@ -2,57 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mambify.conversion import apply_plan, plan
 from mambify.conversion.cut import choose_layers, cut, most_frequent
 from mambify.engine import Sampling, Speculator, Statistics
 from mambify.engine import pace as pace_module
 from mambify.engine.memory import read_bytes, working_bytes
 from mambify.errors import InvalidOptionError
-from mambify.families.load import load
 from mambify.model import HybridForCausalLM
 from mambify.ops.accept import accept_drafts
 from mambify.ops.draw import draw_tokens, settings_of
 from mambify.ops.draw.reference import weights
-from tiny import llama
-
-VOCABULARY = 96
-GREEDY = Sampling(temperature=0.0)
-PROMPTS = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8, 9, 10, 3, 4, 5], [20, 21], [90, 3, 90, 3, 90], list(range(30, 60))]
-
-
-def model(path: Path, *, vocabulary: int = VOCABULARY, **changes: Any) -> HybridForCausalLM:
-    llama(vocabulary, **changes).save_pretrained(path)
-    return load(path).model
+from speculating import GREEDY, PROMPTS, VOCABULARY, answers, converted, greedy, model
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> HybridForCausalLM:
     return model(tmp_path_factory.mktemp("teacher"))
-
-
-def hybrid(teacher: HybridForCausalLM, mixer: str = "mamba2", attention: float = 0.5) -> HybridForCausalLM:
-    return apply_plan(teacher, plan(teacher.config, mixer=mixer, attention=attention)).eval()
-
-
-def answers(speculator: Speculator, prompts: Sequence[Sequence[int]], **settings: Any) -> list[list[int]]:
-    found: list[list[int]] = [[] for _ in prompts]
-    for number, tokens in speculator.run(prompts, **settings):
-        found[number] += tokens
-    return found
-
-
-def greedy(target: HybridForCausalLM, prompt: list[int], count: int) -> list[int]:
-    ids = torch.tensor([prompt])
-    out = target.generate(input_ids=ids, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
-    tokens: list[int] = out[0, len(prompt) :].tolist()
-    return tokens
 
 
 class EveryNumber(pace_module.Pace):
@@ -75,9 +45,9 @@ def every_number(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_greedy_tokens_are_the_targets_while_k_changes(
     teacher: HybridForCausalLM, mixer: str, attention: float, kind: str
 ) -> None:
-    target = teacher if attention == 1.0 else hybrid(teacher, mixer, attention)
+    target = teacher if attention == 1.0 else converted(teacher, mixer, attention)
     drafts: dict[str, Any] = {
-        "lookup": "lookup", "cut": cut(target, 2), "hybrid": hybrid(teacher, mixer), "target": target
+        "lookup": "lookup", "cut": cut(target, 2), "hybrid": converted(teacher, mixer), "target": target
     }  # fmt: skip
     speculator = Speculator(target, drafts[kind], num_slots=4, max_length=80, sampling=GREEDY, num_draft_tokens=(1, 6))
     assert answers(speculator, PROMPTS, max_new_tokens=40) == [greedy(target, prompt, 40) for prompt in PROMPTS]
@@ -89,7 +59,7 @@ def test_greedy_tokens_are_the_targets_while_k_changes(
 
 @pytest.mark.parametrize("kind", ["lookup", "cut", "target"])
 def test_greedy_tokens_are_the_targets_with_auto(teacher: HybridForCausalLM, kind: str) -> None:
-    target = hybrid(teacher)
+    target = converted(teacher)
     drafts: dict[str, Any] = {"lookup": "lookup", "cut": cut(target, [0, 3]), "target": target}
     speculator = Speculator(target, drafts[kind], num_slots=2, max_length=80, sampling=GREEDY, num_draft_tokens="auto")
     assert answers(speculator, PROMPTS, max_new_tokens=40) == [greedy(target, prompt, 40) for prompt in PROMPTS]
@@ -100,7 +70,7 @@ def test_greedy_tokens_are_the_targets_with_auto(teacher: HybridForCausalLM, kin
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7, top_k=5, top_p=0.9)], ids=["plain", "cut"])
 def test_drawn_tokens_follow_the_target(tmp_path: Path, sampling: Sampling, words: int) -> None:
     """Pairs of tokens, of a draft that knows half of the words or all of them, against the target's distribution."""
-    target = hybrid(model(tmp_path, vocabulary=8, initializer_range=0.4))
+    target = converted(model(tmp_path, vocabulary=8, initializer_range=0.4))
     draft = cut(target, 2, token_ids=torch.arange(8)[8 - words :] if words < 8 else None)
     samples, prompt = 6000, [3]
     speculator = Speculator(target, draft, num_slots=samples, max_length=8, sampling=sampling, num_draft_tokens=(1, 3))
@@ -143,7 +113,7 @@ def test_one_round_with_part_of_the_words_is_exact(settings: dict[str, Any], bac
 
 @pytest.mark.parametrize("attention", [1.0, 0.5])
 def test_greedy_tokens_with_part_of_the_words(teacher: HybridForCausalLM, attention: float) -> None:
-    target = teacher if attention == 1.0 else hybrid(teacher)
+    target = teacher if attention == 1.0 else converted(teacher)
     draft = cut(target, 3, token_ids=torch.arange(0, VOCABULARY, 3))
     speculator = Speculator(target, draft, num_slots=3, max_length=64, sampling=GREEDY, num_draft_tokens=3)
     assert answers(speculator, PROMPTS, max_new_tokens=25) == [greedy(target, prompt, 25) for prompt in PROMPTS]
@@ -156,7 +126,7 @@ def test_greedy_tokens_with_part_of_the_words(teacher: HybridForCausalLM, attent
 def test_a_whole_cut_is_the_target(teacher: HybridForCausalLM) -> None:
     """All layers and all words: the same logits, from the same tensors."""
     ids = torch.tensor([PROMPTS[2]])
-    for target in (teacher, hybrid(teacher), hybrid(teacher, "mamba1", 0.0)):
+    for target in (teacher, converted(teacher), converted(teacher, "mamba1", 0.0)):
         whole = cut(target, 4)
         assert {p.data_ptr() for p in whole.parameters()} == {p.data_ptr() for p in target.parameters()}
         with torch.no_grad():
@@ -195,7 +165,7 @@ def test_the_most_frequent_words() -> None:
 @pytest.mark.parametrize("backend", ["modules", "fused"])
 def test_a_penalty_while_k_changes_and_words_are_few(teacher: HybridForCausalLM, words: int, backend: str) -> None:
     """The draft's words are penalised where they stand in its head; what knows all words keeps all it puts forward."""
-    target = hybrid(teacher)
+    target = converted(teacher)
     sampling = Sampling(temperature=0.0, repetition_penalty=1.5)
     settings: dict[str, Any] = {"num_slots": 3, "max_length": 80, "sampling": sampling}
     plain = answers(Speculator(target, None, **settings), PROMPTS, max_new_tokens=40)

@@ -8,29 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from mambify.conversion import apply_plan, plan
 from mambify.engine import Sampling, Speculator
 from mambify.engine.lookup import look_up
 from mambify.errors import InvalidOptionError
 from mambify.families.load import load
 from mambify.model import HybridForCausalLM
-from tiny import llama
-
-VOCABULARY = 96
-GREEDY = Sampling(temperature=0.0)
-PROMPTS = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8, 9, 10, 3, 4, 5], [20, 21], [90, 3, 90, 3, 90], list(range(30, 60))]
-
-
-def model(
-    path: Path, *, seed: int = 0, layers: int = 4, vocabulary: int = VOCABULARY, **changes: Any
-) -> HybridForCausalLM:
-    llama(vocabulary, num_hidden_layers=layers, seed=seed, **changes).save_pretrained(path)
-    loaded: HybridForCausalLM = load(path).model
-    return loaded
-
-
-def converted(teacher: HybridForCausalLM, mixer: str, attention: float) -> HybridForCausalLM:
-    return apply_plan(teacher, plan(teacher.config, mixer=mixer, attention=attention)).eval()
+from speculating import GREEDY, PROMPTS, VOCABULARY, answers, converted, greedy, model
 
 
 @pytest.fixture(scope="module")
@@ -40,21 +23,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> HybridForCausalLM:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> HybridForCausalLM:
-    return model(tmp_path_factory.mktemp("small"), seed=1, layers=2)
-
-
-def answers(speculator: Speculator, prompts: list[list[int]], **settings: Any) -> list[list[int]]:
-    found: list[list[int]] = [[] for _ in prompts]
-    for number, tokens in speculator.run(prompts, **settings):
-        found[number] += tokens
-    return found
-
-
-def greedy(target: HybridForCausalLM, prompt: list[int], count: int) -> list[int]:
-    ids = torch.tensor([prompt])
-    out = target.generate(input_ids=ids, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
-    tokens: list[int] = out[0, len(prompt) :].tolist()
-    return tokens
+    return model(tmp_path_factory.mktemp("small"), seed=1, num_hidden_layers=2)
 
 
 @pytest.mark.parametrize("mixer", ["mamba2", "mamba1"])
