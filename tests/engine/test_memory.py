@@ -51,6 +51,7 @@ def test_a_batch_larger_than_memory(tiny_hybrid: Hybrid, monkeypatch: pytest.Mon
     Speculator(model, model, num_slots=most, **settings)
     with pytest.raises(InvalidOptionError, match=f"at most {most} of them"):
         Speculator(model, model, num_slots=most + 1, **settings)
+    assert memory.most_slots([model, model], length=100, most_new=5, free=10_000_000) == most
     with pytest.raises(InvalidOptionError, match="at most"):
         DecodeEngine(model, num_slots=1000, max_length=1000, sampling=Sampling(), stop_ids=[])
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from mambify.ops.add_norm import add_norm
 from mambify.ops.causal_conv import causal_conv
 from mambify.ops.gated_norm import gated_rms_norm
+from mambify.ops.rope import rotate
+from mambify.ops.rotate_kv import rotate_kv
 from mambify.ops.selective_scan import selective_scan
 
 # NaN in every allocation comes with PyTorch's deterministic mode, which warns of cumsum and cuBLAS on a GPU.
@@ -236,3 +238,18 @@ def test_add_norm(batch: int, tokens: int, width: int, dtype: torch.dtype) -> No
         return add_norm(eps=1e-5, backend=backend, **given)
 
     agree(run, inputs, dtype)
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 70_000), (70_000, 1)])
+def test_rotations_of_more_rows_than_a_grid_is_high(batch: int, tokens: int) -> None:
+    """65,535 is the most blocks that a launch has along any axis but the first."""
+    x = torch.randn(batch, tokens, 3, 16, device="cuda")
+    angle = torch.rand(1, tokens, 8, device="cuda").repeat(1, 1, 2)
+    assert (rotate(x, angle.cos(), angle.sin()) - rotate(x, angle.cos(), angle.sin(), backend="reference")).norm() < 0.1
+    tables = [table[0, :, :8].contiguous() for table in (angle.cos(), angle.sin())]
+    lengths = torch.zeros(batch, dtype=torch.long, device="cuda")
+    found = []
+    for backend in ("reference", "triton"):
+        kv = [torch.zeros(batch, 1, tokens, 16, device="cuda") for _ in range(2)]
+        found.append([rotate_kv(x.flatten(2), *tables, *kv, lengths, backend=backend), *kv])
+    assert all((ours - theirs).norm() < 0.1 for theirs, ours in zip(*found, strict=True))

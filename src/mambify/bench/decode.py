@@ -28,7 +28,7 @@ from mambify.bench.decode_steps import drawn_model, forget, read_bandwidth, read
 from mambify.bench.shapes import SHAPES
 from mambify.conversion import state_bytes
 from mambify.distill.arguments import use_bfloat16
-from mambify.engine import Sampling, Speculator
+from mambify.engine import Sampling, Speculator, memory
 from mambify.engine.recording import recorded
 from mambify.engine.tower import Tower
 from mambify.model import HybridForCausalLM
@@ -37,7 +37,6 @@ Progress = Callable[[int, int], None]
 
 _ROUNDS = 32  # of which one folds what is pending into the states, where rings are used: one in 31 does in the long run
 _CHUNK = 4096  # tokens of the throughput that is integrated
-_RESERVED = 0.06  # of the memory, for logits, recorded graphs and what lies between allocations
 
 
 @dataclass(frozen=True)
@@ -271,13 +270,9 @@ def carried_at(model: HybridForCausalLM, context: int) -> int:
 
 def most_slots(model: HybridForCausalLM, length: int, device: str) -> int:
     """Slots of ``length`` tokens that fit the free memory, a multiple of 8."""
-    active_S = torch.ones(1, dtype=torch.bool, device=device)
-    with torch.inference_mode():
-        one = Tower(model, num_slots=1, length=length, most_new=1, active_S=active_S).carried_bytes
     forget(device)
-    free, total = torch.cuda.mem_get_info(device)
-    logits = 3 * model.config.vocab_size * model.dtype.itemsize
-    return max(8, int((free - _RESERVED * total) / (one + logits)) // 8 * 8)
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(8, memory.most_slots([model], length=length, most_new=1, free=free) // 8 * 8)
 
 
 def _peer_seconds(case: Case, device: str) -> float:

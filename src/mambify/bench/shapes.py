@@ -158,4 +158,5 @@ def random_model(
             model: HybridForCausalLM = HybridForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(before)
+    model.config.dtype = dtype
     return model

@@ -6,6 +6,7 @@ Letters: S slots, T tokens read at once, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -37,13 +38,8 @@ def check_memory(
     free = free_memory(device)
     if free is None:
         return
-
-    def needed(length: int) -> int:
-        carried = sum(slot_bytes(model, length=length, most_new=most_new) for model in models)
-        return carried + working_bytes(models, most_new=most_new, penalises=penalises) + 8 * length
-
-    one = needed(length)
-    usable = int(_USABLE * free)
+    needed = partial(_needed_bytes, models, most_new=most_new, penalises=penalises)
+    one, usable = needed(length), int(_USABLE * free)
     if num_slots * one <= usable:
         return
     told = (
@@ -57,6 +53,17 @@ def check_memory(
     if fits > 0:
         raise InvalidOptionError(f"{told}: one sequence of at most {fits} tokens fits")
     raise InvalidOptionError(f"{told}: not even an empty one fits")
+
+
+def most_slots(models: Sequence[HybridForCausalLM], *, length: int, most_new: int, free: int) -> int:
+    """Slots of ``length`` tokens that :func:`check_memory` lets pass where ``free`` bytes are."""
+    return int(_USABLE * free) // _needed_bytes(models, length, most_new=most_new, penalises=False)
+
+
+def _needed_bytes(models: Sequence[HybridForCausalLM], length: int, *, most_new: int, penalises: bool) -> int:
+    """Bytes of one slot, its logits and its tokens."""
+    carried = sum(slot_bytes(model, length=length, most_new=most_new) for model in models)
+    return carried + working_bytes(models, most_new=most_new, penalises=penalises) + 8 * length
 
 
 def slot_bytes(model: HybridForCausalLM, *, length: int, most_new: int) -> int:

@@ -39,7 +39,7 @@ def _turned(x_BTHP: Tensor, cos_BTP: Tensor, sin_BTP: Tensor, direction: float) 
     B, T, H, P = x_BTHP.shape
     y_BTHP = torch.empty(x_BTHP.shape, dtype=x_BTHP.dtype, device=x_BTHP.device)
     cos_BTP, sin_BTP = cos_BTP.contiguous(), sin_BTP.contiguous()
-    _kernel[(B, T)](
+    _kernel[(B * T,)](
         x_BTHP,
         cos_BTP,
         sin_BTP,
@@ -62,7 +62,8 @@ def _kernel(
     x_ptr, cos_ptr, sin_ptr, y_ptr, direction, stride_b, stride_t, stride_h, num_tokens, cos_tokens,
     H: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    b, t = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    program = tl.program_id(0).to(tl.int64)
+    b, t = program // num_tokens, program % num_tokens
     h, p = tl.arange(0, HEADS), tl.arange(0, HALF)
     half = P // 2
     angle = (b * cos_tokens + t) * P + p

@@ -33,7 +33,7 @@ def rotate_kv(
         raise ValueError("rotate_kv: keys and values must have the same strides, P the innermost")
     q_STHP = qkv_STE.new_empty(S, T, H, P)
     with torch.cuda.device_of(qkv_STE):  # Triton launches on the current device
-        _rotate_kv[(H + 2 * G, S * T)](
+        _rotate_kv[((H + 2 * G) * S * T,)](
             qkv_STE, cos_LJ, sin_LJ, q_norm_P, k_norm_P, lengths_S, q_STHP, keys_SGLP, values_SGLP, eps,
             *qkv_STE.stride()[:2], cos_LJ.stride(0), sin_LJ.stride(0), *keys_SGLP.stride()[:3],
             T=T, H=H, G=G, P=P, J=triton.next_power_of_2(P // 2), num_warps=1,
@@ -47,7 +47,7 @@ def _rotate_kv(
     qkv_row, qkv_token, cos_row, sin_row, stride_s, stride_g, stride_l,
     T: tl.constexpr, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, J: tl.constexpr,
 ):  # fmt: skip
-    head, token = tl.program_id(0), tl.program_id(1)
+    head, token = tl.program_id(0) % (H + 2 * G), tl.program_id(0) // (H + 2 * G)
     slot, t = (token // T).to(tl.int64), token % T
     j = tl.arange(0, J)
     half: tl.constexpr = P // 2
