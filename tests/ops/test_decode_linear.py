@@ -62,6 +62,28 @@ def test_it_is_the_linear_layer(
 
 
 @needs_triton
+@pytest.mark.parametrize(("rows", "inputs"), [(4, 64), (5, 200), (16, 128)])
+@pytest.mark.parametrize(
+    ("heights", "gated", "normed", "biased", "adds"),
+    [([24, 7, 7], False, True, True, False), ([40], False, False, False, True), ([21, 21], True, True, True, False)],
+)
+def test_tensor_cores(
+    rows: int, inputs: int, heights: list[int], gated: bool, normed: bool, biased: bool, adds: bool
+) -> None:
+    """The kernel that half precision of four rows and more takes, in the float32 that an interpreter can do."""
+    from mambify.ops.decode_linear import tensor_cores
+
+    x = torch.randn(rows, inputs, device=DEVICE)
+    weights = [torch.randn(height, inputs, device=DEVICE) / inputs**0.5 for height in heights]
+    biases = [torch.randn(height, device=DEVICE) if biased else None for height in heights]
+    norm = torch.randn(inputs, device=DEVICE) if normed else None
+    add = torch.randn(rows, heights[0] if gated else sum(heights), device=DEVICE) if adds else None
+    wanted = expected(x, weights, biases, norm, gated, add)
+    found = tensor_cores.decode_linear(x, weights, biases, norm, 1e-5, gated, add, False)
+    assert (found.double() - wanted).abs().max() < 1e-5
+
+
+@needs_triton
 def test_weights_and_inputs_may_be_views() -> None:
     """Rows of x further apart, a weight that is part of a larger one."""
     x, weight = torch.randn(3, 100, device=DEVICE)[:, 20:84], torch.randn(50, 64, device=DEVICE)[10:30]

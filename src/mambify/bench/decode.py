@@ -63,7 +63,7 @@ class Case:
 
 
 def _cuda_cases() -> Iterator[Case]:
-    yield from (Case("linears", "8B", tokens=rows, way=way) for way in linears_of(SHAPES["8B"]) for rows in (1, 5))
+    yield from (Case("linears", "8B", tokens=rows, way=way) for way in linears_of(SHAPES["8B"]) for rows in (1, 5, 16))
     big = Case("step", "8B")
     yield from (replace(big, way=way) for way in ("fused", "overlap fused", "modules"))
     yield from (replace(big, attention=share, way=way) for share in (1.0, 0.25, 0.0) for way in _OURS)

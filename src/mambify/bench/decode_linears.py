@@ -20,9 +20,20 @@ from mambify.ops.backends import HAS_TRITON
 from mambify.ops.decode_linear import decode_linear
 
 if HAS_TRITON:
+    from mambify.ops.decode_linear import tensor_cores
     from mambify.ops.decode_linear import triton as kernels
 
 _BLOCKS = (2, 4, 8)  # outputs a program
+#: outputs, inputs, stages and warps of a program on tensor cores
+_TILES = (
+    (16, 256, 3, 1),
+    (16, 256, 4, 1),
+    (16, 128, 4, 1),
+    (16, 128, 6, 1),
+    (32, 128, 4, 1),
+    (32, 256, 3, 2),
+    (64, 128, 4, 4),
+)
 _BYTES = {"cpu": 2**22, "cuda": 2**29}  # of all copies: ten times an H100's cache
 
 
@@ -80,10 +91,18 @@ def read_rates(linear: Linear, rows: int, device: str, dtype: torch.dtype) -> di
             x_MD, each, none, norm_D, 1e-5, linear.gated, sum_MO, False, block
         )  # fmt: skip
 
+    def with_tiles(tiles: tuple[int, ...]) -> Callable[[list[Tensor]], Tensor]:
+        none = [None] * len(linear.heights)
+        return lambda each: tensor_cores.decode_linear(
+            x_MD, each, none, norm_D, 1e-5, linear.gated, sum_MO, False, tensor_cores.Tiles(*tiles)
+        )  # fmt: skip
+
     ways = {"torch": public(backend="reference")}
     if torch.device(device).type == "cuda":
         ways |= {"kernel": public(backend="triton"), "overlap": public(backend="triton", overlap=True)}
-        ways |= {f"block {block}": with_block(block) for block in _BLOCKS}
+        if rows <= kernels.MOST_ROWS:
+            ways |= {f"block {block}": with_block(block) for block in _BLOCKS}
+        ways |= {f"tiles {'×'.join(map(str, tiles))}": with_tiles(tiles) for tiles in _TILES}
     found: dict[str, Any] = {}
     with torch.inference_mode():
         for name, way in ways.items():

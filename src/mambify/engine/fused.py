@@ -1,7 +1,7 @@
 """A model's step over fixed buffers in few kernels, on the modules' own parameters.
 
 Reading a token is reading every weight once; what a layer does between its products costs a launch each time it is a
-kernel of its own. For up to eight rows (S·T) a layer is
+kernel of its own. For up to sixteen rows (S·T; eight in float32) a layer is
 
     Mamba2     norm + in_proj | conv, Δ, state, gated norm | out_proj + sum | norm + gate, up, SiLU | down + sum
     attention  norm + q, k, v | rotation, new keys and values | attention | its parts | o + sum | the MLP's two

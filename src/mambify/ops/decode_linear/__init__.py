@@ -52,9 +52,10 @@ def decode_linear(
         add_to_MO: changed in place, and the result; not part of the memory of ``x``.
         overlap: the kernel starts while the one before it ends, and reads its first weights meanwhile (programmatic
             dependent launch, compute capability 9.0 on); everything else it reads after that one has ended.
-        backend: "auto", "reference" (PyTorch's own products) or "triton" (up to 8 rows, contiguous weights, one dtype,
-            no float64). In the kernel the order of sums depends on D alone: a row's result is the same to the last bit
-            however many rows there are.
+        backend: "auto", "reference" (PyTorch's own products) or "triton" (up to 8 rows, 16 of half precision,
+            contiguous weights, one dtype, no float64). In float32 the order of sums depends on D alone: a row's result
+            is the same to the last bit however many rows there are. In half precision it is the same for one to three
+            rows, and for four to sixteen, which tensor cores multiply.
 
     Returns:
         y_MO, whose rows may lie further apart than O; ``add_to_MO`` where it is given.

@@ -1,9 +1,11 @@
-"""Linear layers of up to eight rows as one Triton kernel, which reads weights as fast as the memory gives them.
+"""Linear layers of a few rows as one Triton kernel, which reads weights as fast as the memory gives them.
+
+That of up to three rows, and in float32 of up to eight; half precision of more is for tensor cores
+(:mod:`mambify.ops.decode_linear.tensor_cores`).
 
 A program has BLOCK_O outputs and goes along all their inputs: there are no parts to put together, so nothing is summed
 in an order that changes. A thread holds 16 bytes of each of these rows of the weight at a time, and asks for the next
-16 before it multiplies. Rows of x are multiplied with them one after another in plain float32: at eight rows this is
-still less work than a multiprocessor has time for while it reads.
+16 before it multiplies. Rows of x are multiplied with them one after another in plain float32.
 
 An RMSNorm before costs no pass of its own, for its scale is one number a row: x · norm is multiplied with the weight,
 x² is summed beside it, and the result scaled at the end.
@@ -25,16 +27,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from mambify.ops.decode_linear import tensor_cores
+
 MOST_ROWS = 8
 _PROGRAMS = 132 * 2  # that keep an H100 busy
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def supports(x_MD: Tensor, weights: Sequence[Tensor], add_to_MO: Tensor | None) -> bool:
-    """Whether the kernel takes these inputs: up to 8 rows, contiguous weights, one dtype, no float64."""
+    """Whether a kernel takes these: up to 8 rows, 16 of half precision, contiguous weights, one dtype, no float64."""
     given = [x_MD, *weights, *([] if add_to_MO is None else [add_to_MO])]
     return (
-        len(x_MD) <= MOST_ROWS
+        len(x_MD) <= (MOST_ROWS if x_MD.dtype == torch.float32 else tensor_cores.MOST_ROWS)
         and {v.dtype for v in given} == {x_MD.dtype}
         and x_MD.dtype in _DTYPES
         and all(weight.is_contiguous() for weight in weights)
@@ -68,6 +72,8 @@ def decode_linear(
 ) -> Tensor:
     """See :func:`mambify.ops.decode_linear.decode_linear`; ``block``: outputs a program, by default what suits."""
     M, D = x_MD.shape
+    if x_MD.dtype != torch.float32 and tensor_cores.FEWEST_ROWS <= M and block is None:
+        return tensor_cores.decode_linear(x_MD, weights, biases, norm_D, eps, gated, add_to_MO, overlap)
     heights = [len(weights[0])] if gated else [*map(len, weights)]
     y_MO = x_MD.new_empty(M, sum(heights)) if add_to_MO is None else add_to_MO
     if not M:
