@@ -71,7 +71,7 @@ def test_tensor_cores(
     rows: int, inputs: int, heights: list[int], gated: bool, normed: bool, biased: bool, adds: bool
 ) -> None:
     """The kernel that half precision of four rows and more takes, in the float32 that an interpreter can do."""
-    from mambify.ops.decode_linear import tensor_cores
+    from mambify.ops.decode_linear import triton_dots
 
     x = torch.randn(rows, inputs, device=DEVICE)
     weights = [torch.randn(height, inputs, device=DEVICE) / inputs**0.5 for height in heights]
@@ -79,7 +79,7 @@ def test_tensor_cores(
     norm = torch.randn(inputs, device=DEVICE) if normed else None
     add = torch.randn(rows, heights[0] if gated else sum(heights), device=DEVICE) if adds else None
     wanted = expected(x, weights, biases, norm, gated, add)
-    found = tensor_cores.decode_linear(x, weights, biases, norm, 1e-5, gated, add, False)
+    found = triton_dots.decode_linear(x, weights, biases, norm, 1e-5, gated, add, False)
     assert (found.double() - wanted).abs().max() < 1e-5
 
 

@@ -20,8 +20,8 @@ from mambify.ops.backends import HAS_TRITON
 from mambify.ops.decode_linear import decode_linear
 
 if HAS_TRITON:
-    from mambify.ops.decode_linear import tensor_cores
     from mambify.ops.decode_linear import triton as kernels
+    from mambify.ops.decode_linear import triton_dots
 
 _BLOCKS = (2, 4, 8)  # outputs a program
 #: outputs, inputs, stages and warps of a program on tensor cores
@@ -93,8 +93,8 @@ def read_rates(linear: Linear, rows: int, device: str, dtype: torch.dtype) -> di
 
     def with_tiles(tiles: tuple[int, ...]) -> Callable[[list[Tensor]], Tensor]:
         none = [None] * len(linear.heights)
-        return lambda each: tensor_cores.decode_linear(
-            x_MD, each, none, norm_D, 1e-5, linear.gated, sum_MO, False, tensor_cores.Tiles(*tiles)
+        return lambda each: triton_dots.decode_linear(
+            x_MD, each, none, norm_D, 1e-5, linear.gated, sum_MO, False, triton_dots.Tiles(*tiles)
         )  # fmt: skip
 
     ways = {"torch": public(backend="reference")}

@@ -1,7 +1,7 @@
 """Linear layers of a few rows as one Triton kernel, which reads weights as fast as the memory gives them.
 
 That of up to three rows, and in float32 of up to eight; half precision of more is for tensor cores
-(:mod:`mambify.ops.decode_linear.tensor_cores`).
+(:mod:`mambify.ops.decode_linear.triton_dots`).
 
 A program has BLOCK_O outputs and goes along all their inputs: there are no parts to put together, so nothing is summed
 in an order that changes. A thread holds 16 bytes of each of these rows of the weight at a time, and asks for the next
@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from mambify.ops.decode_linear import tensor_cores
+from mambify.ops.decode_linear import triton_dots
 
 MOST_ROWS = 8
 _PROGRAMS = 132 * 2  # that keep an H100 busy
@@ -38,7 +38,7 @@ def supports(x_MD: Tensor, weights: Sequence[Tensor], add_to_MO: Tensor | None) 
     """Whether a kernel takes these: up to 8 rows, 16 of half precision, contiguous weights, one dtype, no float64."""
     given = [x_MD, *weights, *([] if add_to_MO is None else [add_to_MO])]
     return (
-        len(x_MD) <= (MOST_ROWS if x_MD.dtype == torch.float32 else tensor_cores.MOST_ROWS)
+        len(x_MD) <= (MOST_ROWS if x_MD.dtype == torch.float32 else triton_dots.MOST_ROWS)
         and {v.dtype for v in given} == {x_MD.dtype}
         and x_MD.dtype in _DTYPES
         and all(weight.is_contiguous() for weight in weights)
@@ -72,8 +72,8 @@ def decode_linear(
 ) -> Tensor:
     """See :func:`mambify.ops.decode_linear.decode_linear`; ``block``: outputs a program, by default what suits."""
     M, D = x_MD.shape
-    if x_MD.dtype != torch.float32 and tensor_cores.FEWEST_ROWS <= M and block is None:
-        return tensor_cores.decode_linear(x_MD, weights, biases, norm_D, eps, gated, add_to_MO, overlap)
+    if x_MD.dtype != torch.float32 and triton_dots.FEWEST_ROWS <= M and block is None:
+        return triton_dots.decode_linear(x_MD, weights, biases, norm_D, eps, gated, add_to_MO, overlap)
     heights = [len(weights[0])] if gated else [*map(len, weights)]
     y_MO = x_MD.new_empty(M, sum(heights)) if add_to_MO is None else add_to_MO
     if not M:

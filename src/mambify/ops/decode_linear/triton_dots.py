@@ -11,7 +11,8 @@ kernel of its own.
 
 Letters: M rows, D inputs, O outputs; in kernels BLOCK_O × BLOCK_D is a tile of a weight, COLUMNS what M is padded to.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="assignment, misc"
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: disable-error-code="assignment, misc"
 
 from __future__ import annotations
 
