@@ -14,7 +14,7 @@ from mambify.ops.conv_replay import conv_replay
 from mambify.ops.ring import RingPlace, ring_capacity
 from mambify.ops.selective_replay import SelectiveRing, selective_fold, selective_replay
 from mambify.ops.ssd_replay import SSDRing, ssd_fold, ssd_replay
-from replaying import Conv, Mamba1, Mamba2, Replayed, StockMamba1, StockMamba2
+from replaying import Conv, Mamba1, Mamba2, Replayed, StockMamba1, StockMamba2, advance
 
 if HAS_TRITON:
     from mambify.ops.selective_replay import triton as selective_kernels
@@ -210,7 +210,7 @@ def test_all_layers_are_folded_at_once(backend: str) -> None:
     for layer in layers:
         layer.plain = torch.stack([layer.states[count][row] for row, count in enumerate(counts)])
     place = layers[0].place
-    place.advance(torch.tensor(counts, device=DEVICE), 5)
+    advance(place, torch.tensor(counts, device=DEVICE), 5)
     place.active_S[2] = False
     ring = SSDRing(*(torch.cat(parts) for parts in zip(*(layer.ring for layer in layers), strict=True)))
     state = torch.cat([layer.state for layer in layers])
@@ -230,7 +230,7 @@ def test_the_first_rows_are_rows_of_their_own() -> None:
     x, dt, B, C = (value[:2] for value in layer.draw(5))
     before = [buffer.clone() for buffer in layer.buffers]
     ssd_replay(x, dt, layer.A.to(DEVICE), B, C, None, layer.state[0, :2], ring, place)
-    place.advance(torch.tensor([1, 2], device=DEVICE), 5)
+    advance(place, torch.tensor([1, 2], device=DEVICE), 5)
     assert layer.place.pending_S.tolist() == [1, 2, 0, 0]
     for buffer, old in zip(layer.buffers, before, strict=True):
         assert torch.equal(buffer[2:], old[2:])
@@ -242,12 +242,12 @@ def test_places() -> None:
     place.active_S.fill_(True)
     assert place.folds_above(5) == 6
     for _ in range(2):
-        place.advance(torch.tensor([5, 3]), 5)
+        advance(place, torch.tensor([5, 3]), 5)
     assert place.pending_S.tolist() == [10, 6]
-    place.advance(torch.tensor([4, 4]), 5)  # the first row has folded its ten
+    advance(place, torch.tensor([4, 4]), 5)  # the first row has folded its ten
     assert place.pending_S.tolist() == [4, 10]
     assert place.head_S.tolist() == [14, 10]
-    place.advance(torch.tensor([5, 0]), 5)
+    advance(place, torch.tensor([5, 0]), 5)
     assert place.head_S.tolist() == [3, 10]
     at, known = place.pending_places()
     assert at[0][known[0]].tolist() == [10, 11, 12, 13, 14, 15, 0, 1, 2]
