@@ -39,8 +39,7 @@ def check_memory(
         return
 
     def needed(length: int) -> int:
-        carried = sum(slot_bytes(model, length=length, most_new=most_new) for model in models)
-        return carried + working_bytes(models, most_new=most_new, penalises=penalises) + 8 * length
+        return sequence_bytes(models, length=length, most_new=most_new, penalises=penalises)
 
     one = needed(length)
     usable = int(_USABLE * free)
@@ -57,6 +56,12 @@ def check_memory(
     if fits > 0:
         raise InvalidOptionError(f"{told}: one sequence of at most {fits} tokens fits")
     raise InvalidOptionError(f"{told}: not even an empty one fits")
+
+
+def sequence_bytes(models: Sequence[HybridForCausalLM], *, length: int, most_new: int, penalises: bool) -> int:
+    """Bytes of one sequence: its slot in each of ``models``, its history, and what a round makes of it."""
+    carried = sum(slot_bytes(model, length=length, most_new=most_new) for model in models)
+    return carried + working_bytes(models, most_new=most_new, penalises=penalises) + 8 * length
 
 
 def slot_bytes(model: HybridForCausalLM, *, length: int, most_new: int) -> int:

@@ -255,6 +255,9 @@ class Speculator:
         self._accepted_T.zero_()
         self.statistics = Statistics()
         self._dismissed.clear()
+        for tower in (self._target, self._draft):
+            if tower is not None:
+                tower.refresh()  # weights may have changed since the last run
         looks, pace = Looks(self._told_X.device), Pace(self._seconds)
         counted = [0] * len(self._accepted_T)
         under_way: deque[int] = deque()  # K of every look that was not dealt with
