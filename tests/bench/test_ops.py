@@ -17,6 +17,7 @@ from mambify.bench import (
     clock,
     decode,
     laws,
+    model_cases,
     ops,
     replay_cases,
     run_benchmark,
@@ -25,6 +26,7 @@ from mambify.bench import (
     train,
     verify,
 )
+from mambify.bench.case import Case, Inputs, Shape
 from mambify.bench.peers import peer
 from mambify.bench.registry import BENCHMARKS, names_of
 from mambify.cli.main import main
@@ -32,8 +34,8 @@ from mambify.errors import InvalidOptionError
 from mambify.ops.backends import HAS_TRITON
 
 # Odd sizes, several key/value heads, more than one chunk of the scan.
-SHAPE = cases.Shape("tiny", 2, 140, 6, 2, 16, V=100)
-ROUND = cases.Shape("tiny", 2, 5, 6, 2, 16)
+SHAPE = Shape("tiny", 2, 140, 6, 2, 16, V=100)
+ROUND = Shape("tiny", 2, 5, 6, 2, 16)
 MAKERS = [(SHAPE, maker) for maker in cases.MAKERS.values()]
 MAKERS += [(ROUND, maker) for maker in replay_cases.REPLAY_MAKERS.values()]
 
@@ -67,12 +69,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize(("shape", "maker"), MAKERS, ids=[*cases.MAKERS, *replay_cases.REPLAY_MAKERS])
 def test_ours_and_theirs_give_the_same_values_and_gradients(
-    shape: cases.Shape, maker: Callable[..., cases.Case], dtype: torch.dtype, tolerance: float
+    shape: Shape, maker: Callable[..., Case], dtype: torch.dtype, tolerance: float
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     case = maker(shape, lambda *sizes: torch.randn(*sizes, generator=generator).to(dtype))
 
-    def ours(inputs: cases.Inputs) -> torch.Tensor:
+    def ours(inputs: Inputs) -> torch.Tensor:
         return case.ours(inputs, "auto")
 
     for operation in case.peers.values():
@@ -118,7 +120,7 @@ def test_no_time_is_given_for_a_kernel_that_is_wrong(monkeypatch: pytest.MonkeyP
         right = torch.nn.functional.silu(gate) * up
         return right if backend == "reference" else right.detach() + 0 * right + 0.01 * gate.square()
 
-    monkeypatch.setattr(cases, "swiglu", wrong)
+    monkeypatch.setattr(model_cases, "swiglu", wrong)
     rows = ops.run("cpu", lambda *_: None, "swiglu")["results"]
     assert [row["pass"] for row in rows] == ["fwd", "fwd+bwd"]
     for row in rows:
@@ -129,7 +131,7 @@ def test_no_time_is_given_for_a_kernel_that_is_wrong(monkeypatch: pytest.MonkeyP
 
 
 def test_a_peer_that_is_not_installed_is_named() -> None:
-    case = cases.Case("x", "y", {"v": torch.ones(3)}, lambda i, _: i["v"] * 2, {"none": _absent}, step=True)
+    case = Case("x", "y", {"v": torch.ones(3)}, lambda i, _: i["v"] * 2, {"none": _absent}, step=True)
     (row,) = ops._rows(case, "cpu", torch.float32)
     assert "no_such_package" in row["peers"]["none"]["missing"]
     assert row["ms"] > 0
@@ -139,13 +141,13 @@ def test_a_peer_that_cannot_be_recorded_is_timed_as_it_is_called(monkeypatch: py
     monkeypatch.setattr(ops, "device_seconds_of", lambda function, device: 1.0)
     monkeypatch.setattr(ops, "seconds_of", lambda function, device: 2.0)
     peers = {name: lambda i: i["v"] * 2 for name in ("recorded", "waits")}
-    case = cases.Case("x", "y", {"v": torch.ones(3)}, lambda i, _: i["v"] * 2, peers, step=True, unrecorded=("waits",))
+    case = Case("x", "y", {"v": torch.ones(3)}, lambda i, _: i["v"] * 2, peers, step=True, unrecorded=("waits",))
     (row,) = ops._rows(case, "cpu", torch.float32)
     assert row["ms"] == row["peers"]["recorded"]["ms"] == 1e3
     assert row["peers"]["waits"]["ms"] == 2e3
 
 
-def _absent(inputs: cases.Inputs) -> torch.Tensor:
+def _absent(inputs: Inputs) -> torch.Tensor:
     return peer("no_such_package", "operation")(inputs)
 
 

@@ -215,8 +215,10 @@ def test_answers_side_by_side(tiny_hybrid: Hybrid, made: list[Speculator]) -> No
 def test_an_answer_that_ends_leaves_it(stop: str | None, tiny_hybrid: Hybrid, made: list[Speculator]) -> None:
     """At an end token, at a stop string, and at the last token."""
     tokenizer = byte_tokenizer()
-    model = tiny_hybrid(LAYERS, vocab_size=len(tokenizer), max_position_embeddings=4096)
-    settings: dict[str, Any] = {"max_new_tokens": 3000, "temperature": 1.0, "seed": 1, "stop": stop}
+    model = tiny_hybrid(LAYERS, vocab_size=len(tokenizer))
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = list(range(2, len(tokenizer), 10)) if stop is None else 2
+    settings: dict[str, Any] = {"max_new_tokens": 120, "temperature": 1.0, "seed": 1, "stop": stop}
     if stop == "never":
         settings["max_new_tokens"] = 3
     first = mambify.stream(model, tokenizer, "one", **settings)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +18,8 @@ from mambify.engine.sampling import Sampling
 from mambify.engine.tower import Tower
 from mambify.mixers import RecurrentState
 from mambify.model import HybridForCausalLM
-from mambify.ops.draw import draw_tokens, settings_of, uniform
-from mambify.trimmed_head import TrimmedHead, scatter_logits
+from mambify.ops.draw import draw_tokens, uniform
+from mambify.trimmed_head import known_ids, scatter_logits
 
 
 @dataclass
@@ -104,11 +103,8 @@ class Slots:
         self.control = Control.of(self._tower, max(num_forced, 1))
         self._one_S = torch.ones_like(self.control.token_S)
         self._stops_K = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
-        self._vocab_size, head = model.config.vocab_size, model.lm_head
-        self._known_ids_W = head.token_ids if isinstance(head, TrimmedHead) else None
-        self._settings = sampling.settings()
-        if sampling.temperature > 0:  # as tensors, which are then not made anew for every token
-            self._settings = settings_of(**self._settings, rows=sizes[0], device=device).named()
+        self._vocab_size, self._known_ids_W = model.config.vocab_size, known_ids(model.lm_head)
+        self._settings = {size: sampling.row_settings(size, device) for size in sizes}
 
     def step(self, slots: int) -> None:
         """Reads each slot's token and finds its next one, in place, for the first ``slots`` of them."""
@@ -118,10 +114,7 @@ class Slots:
         logits_SV = logits_S1V[:, 0]
         if self._known_ids_W is not None:
             logits_SV = scatter_logits(logits_SV, self._known_ids_W, self._vocab_size)
-        settings: dict[str, Any] = {
-            name: value[:slots] if isinstance(value, Tensor) else value for name, value in self._settings.items()
-        }
-        drawn_S = draw_tokens(logits_SV, uniform(c.seed_S, c.length_S), **settings)
+        drawn_S = draw_tokens(logits_SV, uniform(c.seed_S, c.length_S), **self._settings[slots])
         forced_S = c.next_forced_S < c.num_forced_S
         place_S1 = c.next_forced_S.clamp(max=c.forced_SF.shape[1] - 1)[:, None]
         token_S = torch.where(forced_S, c.forced_SF.gather(1, place_S1)[:, 0], drawn_S)
