@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import mambify
 from mambify.bench import (
     cases,
     clock,
@@ -31,7 +32,9 @@ from mambify.bench.peers import peer
 from mambify.bench.registry import BENCHMARKS, names_of
 from mambify.cli.main import main
 from mambify.errors import InvalidOptionError
+from mambify.families.load import LoadedModel
 from mambify.ops.backends import HAS_TRITON
+from tiny import byte_tokenizer, llama
 
 # Odd sizes, several key/value heads, more than one chunk of the scan.
 SHAPE = Shape("tiny", 2, 140, 6, 2, 16, V=100)
@@ -48,8 +51,17 @@ INITS = {
 }
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """In place of the real one, which says more."""
+    folder, tokenizer = tmp_path_factory.mktemp("teacher"), byte_tokenizer()
+    llama(len(tokenizer), num_hidden_layers=2, max_position_embeddings=512).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return mambify.load(folder)
+
+
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(monkeypatch: pytest.MonkeyPatch, teacher: LoadedModel) -> None:
     monkeypatch.setattr(ops, "SHAPES", {"cpu": (SHAPE,)})
     monkeypatch.setattr(ops, "REPLAY_SHAPES", {"cpu": (ROUND,)})
     monkeypatch.setattr(clock, "_SECONDS", 1e-9)
@@ -57,6 +69,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "_COPY_BYTES", {"cpu": 2**20})
     monkeypatch.setattr(clock, "_MATMUL", {"cpu": (64, torch.float32)})
     monkeypatch.setattr(synthesize, "CASES", {"cpu": [synthesize.Case(way, 2, 2, 4) for way in synthesize._WAYS]})
+    monkeypatch.setattr(synthesize, "load", lambda *_, **__: teacher)
     # what these give is for tests/bench/test_decode.py and test_decode_benchmarks.py
     monkeypatch.setattr(decode, "CASES", {"cpu": [case for case in decode.CASES["cpu"] if case.part == "verify"][:1]})
     monkeypatch.setattr(verify, "CASES", {"cpu": verify.CASES["cpu"][:1]})
@@ -211,7 +224,7 @@ def test_a_plain_step_computes_the_same_loss() -> None:
     assert losses[0] == pytest.approx(losses[1], rel=0.1)
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("sharded", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_training_steps_of_several_processes(sharded: bool, tmp_path: Path) -> None:
     file = tmp_path / "train.json"
     environment = os.environ | ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if sharded else {})
