@@ -12,6 +12,7 @@ from torch import Tensor
 from mambify.conversion import apply_plan, plan
 from mambify.conversion.cut import cut
 from mambify.engine import Sampling, Speculator
+from mambify.engine.fused import can_overlap
 from mambify.engine.tower import Tower
 from mambify.errors import InvalidOptionError
 from mambify.families.load import load
@@ -178,3 +179,15 @@ def test_what_cannot_be_is_refused(tiny_hybrid: Callable[..., HybridForCausalLM]
     moving = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(InvalidOptionError, match="modules"):
         tower(tiny_hybrid(MIXED, rope_parameters=moving), "fused")
+
+
+@pytest.mark.parametrize(
+    ("capability", "toolkit", "can"), [((9, 0), "13.0", True), ((8, 9), "13.0", False), ((9, 4), None, False)]
+)
+def test_kernels_overlap_where_the_device_can(
+    capability: tuple[int, int], toolkit: str | None, can: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.version, "cuda", toolkit)
+    assert can_overlap(torch.device("cuda")) == can
+    assert not can_overlap(torch.device("cpu"))

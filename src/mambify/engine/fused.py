@@ -82,6 +82,13 @@ def can_fuse(model: HybridForCausalLM) -> bool:
     return not moves and all(type(block) is HybridBlock and block.mlp is not None for block in model.model.layers)
 
 
+def can_overlap(device: torch.device) -> bool:
+    """Whether a kernel can begin before the one ahead of it ends: compute capability 9.0 (Hopper) or later."""
+    return (
+        device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
+
+
 class FusedStep:
     """Reads tokens into slots.
 

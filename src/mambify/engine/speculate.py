@@ -71,7 +71,7 @@ class Speculator:
         num_draft_tokens: DraftCount = 4,
         stop_ids: Sequence[int] = (),
         backend: str = "auto",
-        overlap: bool = False,
+        overlap: bool | None = None,
     ) -> None:
         counts = (0,) if draft is None else draft_counts(num_draft_tokens)
         if draft is not None and isinstance(target.lm_head, TrimmedHead):

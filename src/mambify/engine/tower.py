@@ -17,7 +17,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from mambify.engine.fused import FusedStep, can_fuse, steps_at_once
+from mambify.engine.fused import FusedStep, can_fuse, can_overlap, steps_at_once
 from mambify.engine.prefill import read_prompts
 from mambify.errors import InvalidOptionError, did_you_mean
 from mambify.mixers import MixerContext, RecurrentMixer, RecurrentState, ReplayState
@@ -39,7 +39,7 @@ class Tower:
         final: one token is read at a time and always stands.
         backend: "modules" runs the model's own, "fused" the kernels of :mod:`mambify.engine.fused`; "auto" takes these
             on a GPU.
-        overlap: as :class:`mambify.engine.fused.FusedStep` takes it.
+        overlap: as :class:`mambify.engine.fused.FusedStep` takes it; where the device can by default.
 
     Attributes:
         length_S: tokens that stand in each slot.
@@ -58,7 +58,7 @@ class Tower:
         active_S: Tensor,
         final: bool = False,
         backend: str = "auto",
-        overlap: bool = False,
+        overlap: bool | None = None,
     ) -> None:
         available = ("modules", "fused") if can_fuse(model) else ("modules",)
         if backend not in ("auto", *available):
@@ -83,7 +83,8 @@ class Tower:
                 keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
                 self._states.append(SlotKV(keys, values, self.length_S))
         self._in_place = False  # whether states are views that others see as well
-        self._overlap, self._places = overlap, length + most_new
+        self._overlap = can_overlap(device) if overlap is None else overlap
+        self._places = length + most_new
         self._at_once = fuses and final and most_new == 1 and steps_at_once(model, num_slots)
         self._fused: FusedStep | None = self._fused_step() if fuses else None
 
