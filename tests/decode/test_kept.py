@@ -153,6 +153,10 @@ def test_nothing_is_kept_where_a_hook_or_an_adapter_has_a_say(tiny_hybrid: Hybri
     assert say(model) != fresh(tiny_hybrid(LAYERS))
     assert model not in kept._kept
     hook.remove()
+    model(torch.tensor([PROMPT]), output_hidden_states=True)
+    assert any(module._forward_hooks for module in model.modules())
+    say(model)
+    assert model in kept._kept
 
     class Adapter(torch.nn.Linear):
         on = True

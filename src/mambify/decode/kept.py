@@ -36,6 +36,9 @@ _MOST = 2  # decoders of a model
 _SHARE = 0.1  # of the free memory, that one of them may take
 _LEAST = 256  # tokens of a slot
 _KNOWN = ("torch.", "transformers.", "mambify.")  # packages whose modules are what their weights and types say
+_LOOKING = (
+    "transformers.utils.output_capturing"  # puts hooks for hidden states into a model that was once asked for them
+)
 
 
 class _Wanted(NamedTuple):
@@ -169,9 +172,10 @@ def _records(model: HybridForCausalLM) -> bool:
 
 
 def _is_known(module: nn.Module) -> bool:
-    """Whether nothing but weights decides what a module does: no switch of an adapter's, no hook."""
-    known = type(module).__module__.startswith(_KNOWN)
-    return known and not (module._forward_hooks or module._forward_pre_hooks)
+    """Whether nothing but weights decides what a module does: no adapter's switch, no hook but those that look."""
+    hooks = chain(module._forward_hooks.values(), module._forward_pre_hooks.values())
+    looks = all(getattr(hook, "__module__", None) == _LOOKING for hook in hooks)
+    return looks and type(module).__module__.startswith(_KNOWN)
 
 
 def _weights(model: object) -> list[object]:
