@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
@@ -43,6 +44,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """What importing made stays: without it a search for garbage, of which trainers and benchmarks do many, takes a
+    hundredth of the time.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Gives it back, for modules that look at their end at what is left."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from mambify.ops.causal_conv import causal_conv_step
 from mambify.ops.conv_replay import conv_replay, load_window, read_window
 from mambify.ops.ring import RingPlace
+from mambify.ops.rounds import move_on
 from mambify.ops.selective_replay import SelectiveRing, selective_fold, selective_replay
 from mambify.ops.selective_scan import selective_scan_step
 from mambify.ops.ssd import ssd_step
@@ -28,6 +29,11 @@ from mambify.ops.ssd_replay import SSDRing, ssd_fold, ssd_replay
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 #: the same of states, which are float32 whatever the inputs are
 STATE_TOLERANCE = 1e-5
+
+
+def advance(place: RingPlace, accepted_S: Tensor, new: int) -> None:
+    """Ends a round of ``new`` tokens: ``accepted_S`` of each active row's are kept."""
+    move_on(place, torch.zeros_like(place.head_S), accepted_S, folds_above=place.folds_above(new))
 
 
 def difference(actual: Tensor, expected: Tensor) -> float:
@@ -114,7 +120,7 @@ class Replayed:
             if self.place.active_S[row]:
                 self.plain = self.plain.clone()
                 self.plain[row] = self.states[count][row]
-        self.place.advance(torch.tensor(accepted, device=self.device), new)
+        advance(self.place, torch.tensor(accepted, device=self.device), new)
         assert int(self.place.pending_S.max()) + self.place.most_new <= self.place.capacity
 
     def set_active(self, active: Sequence[bool]) -> None:

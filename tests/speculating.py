@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from tiny import llama
 VOCABULARY = 96
 GREEDY = Sampling(temperature=0.0)
 PROMPTS = [[5, 6, 7], [9], [3, 4, 5, 6, 7, 8, 9, 10, 3, 4, 5], [20, 21], [90, 3, 90, 3, 90], list(range(30, 60))]
+#: mixers, and the share of attention beside them
+TARGETS = [("mamba2", 1.0), ("mamba2", 0.5), ("mamba2", 0.0), ("mamba1", 0.5), ("mamba1", 0.0)]
 
 
 def model(path: Path, *, vocabulary: int = VOCABULARY, **changes: Any) -> HybridForCausalLM:
@@ -45,3 +48,12 @@ def greedy(target: HybridForCausalLM, prompt: list[int], count: int) -> list[int
     out = target.generate(input_ids=ids, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
     tokens: list[int] = out[0, len(prompt) :].tolist()
     return tokens
+
+
+@cache
+def target_and_tokens(
+    teacher: HybridForCausalLM, mixer: str = "mamba2", attention: float = 0.5, *, new: int
+) -> tuple[HybridForCausalLM, list[list[int]]]:
+    """A row of :data:`TARGETS`, not to be changed by a test, and what it says after each of :data:`PROMPTS`."""
+    target = teacher if attention == 1.0 else converted(teacher, mixer, attention)
+    return target, [greedy(target, prompt, new) for prompt in PROMPTS]

@@ -24,6 +24,7 @@ _PUBLIC = {
     "export_transformers": "mambify.export.transformers",
     "generate": "mambify.decode.generate",
     "load": "mambify.families.load",
+    "release": "mambify.decode.kept",
     "stream": "mambify.decode.stream",
     "save": "mambify.families.load",
     "pack": "mambify.families.pack",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from mambify.data.synthesize import synthesize
     from mambify.decode.custom import custom_generate
     from mambify.decode.generate import generate
+    from mambify.decode.kept import release
     from mambify.decode.stream import stream
     from mambify.errors import MambifyError
     from mambify.export.gguf import export_gguf
@@ -56,6 +58,7 @@ __all__ = [
     "generate",
     "load",
     "pack",
+    "release",
     "save",
     "stream",
     "synthesize",

@@ -54,6 +54,11 @@ def scatter_logits(known_xW: Tensor, token_ids_W: Tensor, vocab_size: int) -> Te
     return whole_xV.index_copy_(-1, token_ids_W, known_xW)
 
 
+def known_ids(head: nn.Module) -> Tensor | None:
+    """The words that ``head`` knows, ``[W]``; ``None`` for all."""
+    return head.token_ids if isinstance(head, TrimmedHead) else None
+
+
 def known_logits(head: nn.Module, x_xD: Tensor) -> Tensor:
     """Logits of the words that ``head`` knows: ``[…, W]`` of a trimmed one, else ``[…, V]``."""
     logits: Tensor = head.known(x_xD) if isinstance(head, TrimmedHead) else head(x_xD)

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import mambify
 from mambify.bench import (
     cases,
     clock,
     decode,
     laws,
+    model_cases,
     ops,
     replay_cases,
     run_benchmark,
@@ -25,15 +27,18 @@ from mambify.bench import (
     train,
     verify,
 )
+from mambify.bench.case import Case, Inputs, Shape
 from mambify.bench.peers import peer
 from mambify.bench.registry import BENCHMARKS, names_of
 from mambify.cli.main import main
 from mambify.errors import InvalidOptionError
+from mambify.families.load import LoadedModel
 from mambify.ops.backends import HAS_TRITON
+from tiny import byte_tokenizer, llama
 
 # Odd sizes, several key/value heads, more than one chunk of the scan.
-SHAPE = cases.Shape("tiny", 2, 140, 6, 2, 16, V=100)
-ROUND = cases.Shape("tiny", 2, 5, 6, 2, 16)
+SHAPE = Shape("tiny", 2, 140, 6, 2, 16, V=100)
+ROUND = Shape("tiny", 2, 5, 6, 2, 16)
 MAKERS = [(SHAPE, maker) for maker in cases.MAKERS.values()]
 MAKERS += [(ROUND, maker) for maker in replay_cases.REPLAY_MAKERS.values()]
 
@@ -46,8 +51,17 @@ INITS = {
 }
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """In place of the real one, which says more."""
+    folder, tokenizer = tmp_path_factory.mktemp("teacher"), byte_tokenizer()
+    llama(len(tokenizer), num_hidden_layers=2, max_position_embeddings=512).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return mambify.load(folder)
+
+
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(monkeypatch: pytest.MonkeyPatch, teacher: LoadedModel) -> None:
     monkeypatch.setattr(ops, "SHAPES", {"cpu": (SHAPE,)})
     monkeypatch.setattr(ops, "REPLAY_SHAPES", {"cpu": (ROUND,)})
     monkeypatch.setattr(clock, "_SECONDS", 1e-9)
@@ -55,6 +69,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "_COPY_BYTES", {"cpu": 2**20})
     monkeypatch.setattr(clock, "_MATMUL", {"cpu": (64, torch.float32)})
     monkeypatch.setattr(synthesize, "CASES", {"cpu": [synthesize.Case(way, 2, 2, 4) for way in synthesize._WAYS]})
+    monkeypatch.setattr(synthesize, "load", lambda *_, **__: teacher)
     # what these give is for tests/bench/test_decode.py and test_decode_benchmarks.py
     monkeypatch.setattr(decode, "CASES", {"cpu": [case for case in decode.CASES["cpu"] if case.part == "verify"][:1]})
     monkeypatch.setattr(verify, "CASES", {"cpu": verify.CASES["cpu"][:1]})
@@ -67,12 +82,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize(("shape", "maker"), MAKERS, ids=[*cases.MAKERS, *replay_cases.REPLAY_MAKERS])
 def test_ours_and_theirs_give_the_same_values_and_gradients(
-    shape: cases.Shape, maker: Callable[..., cases.Case], dtype: torch.dtype, tolerance: float
+    shape: Shape, maker: Callable[..., Case], dtype: torch.dtype, tolerance: float
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     case = maker(shape, lambda *sizes: torch.randn(*sizes, generator=generator).to(dtype))
 
-    def ours(inputs: cases.Inputs) -> torch.Tensor:
+    def ours(inputs: Inputs) -> torch.Tensor:
         return case.ours(inputs, "auto")
 
     for operation in case.peers.values():
@@ -118,7 +133,7 @@ def test_no_time_is_given_for_a_kernel_that_is_wrong(monkeypatch: pytest.MonkeyP
         right = torch.nn.functional.silu(gate) * up
         return right if backend == "reference" else right.detach() + 0 * right + 0.01 * gate.square()
 
-    monkeypatch.setattr(cases, "swiglu", wrong)
+    monkeypatch.setattr(model_cases, "swiglu", wrong)
     rows = ops.run("cpu", lambda *_: None, "swiglu")["results"]
     assert [row["pass"] for row in rows] == ["fwd", "fwd+bwd"]
     for row in rows:
@@ -129,7 +144,7 @@ def test_no_time_is_given_for_a_kernel_that_is_wrong(monkeypatch: pytest.MonkeyP
 
 
 def test_a_peer_that_is_not_installed_is_named() -> None:
-    case = cases.Case("x", "y", {"v": torch.ones(3)}, lambda i, _: i["v"] * 2, {"none": _absent}, step=True)
+    case = Case("x", "y", {"v": torch.ones(3)}, lambda i, _: i["v"] * 2, {"none": _absent}, step=True)
     (row,) = ops._rows(case, "cpu", torch.float32)
     assert "no_such_package" in row["peers"]["none"]["missing"]
     assert row["ms"] > 0
@@ -139,13 +154,13 @@ def test_a_peer_that_cannot_be_recorded_is_timed_as_it_is_called(monkeypatch: py
     monkeypatch.setattr(ops, "device_seconds_of", lambda function, device: 1.0)
     monkeypatch.setattr(ops, "seconds_of", lambda function, device: 2.0)
     peers = {name: lambda i: i["v"] * 2 for name in ("recorded", "waits")}
-    case = cases.Case("x", "y", {"v": torch.ones(3)}, lambda i, _: i["v"] * 2, peers, step=True, unrecorded=("waits",))
+    case = Case("x", "y", {"v": torch.ones(3)}, lambda i, _: i["v"] * 2, peers, step=True, unrecorded=("waits",))
     (row,) = ops._rows(case, "cpu", torch.float32)
     assert row["ms"] == row["peers"]["recorded"]["ms"] == 1e3
     assert row["peers"]["waits"]["ms"] == 2e3
 
 
-def _absent(inputs: cases.Inputs) -> torch.Tensor:
+def _absent(inputs: Inputs) -> torch.Tensor:
     return peer("no_such_package", "operation")(inputs)
 
 
@@ -209,7 +224,7 @@ def test_a_plain_step_computes_the_same_loss() -> None:
     assert losses[0] == pytest.approx(losses[1], rel=0.1)
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("sharded", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_training_steps_of_several_processes(sharded: bool, tmp_path: Path) -> None:
     file = tmp_path / "train.json"
     environment = os.environ | ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if sharded else {})

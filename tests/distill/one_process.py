@@ -14,6 +14,7 @@ What became of each goes to ``FILE.RANK.json``. A job is either the arguments of
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import sys
@@ -86,4 +87,5 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # as in conftest.py
     main(Path(sys.argv[1]))

@@ -301,8 +301,10 @@ def test_accumulating_micro_batches_is_one_large_batch(
         torch.testing.assert_close(tensor, runs[1][name], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("settings", [{}, {"ema": 0.9}, {"optimizer": "muon"}], ids=["plain", "ema", "muon"])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [*((kind, {}) for kind in KINDS), *((kind, {"ema": 0.9, "optimizer": "muon"}) for kind in ("hidden", "on_policy"))],
+)
 def test_broken_off_and_started_again_it_ends_the_same(
     make_chat_recipe: MakeRecipe,
     pairs_file: Path,

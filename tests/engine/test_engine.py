@@ -10,6 +10,7 @@ import torch
 
 import mambify
 from mambify import HybridForCausalLM
+from mambify.conversion.cut import cut
 from mambify.engine import DecodeEngine, Sampling, Turn
 from mambify.errors import InvalidOptionError
 from mambify.families.load import LoadedModel
@@ -62,9 +63,11 @@ def alone(model: HybridForCausalLM, talk: Talk, stops: set[int]) -> list[int]:
     return ids
 
 
-def engine_for(model: HybridForCausalLM, *, slots: int, sampling: Sampling = GREEDY, stops: set[int]) -> DecodeEngine:
+def engine_for(
+    model: HybridForCausalLM, *, slots: int, sampling: Sampling = GREEDY, stops: set[int], backend: str = "auto"
+) -> DecodeEngine:
     return DecodeEngine(
-        model, num_slots=slots, max_length=60, max_given=8, sampling=sampling, stop_ids=sorted(stops)
+        model, num_slots=slots, max_length=60, max_given=8, sampling=sampling, stop_ids=sorted(stops), backend=backend
     )  # fmt: skip
 
 
@@ -89,6 +92,32 @@ def test_greedy_turns_equal_forward_passes(layers: str, slots: int, tiny_hybrid:
         given = talks()
         engine.run(given)
         assert [talk.ids for talk in given] == expected
+
+
+@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize("slots", [4, 16])  # states that are written at once, where all can be, and rings
+def test_the_fused_step_says_the_same(
+    layers: str, slots: int, tiny_hybrid: Hybrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: fixed buffers in rings, and parts of them as the batch shrinks; also after a change of weights."""
+    monkeypatch.setattr("mambify.engine.engine._SMALLEST", 1)
+    model = tiny_hybrid(LAYERS[layers], seed=1)
+    engine = engine_for(model, slots=slots, stops={5, 40, 41}, backend="fused")
+    for _ in range(2):
+        expected, given = [alone(model, talk, {5, 40, 41}) for talk in talks()], talks()
+        engine.run(given)
+        assert [talk.ids for talk in given] == expected
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter += 0.7 if name.endswith("A_log") else 0.05 * parameter
+
+
+def test_a_draft_that_knows_part_of_the_vocabulary_says_its_words(tiny_hybrid: Hybrid) -> None:
+    model = cut(tiny_hybrid(LAYERS["hybrid"]), 2, token_ids=torch.arange(1, 96, 3))
+    talk = Talk([1, 7, 9], limit=12)
+    engine_for(model, slots=2, stops=set()).run([talk])
+    assert talk.ids == alone(model, Talk([1, 7, 9], limit=12), set())
+    assert all(token % 3 == 1 for token in talk.ids[3:])
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ from torch import Tensor
 from mambify.conversion import apply_plan, plan
 from mambify.conversion.cut import cut
 from mambify.engine import Sampling, Speculator
+from mambify.engine.fused import can_overlap
 from mambify.engine.tower import Tower
 from mambify.errors import InvalidOptionError
 from mambify.families.load import load
@@ -98,15 +99,12 @@ def test_a_head_that_knows_some_words(tiny_hybrid: Callable[..., HybridForCausal
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
-@pytest.mark.parametrize("mix", ["mamba2", "attention", "halves"])
 @pytest.mark.parametrize("final", [False, True])
-def test_kernels(
-    tiny_hybrid: Callable[..., HybridForCausalLM], mix: str, final: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels(tiny_hybrid: Callable[..., HybridForCausalLM], final: bool) -> None:
     """The same with every operation's kernel, in Triton's interpreter where there is no GPU."""
     if torch.cuda.is_available():
         pytest.skip("tests/engine/test_gpu_fused.py runs them on the GPU")
-    model = tiny_hybrid(MIXES[mix], ops_backend="triton", attention_bias=True, qk_norm=True)
+    model = tiny_hybrid(MIXES["halves"], ops_backend="triton", attention_bias=True, qk_norm=True)
     reads = [(1, [1, 1, 1])] * 3 if final else [(2, [2, 0, 1]), (1, [1, 1, 1])]
     check(model, reads, most_new=1 if final else 2, final=final)
 
@@ -178,3 +176,15 @@ def test_what_cannot_be_is_refused(tiny_hybrid: Callable[..., HybridForCausalLM]
     moving = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     with pytest.raises(InvalidOptionError, match="modules"):
         tower(tiny_hybrid(MIXED, rope_parameters=moving), "fused")
+
+
+@pytest.mark.parametrize(
+    ("capability", "toolkit", "can"), [((9, 0), "13.0", True), ((8, 9), "13.0", False), ((9, 4), None, False)]
+)
+def test_kernels_overlap_where_the_device_can(
+    capability: tuple[int, int], toolkit: str | None, can: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.version, "cuda", toolkit)
+    assert can_overlap(torch.device("cuda")) == can
+    assert not can_overlap(torch.device("cpu"))

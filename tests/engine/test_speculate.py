@@ -13,7 +13,7 @@ from mambify.engine.lookup import look_up
 from mambify.errors import InvalidOptionError
 from mambify.families.load import load
 from mambify.model import HybridForCausalLM
-from speculating import GREEDY, PROMPTS, VOCABULARY, answers, converted, greedy, model
+from speculating import GREEDY, PROMPTS, TARGETS, VOCABULARY, answers, converted, greedy, model, target_and_tokens
 
 
 @pytest.fixture(scope="module")
@@ -26,20 +26,18 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> HybridForCausalLM:
     return model(tmp_path_factory.mktemp("small"), seed=1, num_hidden_layers=2)
 
 
-@pytest.mark.parametrize("mixer", ["mamba2", "mamba1"])
-@pytest.mark.parametrize("attention", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize(("mixer", "attention"), TARGETS)
 @pytest.mark.parametrize("kind", ["none", "lookup", "small", "hybrid", "target"])
 def test_greedy_tokens_are_the_targets(
     teacher: HybridForCausalLM, small: HybridForCausalLM, mixer: str, attention: float, kind: str
 ) -> None:
     """More prompts than slots, of unlike length, with any mix of layers on either side."""
-    target = teacher if attention == 1.0 else converted(teacher, mixer, attention)
+    target, wanted = target_and_tokens(teacher, mixer, attention, new=25)
     drafts: dict[str, Any] = {
         "none": None, "lookup": "lookup", "small": small, "hybrid": converted(small, mixer, 0.5), "target": target
     }  # fmt: skip
     speculator = Speculator(target, drafts[kind], num_slots=4, max_length=64, sampling=GREEDY, num_draft_tokens=3)
-    found = answers(speculator, PROMPTS, max_new_tokens=25)
-    assert found == [greedy(target, prompt, 25) for prompt in PROMPTS]
+    assert answers(speculator, PROMPTS, max_new_tokens=25) == wanted
     statistics = speculator.statistics
     assert statistics.tokens == 25 * len(PROMPTS)
     if kind == "target":  # everything it puts forward stands: 4 tokens a round, and one round for the last

@@ -260,7 +260,7 @@ def test_slots_need_no_positions(pairs: Pairs, kind: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(ours.model.rotary_emb, "forward", refuse)
     with torch.inference_mode():
-        slots = Slots(ours, num_slots=1, length=32, num_forced=1, sampling=Sampling(temperature=0.0), stop_ids=[])
+        slots = Slots(ours, sizes=[1], length=32, num_forced=1, sampling=Sampling(temperature=0.0), stop_ids=[])
         control = slots.control
         control.token_S[0], control.budget_S[0], control.active_S[0] = 9, 20, True
         for _ in range(20):

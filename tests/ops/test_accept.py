@@ -163,15 +163,18 @@ def test_no_overlap_refuses_all_and_equality_keeps_all(backend: str) -> None:
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "looked_up"),
+    [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)],
+    ids=["float32", "bfloat16", "looked up"],
+)
 @pytest.mark.parametrize("cuts", [*CUTS, {"temperature": 0.0}], ids=[*IDS, "greedy"])
-@pytest.mark.parametrize("looked_up", [False, True], ids=["drafted", "looked up"])
 def test_the_kernels_decide_as_the_reference(
     dtype: torch.dtype, cuts: dict[str, Any], looked_up: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows that draw in different ways in one batch, several blocks of words, any strides."""
     torch.manual_seed(3)
-    rows, K, V = (200, 3, 5000) if DEVICE == "cuda" else (8, 3, 300)  # the interpreter is slow
+    rows, K, V = (200, 3, 5000) if DEVICE == "cuda" else (5, 3, 300)  # the interpreter is slow
     if DEVICE == "cpu":
         monkeypatch.setattr("mambify.ops.draw.triton._BLOCK", 128)
     target = (2 * torch.randn(rows, V, K + 1)).to(dtype).mT.contiguous()

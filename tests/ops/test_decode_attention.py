@@ -11,17 +11,19 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("heads", "groups", "head_dim"), [(9, 3, 64), (4, 1, 24), (6, 6, 16)])
+@pytest.mark.parametrize(
+    ("heads", "groups", "head_dim", "queries"),
+    [(9, 3, 64, 1), (9, 3, 64, 3), (9, 3, 64, 17), (4, 1, 24, 1), (4, 1, 24, 17), (6, 6, 16, 3)],
+)
 @pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("queries", [1, 3, 17])
 @pytest.mark.parametrize("parts", [1, 3])
 def test_each_row_attends_to_what_it_has_filled(
     backend: str,
     heads: int,
     groups: int,
     head_dim: int,
-    window: int | None,
     queries: int,
+    window: int | None,
     parts: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from mambify.ops.ring import RingPlace, ring_capacity
 from mambify.ops.ssd_replay import ssd_replay
-from replaying import Conv, Mamba1, Mamba2, Replayed, StockMamba1, StockMamba2
+from replaying import Conv, Mamba1, Mamba2, Replayed, StockMamba1, StockMamba2, advance
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")]
 
@@ -117,7 +117,7 @@ def test_rounds_in_a_cuda_graph(new: int, sizes: str) -> None:
         x, dt, B, C = static
         layer = type(one.ring)(*ring).layer(0)
         y = ssd_replay(x, dt.sigmoid(), A, B, C, None, state[0], layer, place)
-        place.advance(accepted, new)
+        advance(place, accepted, new)
         return y
 
     side = torch.cuda.Stream()

@@ -14,7 +14,7 @@ from mambify.ops.conv_replay import conv_replay
 from mambify.ops.ring import RingPlace, ring_capacity
 from mambify.ops.selective_replay import SelectiveRing, selective_fold, selective_replay
 from mambify.ops.ssd_replay import SSDRing, ssd_fold, ssd_replay
-from replaying import Conv, Mamba1, Mamba2, Replayed, StockMamba1, StockMamba2
+from replaying import Conv, Mamba1, Mamba2, Replayed, StockMamba1, StockMamba2, advance
 
 if HAS_TRITON:
     from mambify.ops.selective_replay import triton as selective_kernels
@@ -82,12 +82,15 @@ def test_every_number_of_new_tokens(layer: type[Replayed], new: int) -> None:
     go_through(layer(most_new=new, capacity=ring_capacity(new), device=DEVICE, backend="reference"), new, 8)
 
 
-@pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("new", [1, 2, 3, 5])
+# Folded in each round, or as places run short: then in rings so small that it happens within these rounds.
+@pytest.mark.parametrize(
+    ("new", "eager", "capacity", "rounds"),
+    [(1, True, 32, 4), (2, True, 16, 4), (3, False, 16, 6), (5, False, 16, 4), (5, False, 32, 6), (5, True, 32, 3)],
+)
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
-def test_kernels(layer: type[Replayed], new: int, eager: bool) -> None:
-    go_through(layer(most_new=new, eager=eager, device=DEVICE, backend="triton"), new, 6)
+def test_kernels(layer: type[Replayed], new: int, eager: bool, capacity: int, rounds: int) -> None:
+    go_through(layer(most_new=new, capacity=capacity, eager=eager, device=DEVICE, backend="triton"), new, rounds)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -124,7 +127,7 @@ def test_conv_widths(width: int, backend: str, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_half_precision(layer: type[Replayed], backend: str, dtype: torch.dtype) -> None:
     # Two tokens: for more the kernels take products in bfloat16, which Triton's interpreter gets wrong.
-    go_through(layer(most_new=2, dtype=dtype, device=DEVICE, backend=backend), 2, 6)
+    go_through(layer(most_new=2, dtype=dtype, device=DEVICE, backend=backend), 2, 4)
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
@@ -210,7 +213,7 @@ def test_all_layers_are_folded_at_once(backend: str) -> None:
     for layer in layers:
         layer.plain = torch.stack([layer.states[count][row] for row, count in enumerate(counts)])
     place = layers[0].place
-    place.advance(torch.tensor(counts, device=DEVICE), 5)
+    advance(place, torch.tensor(counts, device=DEVICE), 5)
     place.active_S[2] = False
     ring = SSDRing(*(torch.cat(parts) for parts in zip(*(layer.ring for layer in layers), strict=True)))
     state = torch.cat([layer.state for layer in layers])
@@ -230,7 +233,7 @@ def test_the_first_rows_are_rows_of_their_own() -> None:
     x, dt, B, C = (value[:2] for value in layer.draw(5))
     before = [buffer.clone() for buffer in layer.buffers]
     ssd_replay(x, dt, layer.A.to(DEVICE), B, C, None, layer.state[0, :2], ring, place)
-    place.advance(torch.tensor([1, 2], device=DEVICE), 5)
+    advance(place, torch.tensor([1, 2], device=DEVICE), 5)
     assert layer.place.pending_S.tolist() == [1, 2, 0, 0]
     for buffer, old in zip(layer.buffers, before, strict=True):
         assert torch.equal(buffer[2:], old[2:])
@@ -242,12 +245,12 @@ def test_places() -> None:
     place.active_S.fill_(True)
     assert place.folds_above(5) == 6
     for _ in range(2):
-        place.advance(torch.tensor([5, 3]), 5)
+        advance(place, torch.tensor([5, 3]), 5)
     assert place.pending_S.tolist() == [10, 6]
-    place.advance(torch.tensor([4, 4]), 5)  # the first row has folded its ten
+    advance(place, torch.tensor([4, 4]), 5)  # the first row has folded its ten
     assert place.pending_S.tolist() == [4, 10]
     assert place.head_S.tolist() == [14, 10]
-    place.advance(torch.tensor([5, 0]), 5)
+    advance(place, torch.tensor([5, 0]), 5)
     assert place.head_S.tolist() == [3, 10]
     at, known = place.pending_places()
     assert at[0][known[0]].tolist() == [10, 11, 12, 13, 14, 15, 0, 1, 2]

@@ -16,7 +16,8 @@ from rich.box import SIMPLE
 from rich.table import Table
 from torch import Tensor
 
-from mambify.bench.cases import MAKERS, SCANS, SHAPES, Case, Inputs, Operation
+from mambify.bench.case import Case, Inputs, Operation
+from mambify.bench.cases import MAKERS, SCANS, SHAPES
 from mambify.bench.clock import device_seconds_of, seconds_of
 from mambify.bench.peers import PeerMissingError
 from mambify.bench.replay_cases import REPLAY_MAKERS, REPLAY_SHAPES

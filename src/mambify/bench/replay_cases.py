@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mambify.bench.cases import Case, Inputs, Operation, Random, Shape
+from mambify.bench.case import Case, Inputs, Operation, Random, Shape
 from mambify.ops.backends import HAS_TRITON
 from mambify.ops.causal_conv import causal_conv
 from mambify.ops.conv_replay import conv_replay

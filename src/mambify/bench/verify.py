@@ -22,8 +22,8 @@ from rich.box import SIMPLE
 from rich.table import Table
 from torch import Tensor
 
-from mambify.bench.cases import Case as LayerCase
-from mambify.bench.cases import Operation, Shape
+from mambify.bench.case import Case as LayerCase
+from mambify.bench.case import Operation, Shape
 from mambify.bench.clock import copy_bandwidth, device_seconds_of
 from mambify.bench.decode_steps import drawn_model, forget, pass_seconds
 from mambify.bench.ops import TOLERANCE, largest_difference

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from mambify.decode.decoder import Decoder, decoder_for
 from mambify.decode.detokenizer import Detokenizer
+from mambify.decode.kept import kept_decoder
 from mambify.decode.rows import require_count, require_positions, rows_of
 from mambify.decode.stop import Cutter, stop_strings
 from mambify.engine import DraftCount, Sampling
@@ -120,7 +120,7 @@ def continue_rows(
     seeds = sampling.seeds(len(rows))
     longest = max(map(len, rows))
     require_positions(model, longest, max_new_tokens)
-    decoder: Decoder = decoder_for(
+    decoder = kept_decoder(
         model,
         draft,
         sampling,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
-from mambify.decode.decoder import Decoder, decoder_for
+from mambify.decode.decoder import Decoder
 from mambify.decode.detokenizer import Detokenizer
+from mambify.decode.kept import OneRun, kept_decoder
 from mambify.decode.rows import require_count, require_positions
 from mambify.decode.stop import Cutter, stop_strings
 from mambify.decode.text import Message, encode_prompt, stop_ids
@@ -33,18 +34,25 @@ class TextStream(Iterator[str]):
         tokenizer: PreTrainedTokenizerBase,
         stops: Collection[int],
         strings: Sequence[str] = (),
+        on_end: Callable[[], None] | None = None,
     ) -> None:
         self.num_tokens = 0
         self.ended = False
         self.stop: str | None = None
         self._tokens, self._stops = tokens, stops
         self._detokenizer, self._cutter = Detokenizer(tokenizer), Cutter(strings)
+        self._on_end = on_end
         self._pieces = self._speak()
 
     def __next__(self) -> str:
         return next(self._pieces)
 
     def _speak(self) -> Iterator[str]:
+        yield from self._read()
+        if self._on_end is not None:
+            self._on_end()
+
+    def _read(self) -> Iterator[str]:
         for token in self._tokens:
             self.num_tokens += 1
             if token in self._stops:
@@ -81,7 +89,8 @@ def stream_tokens(
     """
     seeds = None if seed is None else Sampling(seed=seed).seeds(1)
     pieces = decoder.run([prompt_ids], max_new_tokens=max_new_tokens, seeds=seeds)
-    return TextStream((token for _, piece in pieces for token in piece), tokenizer, stops, strings)
+    on_end = decoder.finish if isinstance(decoder, OneRun) else None
+    return TextStream((token for _, piece in pieces for token in piece), tokenizer, stops, strings, on_end)
 
 
 def stream(
@@ -122,7 +131,7 @@ def stream(
         ids = encode_prompt(tokenizer, cast("str | Sequence[Message]", prompt))
     require_positions(model, len(ids), max_new_tokens)
     stops = stop_ids(model, tokenizer)
-    decoder = decoder_for(
+    decoder = kept_decoder(
         model,
         draft,
         sampling,

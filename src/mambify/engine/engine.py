@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mambify.engine.looks import Look, Looks
 from mambify.engine.memory import check_memory
 from mambify.engine.recording import recorded
 from mambify.engine.sampling import Sampling
@@ -69,15 +70,6 @@ class _Seat:
     since: int = 0
 
 
-class _Look(NamedTuple):
-    """A copy on the host of where the slots stood; ready once ``event`` has passed."""
-
-    event: torch.cuda.Event | None
-    ended: torch.Tensor
-    length: torch.Tensor
-    history: torch.Tensor
-
-
 class DecodeEngine:
     """Continues any number of sequences, ``num_slots`` at a time.
 
@@ -87,6 +79,7 @@ class DecodeEngine:
         max_length: the most tokens a sequence may have, prompt included.
         max_given: the most tokens that may be given at once beyond the common beginning of all prompts.
         stop_ids: tokens that end a turn.
+        backend: as :class:`mambify.engine.tower.Tower` takes it.
 
     Raises:
         InvalidOptionError: the buffers do not fit the device's free memory, or a repetition penalty.
@@ -101,25 +94,29 @@ class DecodeEngine:
         sampling: Sampling,
         stop_ids: Sequence[int],
         max_given: int = 64,
+        backend: str = "auto",
     ) -> None:
-        self._model = model
         if sampling.penalises:
             raise InvalidOptionError("many sequences at once are drawn without repetition_penalty: leave it at 1")
         check_memory([model], num_slots=num_slots, length=max_length, most_new=1)
+        self._sizes = [num_slots]
+        while self._sizes[-1] // 2 >= _SMALLEST:
+            self._sizes.append(self._sizes[-1] // 2)
         with torch.inference_mode():
             self._slots = Slots(
                 model,
-                num_slots=num_slots,
+                sizes=self._sizes,
                 length=max_length,
                 num_forced=max_given,
                 sampling=sampling,
                 stop_ids=stop_ids,
+                backend=backend,
             )
-        self._sizes = [num_slots]
-        while self._sizes[-1] // 2 >= _SMALLEST:
-            self._sizes.append(self._sizes[-1] // 2)
-        with torch.inference_mode():  # no slot is active yet, so the trial runs change none
-            self._steps = {size: recorded(partial(self._slots.step, size), model.device) for size in self._sizes}
+            # No slot is active yet, so the trial runs change none. Of these graphs one is replayed at a time.
+            pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
+            self._steps = {
+                size: recorded(partial(self._slots.step, size), model.device, pool=pool) for size in self._sizes
+            }
 
     @torch.inference_mode()
     def run(self, speakers: Sequence[Speaker]) -> None:
@@ -130,6 +127,7 @@ class DecodeEngine:
         """
         run = _Run(self._slots, self._sizes, speakers)
         while run.busy:
+            run.looks.begin()
             for _ in range(_WINDOW):
                 self._steps[run.size]()
             run.look()
@@ -148,8 +146,7 @@ class _Run:
             (size for size in reversed(sizes) if size >= len(self._waiting)), sizes[0]
         )  # the smallest that holds all
         self._seats = [_Seat() for _ in range(slots.num_slots)]
-        self._number = 0  # of the look that is taken next
-        self._looks: list[_Look] = []
+        self.looks = Looks(self._device)
         for flag in (slots.control.active_S, slots.control.ended_S):
             flag.zero_()
         self._seat_waiting(range(self.size), {})
@@ -159,36 +156,21 @@ class _Run:
         return any(seat.speaker is not None for seat in self._seats[: self.size])
 
     def look(self) -> None:
-        """Takes a look at the window that was just enqueued, and deals with the one before it."""
-        self._looks.append(self._take())
-        self._number += 1
-        if self._device.type == "cuda" and len(self._looks) < 2:
-            return
-        look = self._looks.pop(0)
-        if look.event is not None:
-            look.event.synchronize()
-        self._deal_with(look, self._number - 1 - len(self._looks))
-
-    def _take(self) -> _Look:
+        """Takes a look at the window that was just enqueued, and deals with those that are ready."""
         c = self._slots.control.first(self.size)
-        parts = (c.ended_S, c.length_S, c.history_SL)
-        if self._device.type != "cuda":
-            return _Look(None, *(part.clone() for part in parts))
-        copies = [torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in parts]
-        for copy, part in zip(copies, parts, strict=True):
-            copy.copy_(part, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        return _Look(event, *copies)
+        where_S2 = torch.stack([c.ended_S, c.length_S], 1)
+        self.looks.take(torch.cat([where_S2.int(), c.history_SL], 1))
+        for look in self.looks.ready():
+            self._deal_with(look)
 
-    def _deal_with(self, look: _Look, number: int) -> None:
+    def _deal_with(self, look: Look) -> None:
         """Lets the speakers of ended turns say what follows, and gives free slots to those who wait."""
-        length, history = look.length.numpy(), look.history.numpy()
+        ended, length, history = look.values[:, 0], look.values[:, 1], look.values[:, 2:].numpy()
         going_on: dict[int, tuple[int, Turn]] = {}
         free = []
-        for slot in look.ended.nonzero()[:, 0].tolist():
+        for slot in ended.nonzero()[:, 0].tolist():
             seat = self._seats[slot]
-            if seat.speaker is None or number < seat.since:
+            if seat.speaker is None or look.number < seat.since:
                 continue
             at = int(length[slot])
             following = seat.speaker.hear(history[slot, seat.start : at + 1].tolist())
@@ -226,7 +208,7 @@ class _Run:
                 )
             seat = self._seats[slot]
             assert seat.speaker is not None
-            seat.start, seat.since = at + len(given), self._number
+            seat.start, seat.since = at + len(given), self.looks.number
             forced[row, : len(given) - 1] = given[1:]
             rows[row] = slot, given[0], at, len(given) - 1, turn.limit, seat.speaker.seed
         self._set(rows, forced)
@@ -257,7 +239,7 @@ class _Run:
             self._slots.move(*(torch.tensor(slots, device=self._device) for slots in (sources, targets)))
         for source, target in zip(sources, targets, strict=True):
             seat, self._seats[source] = self._seats[source], _Seat()
-            seat.since = self._number  # a look that is under way shows it at its old place
+            seat.since = self.looks.number  # a look that is under way shows it at its old place
             self._seats[target] = seat
         self.size = size
 

@@ -11,9 +11,9 @@ convolution and the replay on their rings, and the gated norm. For more rows pro
 and gate are kernels beside them, and the sums are still part of the products.
 
 Nothing is copied or moved: kernels take the parameters of the modules where they lie, so that saving, moving and
-training a model are as before, and to let go of a step is to forget it. What is made from parameters when a step is
-made are A = −exp(A_log) of Mamba2 layers and the table of rotations: after training, make a new one. Modules that have
-no such form (Mamba1, a projection that is not a plain linear layer, another activation) run as they are.
+training a model are as before, and to let go of a step is to forget it. What is made of parameters beforehand is A =
+−exp(A_log), which lies with the states (:meth:`mambify.engine.tower.Tower.refresh`). Modules that have no such form
+(Mamba1, a projection that is not a plain linear layer, another activation) run as they are.
 
 Letters: S slots, T tokens read at once, M = S·T rows, D hidden size, E outputs of a projection, H query heads, G
 key/value heads, P head dimension, V vocabulary.
@@ -80,6 +80,13 @@ def can_fuse(model: HybridForCausalLM) -> bool:
     """Whether a model is one of these blocks, each with its MLP, and its rotations can be looked up by position."""
     moves = str(getattr(model.model.rotary_emb, "rope_type", "default")) in _MOVING
     return not moves and all(type(block) is HybridBlock and block.mlp is not None for block in model.model.layers)
+
+
+def can_overlap(device: torch.device) -> bool:
+    """Whether a kernel can begin before the one ahead of it ends: compute capability 9.0 (Hopper) or later."""
+    return (
+        device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
 
 
 class FusedStep:
@@ -184,7 +191,7 @@ class _Mamba2:
             mixer.conv1d.weight.detach().squeeze(1),
             None if mixer.conv1d.bias is None else mixer.conv1d.bias.detach(),
             mixer.dt_bias.detach(),
-            -mixer.A_log.detach().float().exp(),
+            state.A,
             mixer.D.detach(),
             mixer.norm.weight.detach().view(mixer.num_heads, mixer.head_dim),
             mixer.norm.eps,

@@ -6,7 +6,6 @@ Letters: S slots, T tokens read at once, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 
@@ -38,8 +37,12 @@ def check_memory(
     free = free_memory(device)
     if free is None:
         return
-    needed = partial(_needed_bytes, models, most_new=most_new, penalises=penalises)
-    one, usable = needed(length), int(_USABLE * free)
+
+    def needed(length: int) -> int:
+        return sequence_bytes(models, length=length, most_new=most_new, penalises=penalises)
+
+    one = needed(length)
+    usable = int(_USABLE * free)
     if num_slots * one <= usable:
         return
     told = (
@@ -57,11 +60,11 @@ def check_memory(
 
 def most_slots(models: Sequence[HybridForCausalLM], *, length: int, most_new: int, free: int) -> int:
     """Slots of ``length`` tokens that :func:`check_memory` lets pass where ``free`` bytes are."""
-    return int(_USABLE * free) // _needed_bytes(models, length, most_new=most_new, penalises=False)
+    return int(_USABLE * free) // sequence_bytes(models, length=length, most_new=most_new, penalises=False)
 
 
-def _needed_bytes(models: Sequence[HybridForCausalLM], length: int, *, most_new: int, penalises: bool) -> int:
-    """Bytes of one slot, its logits and its tokens."""
+def sequence_bytes(models: Sequence[HybridForCausalLM], *, length: int, most_new: int, penalises: bool) -> int:
+    """Bytes of one sequence: its slot in each of ``models``, its history, and what a round makes of it."""
     carried = sum(slot_bytes(model, length=length, most_new=most_new) for model in models)
     return carried + working_bytes(models, most_new=most_new, penalises=penalises) + 8 * length
 

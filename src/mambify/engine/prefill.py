@@ -117,7 +117,7 @@ def _put_down(
             state.conv[slot_E] = 0
             state.ssm[slot_E] = 0
         elif isinstance(state, ReplayState):
-            state.load(slot_E, RecurrentState(after.conv[:rows], after.ssm[:rows]))
+            state.load(slot_E, after.first(rows))
         else:
             state.conv[slot_E] = after.conv[:rows].to(state.conv.dtype)
             state.ssm[slot_E] = after.ssm[:rows].to(state.ssm.dtype)

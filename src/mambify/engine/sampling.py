@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mambify.errors import InvalidOptionError
+from mambify.ops.draw import settings_of
 
 _APART = 1_000_003  # between the seeds of neighbouring rows
 
@@ -58,6 +59,14 @@ class Sampling:
     def settings(self) -> dict[str, Any]:
         """As keyword arguments of :func:`mambify.ops.draw.draw_tokens` and :func:`mambify.ops.accept.accept_drafts`."""
         return {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
+
+    def row_settings(self, rows: int, device: torch.device) -> dict[str, Any]:
+        """As :meth:`settings`, as tensors of one number a row, which are then not made anew for every token; numbers
+        where the likeliest token is taken.
+        """
+        if self.temperature == 0:
+            return self.settings()
+        return settings_of(**self.settings(), rows=rows, device=device).named()
 
     @property
     def penalises(self) -> bool:

@@ -30,9 +30,9 @@ from mambify.engine.tower import Tower
 from mambify.errors import InvalidOptionError
 from mambify.model import HybridForCausalLM
 from mambify.ops.accept import accept_drafts
-from mambify.ops.draw import draw_tokens, penalise, settings_of, uniform
+from mambify.ops.draw import draw_tokens, penalise, uniform
 from mambify.ops.rounds import settle_round
-from mambify.trimmed_head import TrimmedHead, scatter_logits
+from mambify.trimmed_head import TrimmedHead, known_ids, scatter_logits
 
 Draft = HybridForCausalLM | Literal["lookup"] | None
 
@@ -71,7 +71,7 @@ class Speculator:
         num_draft_tokens: DraftCount = 4,
         stop_ids: Sequence[int] = (),
         backend: str = "auto",
-        overlap: bool = False,
+        overlap: bool | None = None,
     ) -> None:
         counts = (0,) if draft is None else draft_counts(num_draft_tokens)
         if draft is not None and isinstance(target.lm_head, TrimmedHead):
@@ -84,9 +84,7 @@ class Speculator:
         device = target.device
         models = [target, draft] if isinstance(draft, HybridForCausalLM) else [target]
         check_memory(models, num_slots=num_slots, length=max_length, most_new=most + 1, penalises=sampling.penalises)
-        self._settings = sampling.settings()
-        if sampling.temperature > 0:  # as tensors, which are then not made anew for every token
-            self._settings = settings_of(**self._settings, rows=num_slots, device=device).named()
+        self._settings = sampling.row_settings(num_slots, device)
 
         def zeros(*sizes: int, dtype: torch.dtype = torch.long) -> Tensor:
             return torch.zeros(num_slots, *sizes, dtype=dtype, device=device)
@@ -113,7 +111,8 @@ class Speculator:
                 self._draft = Tower(draft, most_new=most + 1, **common)  # type: ignore[arg-type]
             self._looks_up = draft == "lookup"
             #: the words that each of them knows, where that is not all
-            self._target_ids_W, self._draft_ids_W = _known_ids(target), _known_ids(draft)
+            self._target_ids_W = known_ids(target.lm_head)
+            self._draft_ids_W = known_ids(draft.lm_head) if isinstance(draft, HybridForCausalLM) else None
             # No slot is active yet, so the trial runs change none. Of all these graphs one is replayed at a time.
             pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
             self._rounds = {K: recorded(partial(self._step, K), device, pool=pool) for K in counts}
@@ -255,6 +254,9 @@ class Speculator:
         self._accepted_T.zero_()
         self.statistics = Statistics()
         self._dismissed.clear()
+        for tower in (self._target, self._draft):
+            if tower is not None:
+                tower.refresh()  # weights may have changed since the last run
         looks, pace = Looks(self._told_X.device), Pace(self._seconds)
         counted = [0] * len(self._accepted_T)
         under_way: deque[int] = deque()  # K of every look that was not dealt with
@@ -346,12 +348,6 @@ def require_same_vocabulary(target: HybridConfig, draft: HybridConfig) -> None:
             f"the draft has a vocabulary of {draft.vocab_size} tokens and the target one of {target.vocab_size}: give "
             "a draft of the same vocabulary"
         )
-
-
-def _known_ids(model: Draft) -> Tensor | None:
-    """The words that a trimmed head knows, ``[W]``; ``None`` for all."""
-    head = model.lm_head if isinstance(model, HybridForCausalLM) else None
-    return head.token_ids if isinstance(head, TrimmedHead) else None
 
 
 def _columns(seen_SV: Tensor, ids_W: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""A model in fixed buffers that reads tokens which may yet be rejected: what target and draft of speculation both are.
+"""A model in fixed buffers that reads tokens which may yet be rejected: what everything that decodes stands on.
 
 Reading T tokens changes nothing that cannot be taken back: keys and values beyond a slot's length are written over, and
 recurrent layers keep the tokens in rings beside their state (:mod:`mambify.ops.ring`). :meth:`Tower.keep` then says how
@@ -9,13 +9,15 @@ Letters: S slots, T tokens read at once, L length of the buffers, D hidden size,
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from mambify.engine.fused import FusedStep, can_fuse, steps_at_once
+from mambify.engine.fused import FusedStep, can_fuse, can_overlap, steps_at_once
 from mambify.engine.prefill import read_prompts
 from mambify.errors import InvalidOptionError, did_you_mean
 from mambify.mixers import MixerContext, RecurrentMixer, RecurrentState, ReplayState
@@ -37,7 +39,7 @@ class Tower:
         final: one token is read at a time and always stands.
         backend: "modules" runs the model's own, "fused" the kernels of :mod:`mambify.engine.fused`; "auto" takes these
             on a GPU.
-        overlap: as :class:`mambify.engine.fused.FusedStep` takes it.
+        overlap: as :class:`mambify.engine.fused.FusedStep` takes it; where the device can by default.
 
     Attributes:
         length_S: tokens that stand in each slot.
@@ -56,7 +58,7 @@ class Tower:
         active_S: Tensor,
         final: bool = False,
         backend: str = "auto",
-        overlap: bool = False,
+        overlap: bool | None = None,
     ) -> None:
         available = ("modules", "fused") if can_fuse(model) else ("modules",)
         if backend not in ("auto", *available):
@@ -80,18 +82,31 @@ class Tower:
                 shape = (num_slots, config.num_key_value_heads, length + most_new, config.head_dim)
                 keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
                 self._states.append(SlotKV(keys, values, self.length_S))
-        self._fused: FusedStep | None = None
-        self._at_once = False
-        if fuses:
-            self._at_once = final and most_new == 1 and steps_at_once(model, num_slots)
-            self._fused = FusedStep(
-                model,
-                [state for state in self._states if not isinstance(state, RecurrentState)],
-                self.length_S,
-                places=length + most_new,
-                at_once=self._at_once,
-                overlap=overlap,
-            )
+        self._in_place = False  # whether states are views that others see as well
+        self._overlap = can_overlap(device) if overlap is None else overlap
+        self._places = length + most_new
+        self._at_once = fuses and final and most_new == 1 and steps_at_once(model, num_slots)
+        self._fused: FusedStep | None = self._fused_step() if fuses else None
+
+    def _fused_step(self) -> FusedStep:
+        return FusedStep(
+            self.model,
+            [state for state in self._states if not isinstance(state, RecurrentState)],
+            self.length_S,
+            places=self._places,
+            at_once=self._at_once,
+            overlap=self._overlap,
+        )
+
+    def first(self, slots: int) -> Tower:
+        """The first slots as a tower over the same buffers: a read of them costs no more than of so many."""
+        part = copy.copy(self)
+        part.num_slots, part.length_S, part.place = slots, self.length_S[:slots], self.place.first(slots)
+        part._states = [state.first(slots) for state in self._states]
+        part._in_place = self._in_place = True
+        if self._fused is not None:
+            part._fused = part._fused_step()
+        return part
 
     def read(self, token_ST: Tensor, *, fold: bool = False, logits: bool = True) -> Tensor | None:
         """Logits ``[S, T, V]`` after each of T tokens, put behind those that stand in each slot.
@@ -116,7 +131,12 @@ class Tower:
             here = state._replace(place=place) if isinstance(state, ReplayState) else state
             y_STD, after = block.mixer(block.input_layernorm(x_STD), context, here)
             if isinstance(state, RecurrentState):
-                self._states[index] = _stepped(state, after, self.place.active_S)
+                stepped = _stepped(state, after, self.place.active_S)
+                if self._in_place:
+                    state.conv.copy_(stepped.conv)
+                    state.ssm.copy_(stepped.ssm)
+                else:
+                    self._states[index] = stepped
             x_STD = block.feed_forward(x_STD + y_STD)
         if not logits:
             return None
@@ -161,6 +181,48 @@ class Tower:
         self.length_S.fill_(length)
         self.place.head_S.zero_()
         self.place.pending_S.zero_()
+
+    def refresh(self) -> None:
+        """Makes anew, in place, what was made of weights: for when these have changed where they lie."""
+        for block, state in zip(self._blocks, self._states, strict=True):
+            if isinstance(state, ReplayState) and isinstance(block.mixer, RecurrentMixer):
+                block.mixer.refresh(state)
+
+    def begin_all(self, ids: Sequence[int]) -> list[RecurrentState | None]:
+        """Every slot begins with the same prompt, which is read once and may be empty; none is active meanwhile.
+
+        Returns:
+            What recurrent layers carry after it, for :meth:`begin_again`.
+        """
+        self.begin([0], [ids])
+        self.rewind(len(ids))
+        carried: list[RecurrentState | None] = []
+        for state in self._states:
+            if isinstance(state, SlotKV):
+                for part_SGLP in state[:2]:
+                    part_SGLP[1:, :, : len(ids)] = part_SGLP[:1, :, : len(ids)]
+                carried.append(None)
+            else:
+                carried.append(RecurrentState(state.conv[:1].clone(), state.ssm[:1].clone()))
+        return carried
+
+    def begin_again(self, slot_E: Tensor, carried: Sequence[RecurrentState | None]) -> None:
+        """Slots that went on from :meth:`begin_all` stand there again, but for ``length_S``, which is the caller's.
+
+        Attention has its keys and values still: what came after is behind a slot's length.
+        """
+        self.place.head_S.index_fill_(0, slot_E, 0)
+        self.place.pending_S.index_fill_(0, slot_E, 0)
+        for state, start in zip(self._states, carried, strict=True):
+            if start is not None:
+                state.conv[slot_E], state.ssm[slot_E] = start.conv, start.ssm  # type: ignore[union-attr]
+
+    def move(self, source_E: Tensor, target_E: Tensor) -> None:
+        """Copies slots to other places."""
+        rings = [state.ring for state in self._states if isinstance(state, ReplayState)]
+        counts = (self.length_S, self.place.head_S, self.place.pending_S)
+        for part in chain(counts, *(state[:2] for state in self._states), *rings):
+            part[target_E] = part[source_E]
 
     def begin(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
         """Empties slots and reads a prompt into each, which may be empty; they are not active meanwhile."""

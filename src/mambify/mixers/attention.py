@@ -49,6 +49,10 @@ class SlotKV(NamedTuple):
     values_SGLP: Tensor
     lengths_S: Tensor
 
+    def first(self, slots: int) -> SlotKV:
+        """The first slots, as views."""
+        return SlotKV(*(part[:slots] for part in self))
+
     def append(self, k_STGP: Tensor, v_STGP: Tensor) -> None:
         """Writes T tokens into every slot, from its own place on."""
         slots, tokens = k_STGP.shape[:2]

@@ -54,6 +54,10 @@ class RecurrentState(NamedTuple):
     conv: Tensor
     ssm: Tensor
 
+    def first(self, rows: int) -> RecurrentState:
+        """The first rows, as views."""
+        return RecurrentState(self.conv[:rows], self.ssm[:rows])
+
 
 class ReplayState(NamedTuple):
     """What a recurrent layer keeps where new tokens may yet be rejected: fixed buffers, a slot a sequence.
@@ -63,15 +67,19 @@ class ReplayState(NamedTuple):
         ssm: the state before what is pending, float32, ``[S, …]`` as in :class:`RecurrentState`.
         ring: the tokens since then, as :mod:`mambify.ops.ssd_replay` or :mod:`mambify.ops.selective_replay` keep them.
         place: where each slot stands in the rings.
-        A: the decay rates −exp(A_log), made once: weights do not change under these buffers. ``None`` where the mixer
-            makes them at every call.
+        A: the decay rates −exp(A_log), made when the buffers are; :meth:`RecurrentMixer.refresh` after weights changed.
     """
 
     conv: Tensor
     ssm: Tensor
     ring: SSDRing | SelectiveRing
     place: RingPlace
-    A: Tensor | None = None
+    A: Tensor
+
+    def first(self, slots: int) -> ReplayState:
+        """The first slots, as views."""
+        ring, place = self.ring.first(slots), self.place.first(slots)
+        return ReplayState(self.conv[:slots], self.ssm[:slots], ring, place, self.A)
 
     def load(self, row_E: Tensor, state: RecurrentState) -> None:
         """Begins slots ``row_E``, of which nothing is pending, with the state after their prompts (``E`` rows)."""
@@ -218,6 +226,15 @@ class RecurrentMixer(Mixer):
 
     def replay_state(self, slots: int, place: RingPlace) -> ReplayState:
         """Empty buffers for ``slots`` sequences, in this mixer's dtype and on its device."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def refresh(self, state: ReplayState) -> None:
+        """Makes anew, in place, what buffers hold of the weights: for when these have changed."""
+        state.A.copy_(self._decay())
+
+    def _decay(self) -> Tensor:
+        """The decay rates −exp(A_log) in float32, as the operations take them."""
         raise NotImplementedError
 
     @torch.no_grad()

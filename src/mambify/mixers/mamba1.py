@@ -79,7 +79,7 @@ class Mamba1Mixer(RecurrentMixer):
         x_BTI, B_BTI = self._repeat_heads(x), self._repeat_heads(B)
         # With Δ = 0 padding neither writes into the state nor lets it decay, whatever the conv's bias makes of it.
         dt_BTI = mask_padding(F.softplus(self.dt_proj(dt).float()), mask)
-        A_JMN = -self._sub_heads(self.A_log.float().exp(), dim=0)
+        A_JMN = state.A if isinstance(state, ReplayState) else self._decay()
         D_JM = self._sub_heads(self.D.float())
         B_BTJN, C_BTJN, dt_BTJM = self._sub_heads(B_BTI), self._sub_heads(C), self._sub_heads(dt_BTI)
         x_BTI, conv = self.convolve(x_BTI, context, state)
@@ -131,7 +131,11 @@ class Mamba1Mixer(RecurrentMixer):
             weight.new_zeros(slots, J, N, N, dtype=torch.float32),
             rings.layer(0),
             place,
+            self._decay().detach(),
         )
+
+    def _decay(self) -> Tensor:
+        return -self._sub_heads(self.A_log.float().exp(), dim=0)
 
     def _repeat_heads(self, x_BTE: Tensor) -> Tensor:
         """Gives each query head its key/value head's channels: ``[B, T, G·P]`` to ``[B, T, H·P]``."""

@@ -78,7 +78,7 @@ class Mamba2Mixer(RecurrentMixer):
         """Mixes T tokens, continuing from ``state``. Returns ``[B, T, D]`` and the state after the last token."""
         B, T, _ = x_BTD.shape
         mask = context.padding_mask_BT
-        A_H = -self.A_log.float().exp()
+        A_H = state.A if isinstance(state, ReplayState) else self._decay()
         zxBCdt = self.in_proj(mask_padding(x_BTD, mask))
         z_BTI, xBC_BTC, dt_BTH = zxBCdt.split(
             [self.num_heads * self.head_dim, sum(self.conv_split), self.num_heads], dim=-1
@@ -134,7 +134,11 @@ class Mamba2Mixer(RecurrentMixer):
             weight.new_zeros(slots, H, P, N, dtype=torch.float32),
             rings.layer(0),
             place,
+            self._decay().detach(),
         )
+
+    def _decay(self) -> Tensor:
+        return -self.A_log.float().exp()
 
     def _split_heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cuts the convolved channels ``[..., C]`` into x ``[..., G, P]``, B ``[..., G, N]``, C ``[..., H, N]``."""

@@ -85,7 +85,7 @@ class StockMamba1Mixer(RecurrentMixer):
 
     def _replay(self, x_STI: Tensor, z_STI: Tensor, state: ReplayState) -> Tensor:
         """The gated outputs ``[S, T, I]`` of convolved new tokens: a kernel beside the two small projections."""
-        assert isinstance(state.ring, SelectiveRing) and state.A is not None
+        assert isinstance(state.ring, SelectiveRing)
         dt_STI, B_STN, C_STN = self._select(x_STI)
         y_ST1I = selective_replay(
             x_STI[:, :, None],
@@ -120,7 +120,7 @@ class StockMamba1Mixer(RecurrentMixer):
             weight.new_zeros(slots, 1, inner, N, dtype=torch.float32),
             rings.layer(0),
             place,
-            self._decay(),
+            self._decay().detach(),
         )
 
     @torch.no_grad()

@@ -93,7 +93,7 @@ class StockMamba2Mixer(RecurrentMixer):
 
     def _replay(self, xBC_STC: Tensor, dt_STH: Tensor, state: ReplayState) -> Tensor:
         """The outputs ``[S, T, H, P]`` of convolved new tokens, before the norm: one kernel, where Δ has no limits."""
-        assert isinstance(state.ring, SSDRing) and state.A is not None
+        assert isinstance(state.ring, SSDRing)
         limited = self.dt_limits != (0.0, None)
         x_STHP, B_STGN, C_STGN = self._split(xBC_STC)
         return ssd_replay(
@@ -140,7 +140,7 @@ class StockMamba2Mixer(RecurrentMixer):
             weight.new_zeros(slots, H, P, N, dtype=torch.float32),
             rings.layer(0),
             place,
-            self._decay(),
+            self._decay().detach(),
         )
 
     @torch.no_grad()

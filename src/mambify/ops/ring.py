@@ -93,16 +93,6 @@ class RingPlace:
         """
         return 0 if self.eager else self.capacity - new - self.most_new
 
-    def advance(self, accepted_S: Tensor, new: int) -> None:
-        """Ends a round of ``new`` tokens in place: ``accepted_S`` of each active row's are kept, 0 ≤ accepted ≤ new.
-
-        To be called once, after all layers.
-        """
-        taken_S = torch.where(self.active_S, accepted_S.to(self.head_S.dtype), 0)
-        folded_S = self.active_S & (self.pending_S > self.folds_above(new))
-        self.pending_S.masked_fill_(folded_S, 0).add_(taken_S)
-        self.head_S.add_(taken_S).remainder_(self.capacity)
-
     def step(self) -> None:
         """Ends a plain step of active rows, one token that is in their states already, in place: after all layers."""
         self.head_S.add_(self.active_S).remainder_(self.capacity)

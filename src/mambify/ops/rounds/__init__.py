@@ -75,8 +75,8 @@ def move_on(
     Args:
         place: changed in place.
         length_S: tokens of each slot, changed in place.
-        folds_above: slots in which more was pending than this have had it folded (:meth:`RingPlace.advance`); ``None``
-            where nothing was.
+        folds_above: slots in which more was pending than this have had it folded (:meth:`RingPlace.folds_above`);
+            ``None`` where nothing was.
         backend: "auto", "reference" or "triton".
 
     Raises:

@@ -76,7 +76,7 @@ def selective_replay(
         S_t = exp(Δ_t A) ∘ S_{t-1} + (Δ_t x_t) B_tᵀ        y_t = S_t C_t + D x_t
 
     These are the outputs of T calls of :func:`mambify.ops.selective_scan.selective_scan_step`. The new tokens' x, B
-    and Δ are written into the ring at the head. Once it is known how many are accepted, ``place.advance`` makes them
+    and Δ are written into the ring at the head. Once it is known how many are accepted, ``rounds.move_on`` makes them
     pending. In rows where places run short (``place.folds_above``) the same call also writes the state after the
     pending tokens. In rows that are not active neither state nor ring changes, and y is zero.
 

@@ -79,7 +79,7 @@ def ssd_replay(
         y_t = e^{c_t} S₀ C_t + Σ_{j≤t} e^{c_t−c_j} Δ_j (B_j·C_t) x_j + D x_t
 
     These are the outputs of T calls of :func:`mambify.ops.ssd.ssd_step`. The new tokens' x, B and Δ are written into
-    the ring at the head. Once it is known how many are accepted, ``place.advance`` makes them pending. In rows where
+    the ring at the head. Once it is known how many are accepted, ``rounds.move_on`` makes them pending. In rows where
     places run short (``place.folds_above``) the same call also folds what is pending, n tokens, into the state:
 
         S ← e^{c_n} S₀ + Σ_{j≤n} e^{c_n−c_j} Δ_j x_j B_jᵀ
