@@ -1,7 +1,7 @@
 """Speculation at the sizes of large models, random weights, acceptance injected (:mod:`mambify.bench.injected`).
 
 A round is held against our own plain decoding of the same target in the same engine, and against the bound: the bytes
-of all weights that a round reads, the target's once and the draft's K + 1 times, at the bandwidth at which linear
+of all weights that a round reads, the target's once and the draft's K times, at the bandwidth at which linear
 layers read them here. Where acceptance is drawn, a few hundred rounds miss its mean by some per cent; so what is timed
 is the round, and tokens a second are those that the stated mean gives. The published
 shapes of pure Mamba models are run at the tokens a round of the paper's table 1.
@@ -180,7 +180,7 @@ class Bench:
         speed = case.batch * tokens_per_round / round_seconds
         # Of adaptive rounds, the parts of those with the K that was chosen most often.
         drafting, reading = _parts_of_a_round(decoder, max(passes, key=lambda k: passes[k]), self._device)
-        read = read_weight_bytes(target) + (K + 1) * read_weight_bytes(draft)
+        read = read_weight_bytes(target) + K * read_weight_bytes(draft)
         return {
             **asdict(case),
             "K": "auto" if case.adaptive else case.K,
