@@ -25,14 +25,15 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_the_compiled_peer_gives_figures() -> None:
-    (row,) = run_benchmark("decode", device="cpu", only="compiled")["results"]
+@pytest.mark.parametrize("part", ["compiled", "loop"])
+def test_compiled_peers_give_figures(part: str) -> None:
+    (row,) = run_benchmark("decode", device="cpu", only=part)["results"]
     assert "error" not in row and row["ms"] > 0
 
 
 def test_every_part_gives_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
-    cases = [case for case in decode.CASES["cpu"] if case.way != "compiled"]  # compiling takes its time
+    cases = [case for case in decode.CASES["cpu"] if case.part not in ("compiled", "loop")]  # compiling takes its time
     monkeypatch.setattr(decode, "CASES", {"cpu": cases})
     result = run_benchmark("decode", device="cpu")
     assert set(result["read_bytes_per_second"]) == {"M=1", "M=5"}

@@ -117,11 +117,16 @@ def test_bytes_that_a_pass_reads() -> None:
 
 def test_shapes() -> None:
     result = speculate.run("cpu", lambda *_: None)
-    assert [row["part"] for row in result["results"]] == ["8B", "batch", "paper"]
+    assert [row["part"] for row in result["results"]] == ["8B", "batch", "paper", "K"]
+    assert [row["K"] for row in result["results"]] == [4, 2, 3, "auto"]
+    assert 1 <= result["results"][-1]["mean_K"] <= 8
     for row in result["results"]:
         assert row["acceptance"] == "injected"
         assert row["tokens_per_second"] == pytest.approx(1e3 * row["batch"] * row["tokens_per_round"] / row["round_ms"])
-        assert 1 <= row["drawn_tokens_per_round"] <= row["K"] + 1 and row["drawn_tokens_per_second"] > 0
+        assert (
+            1 <= row["drawn_tokens_per_round"] <= (9 if row["adaptive"] else row["K"] + 1)
+            and row["drawn_tokens_per_second"] > 0
+        )
         assert row["ratio"] == row["tokens_per_second"] / row["plain_tokens_per_second"]
         assert row["round_ms"] == pytest.approx(row["draft_ms"] + row["verify_ms"] + row["rest_ms"])
     assert {case.part for case in speculate_shapes.CASES["cuda"]} == {"8B", "K", "batch", "paper"}
@@ -144,7 +149,7 @@ def test_questions_are_grouped_by_what_they_ask_for(questions: Path, tmp_path: P
 def test_real_models(saved: str, questions: Path) -> None:
     result = speculate.run("cpu", lambda *_: None, target=saved, draft=["lookup", saved], prompts=[questions])
     rows = [row for row in result["results"] if "K" in row]
-    assert {row["draft"] for row in rows} == {"lookup", saved} and {row["K"] for row in rows} == {2, 4}
+    assert {row["draft"] for row in rows} == {"lookup", saved} and {row["K"] for row in rows} == {2, 4, "auto"}
     assert {row["group"] for row in rows} == {CHAT, CODE_AND_MATH, "rag"}
     for row in rows:
         assert row["tokens"] <= 24 * row["prompts"]

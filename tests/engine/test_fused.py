@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mambify.bench.shapes import model_of_shape
 from mambify.conversion import apply_plan, plan
 from mambify.conversion.cut import cut
 from mambify.engine import Sampling, Speculator
@@ -19,6 +20,7 @@ from mambify.families.load import load
 from mambify.mixers import ReplayState
 from mambify.model import HybridForCausalLM
 from mambify.ops.backends import HAS_TRITON
+from mambify.ops.decode_linear import decode_linear
 
 if TYPE_CHECKING:
     from mambify.families.load import LoadedModel
@@ -49,15 +51,16 @@ def tower(model: HybridForCausalLM, backend: str, *, slots: int = 3, most_new: i
 
 def found(towers: Sequence[Tower], rounds: Sequence[tuple[int, list[int]]]) -> list[tuple[Tensor, Tensor]]:
     """Logits of both towers in every round of (tokens read, how many of them stand in each slot)."""
+    slots = towers[0].num_slots
     with torch.inference_mode():
         for each in towers:
-            each.begin(range(3), ([5, 6, 7, 8, 9, 10, 11], [4], []))
+            each.begin(range(slots), ([5, 6, 7, 8, 9, 10, 11], [4], [])[:slots])
         generator, pairs = torch.Generator().manual_seed(0), []
         for read, stand in rounds:
-            token_ST = torch.randint(3, 90, (3, read), generator=generator)
+            token_ST = torch.randint(3, 90, (slots, read), generator=generator)
             logits = [each.read(token_ST) for each in towers]
             for each in towers:
-                each.keep(torch.tensor(stand), read)
+                each.keep(torch.tensor(stand[:slots]), read)
             assert logits[0] is not None and logits[1] is not None
             pairs.append((logits[0], logits[1]))
     return pairs
@@ -79,14 +82,40 @@ def test_rounds_of_any_length(tiny_hybrid: Callable[..., HybridForCausalLM], mix
     check(tiny_hybrid(MIXES[mix], **CHANGES[changes]), ROUNDS)
 
 
-@pytest.mark.parametrize("mix", ["mamba2", "halves", "mixed"])
+#: pure Mamba models, and the way in which each is special
+PURE: dict[str, dict[str, Any]] = {
+    "mamba-tiny": {},
+    "mamba-tiny biased": {"ssm_proj_bias": True, "ssm_conv_bias": False, "residual_in_fp32": False, "conv_kernel": 3},
+    "mamba2-tiny": {},
+    "mamba2-tiny biased": {"ssm_proj_bias": True, "ssm_conv_bias": False, "ssm_num_groups": 1},
+    "mamba2-tiny limited": {"ssm_dt_min": 0.01, "ssm_dt_max": 0.05},
+}
+
+
+def pure(name: str, **changes: Any) -> HybridForCausalLM:
+    """With other biases than the zeros that PyTorch begins with."""
+    model = model_of_shape(name.split()[0], "cpu", torch.float32, seed=1, **PURE[name] | changes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("name", PURE)
+@pytest.mark.parametrize("slots", [3, 1])  # three times four rows are more than one kernel takes
+def test_rounds_of_pure_mamba(name: str, slots: int) -> None:
+    check(pure(name), ROUNDS, slots=slots)
+
+
+@pytest.mark.parametrize("mix", ["mamba2", "halves", "mixed", "mamba-tiny", "mamba2-tiny"])
 def test_one_token_at_a_time_that_stands(tiny_hybrid: Callable[..., HybridForCausalLM], mix: str) -> None:
-    """Where all layers allow it, Mamba2's states go on with every token and nothing is ever pending."""
-    model = tiny_hybrid(MIXES[mix])
+    """Where all layers allow it, states go on with every token and nothing is ever pending."""
+    model = pure(mix) if mix in PURE else tiny_hybrid(MIXES[mix])
     check(model, [(1, [1, 1, 1])] * 30, most_new=1, final=True)
     one = tower(model, "fused", most_new=1, final=True)
     found([one, one], [(1, [1, 1, 1])])
-    assert bool(one.place.pending_S.any()) == (mix == "mixed")
+    assert bool(one.place.pending_S.any()) == (mix == "mamba2-tiny")
 
 
 def test_a_head_that_knows_some_words(tiny_hybrid: Callable[..., HybridForCausalLM]) -> None:
@@ -99,13 +128,26 @@ def test_a_head_that_knows_some_words(tiny_hybrid: Callable[..., HybridForCausal
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("mix", ["halves", "mixed", "mamba-tiny", "mamba2-tiny"])
 @pytest.mark.parametrize("final", [False, True])
-def test_kernels(tiny_hybrid: Callable[..., HybridForCausalLM], final: bool) -> None:
+def test_kernels(
+    tiny_hybrid: Callable[..., HybridForCausalLM], mix: str, final: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same with every operation's kernel, in Triton's interpreter where there is no GPU."""
     if torch.cuda.is_available():
         pytest.skip("tests/engine/test_gpu_fused.py runs them on the GPU")
-    model = tiny_hybrid(MIXES["halves"], ops_backend="triton", attention_bias=True, qk_norm=True)
-    reads = [(1, [1, 1, 1])] * 3 if final else [(2, [2, 0, 1]), (1, [1, 1, 1])]
+
+    def by_its_kernel(*given: Any, **settings: Any) -> Tensor:
+        return decode_linear(*given, **settings | {"backend": "triton"})
+
+    monkeypatch.setattr("mambify.engine.fused_parts.decode_linear", by_its_kernel)
+    monkeypatch.setattr("mambify.ops.decode_linear.triton.block_of", lambda *_, gated: 64)  # fewer programs
+    if mix in PURE:
+        model = pure(mix, ops_backend="triton")
+        model.model.layers = model.model.layers[:1]
+    else:
+        model = tiny_hybrid(MIXES[mix], ops_backend="triton", attention_bias=True, qk_norm=True)
+    reads = [(1, [1, 1, 1])] * 2 if final else [(2, [2, 0, 1]), (1, [1, 1, 1])]
     check(model, reads, most_new=1 if final else 2, final=final)
 
 

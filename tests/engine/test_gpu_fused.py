@@ -8,15 +8,27 @@ from typing import Any
 import pytest
 import torch
 
+from mambify.bench.shapes import model_of_shape
 from mambify.conversion.cut import cut
 from mambify.engine import Sampling, Speculator
 from mambify.engine.pace import Pace
 from mambify.engine.tower import Tower
 from mambify.model import HybridForCausalLM
-from mambify.ops.decode_linear import decode_linear
+from mambify.ops.conv_replay import conv_replay
+from mambify.ops.decode_linear import Convolution, decode_linear
+from mambify.ops.ring import RingPlace
 
 pytestmark = pytest.mark.gpu
-MIXES = {"attention": ("attention",) * 4, "mamba2": ("mamba2",) * 4, "halves": ("mamba2", "attention") * 2}
+MIXES = {
+    "attention": ("attention",) * 4, "mamba2": ("mamba2",) * 4, "halves": ("mamba2", "attention") * 2,
+    "mamba1": ("mamba1", "attention") * 2,
+}  # fmt: skip
+PURE = ["mamba-tiny", "mamba2-tiny"]
+
+
+def model_of(mix: str, tiny_hybrid: Callable[..., HybridForCausalLM], **changes: Any) -> HybridForCausalLM:
+    """A tiny hybrid, or a pure Mamba model."""
+    return model_of_shape(mix, "cpu", torch.float32, seed=0) if mix in PURE else tiny_hybrid(MIXES[mix], **changes)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -45,12 +57,39 @@ def test_a_row_is_the_same_in_any_company(
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize(("slots", "new"), [(1, 1), (1, 5), (4, 2), (8, 1)])
+@pytest.mark.parametrize(("inputs", "outputs", "first", "channels"), [(2560, 1024, 0, 512), (576, 300, 70, 201)])
+def test_a_convolution_within_a_product(
+    inputs: int, outputs: int, first: int, channels: int, slots: int, new: int, overlap: bool
+) -> None:
+    """The product and then the convolution, from a stream in float32; their inputs are kept to the last bit."""
+    torch.manual_seed(0)
+    weight = torch.randn(outputs, inputs, device="cuda").bfloat16() / 64
+    taps, bias = torch.randn(channels, 4, device="cuda").bfloat16(), torch.randn(channels, device="cuda").bfloat16()
+    place = RingPlace.empty(slots, new, device="cuda")
+    place.active_S.copy_(torch.arange(slots) != 1)
+    ring = torch.randn(slots, place.capacity, channels, device="cuda").bfloat16()
+    rings = ring, ring.clone()
+    settings: dict[str, Any] = {"norm_D": torch.rand(inputs, device="cuda").bfloat16(), "eps": 1e-5}
+    for _ in range(3):
+        x = torch.randn(slots * new, inputs, device="cuda")
+        convolution = Convolution(first, taps, bias, rings[0], place)
+        found = decode_linear(x, [weight], convolution=convolution, overlap=overlap, backend="triton", **settings)
+        wanted = decode_linear(x, [weight], backend="triton", **settings)
+        part = wanted[:, first : first + channels]
+        part.copy_(conv_replay(part.unflatten(0, (slots, new)), taps, bias, rings[1], place).flatten(0, 1))
+        place.advance(torch.full((slots,), new, device="cuda"), new)
+        assert torch.equal(rings[0], rings[1])
+        assert (found.float() - wanted.float()).abs().max() <= 0.01 * wanted.float().abs().max()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("mix", [*MIXES, *PURE])
 @pytest.mark.parametrize(("slots", "read"), [(1, 1), (3, 1), (1, 5), (2, 4), (12, 1), (8, 3)])
 def test_logits_of_the_modules(
     tiny_hybrid: Callable[..., HybridForCausalLM], mix: str, slots: int, read: int, overlap: bool
 ) -> None:
-    model = tiny_hybrid(MIXES[mix], qk_norm=True, attention_bias=True).to("cuda", torch.bfloat16)
+    model = model_of(mix, tiny_hybrid, qk_norm=True, attention_bias=True).to("cuda", torch.bfloat16)
     towers = []
     for backend in ("modules", "fused"):
         active_S = torch.ones(slots, dtype=torch.bool, device="cuda")
@@ -76,12 +115,12 @@ def test_logits_of_the_modules(
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("mix", [*MIXES, *PURE])
 @pytest.mark.parametrize("draft", [None, "lookup"])
 def test_recorded_rounds_in_float32_give_the_models_tokens(
     tiny_hybrid: Callable[..., HybridForCausalLM], mix: str, draft: Any, overlap: bool
 ) -> None:
-    model = tiny_hybrid(MIXES[mix]).to("cuda")
+    model = model_of(mix, tiny_hybrid).to("cuda")
     runs = []
     for backend in ("modules", "fused"):
         speculator = Speculator(

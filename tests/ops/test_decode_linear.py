@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from mambify.errors import InvalidOptionError
 from mambify.ops.backends import HAS_TRITON
-from mambify.ops.decode_linear import decode_linear
+from mambify.ops.conv_replay import conv_replay
+from mambify.ops.decode_linear import Convolution, decode_linear
+from mambify.ops.ring import RingPlace
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 BACKENDS = ["reference", pytest.param("triton", marks=needs_triton)]
@@ -61,6 +63,50 @@ def test_it_is_the_linear_layer(
         assert found.data_ptr() == add.data_ptr()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("slots", "new"), [(1, 1), (3, 1), (1, 5), (2, 3)])
+@pytest.mark.parametrize(("first", "width"), [(0, 4), (3, 2), (7, 4)])
+def test_some_outputs_are_convolved(backend: str, slots: int, new: int, first: int, width: int) -> None:
+    """As by the product and the convolution one after the other: outputs and rings; a slot that rests keeps its own."""
+    channels, outputs = 5, 12
+    weight, bias = torch.randn(outputs, 64, device=DEVICE) / 8, torch.randn(outputs, device=DEVICE)
+    taps, conv_bias = torch.randn(channels, width, device=DEVICE), torch.randn(channels, device=DEVICE)
+    place = RingPlace.empty(slots, 5, device=DEVICE)
+    place.head_S.copy_(torch.arange(slots) + place.capacity - 2)
+    place.active_S.copy_(torch.arange(slots) != 1)
+    ring = torch.randn(slots, place.capacity, channels).to(DEVICE)
+    rings = ring, ring.clone()
+    for _ in range(2):
+        x = torch.randn(slots * new, 64, device=DEVICE)
+        found = decode_linear(
+            x, [weight], [bias], convolution=Convolution(first, taps, conv_bias, rings[0], place), backend=backend
+        )
+        wanted = decode_linear(x, [weight], [bias], backend=backend)
+        part = wanted[:, first : first + channels]
+        part.copy_(conv_replay(part.view(slots, new, channels), taps, conv_bias, rings[1], place).flatten(0, 1))
+        place.advance(torch.full((slots,), new, device=DEVICE), new)
+        for ours, theirs in zip((found, rings[0]), (wanted, rings[1]), strict=True):
+            assert (ours - theirs).abs().max() < 1e-5
+        assert slots == 1 or not found[new : 2 * new, first : first + channels].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("normed", [True, False])
+def test_a_stream_wider_than_the_weights(backend: str, normed: bool) -> None:
+    """Its rows are rounded to the weights' dtype, and what is added to it is not."""
+    x, weight = torch.randn(3, 72, device=DEVICE), torch.randn(10, 72, device=DEVICE).bfloat16() / 8
+    norm = torch.rand(72, device=DEVICE).bfloat16() if normed else None
+    found = decode_linear(x, [weight], norm_D=norm, eps=1e-5, backend=backend)
+    assert found.dtype == torch.bfloat16
+    wanted = expected(x.bfloat16(), [weight], [None], norm, False, None)
+    assert (found.double() - wanted).abs().max() < 0.02 * wanted.abs().max()
+    stream = 100 * torch.randn(3, 10, device=DEVICE)
+    added = decode_linear(x.bfloat16(), [weight], add_to_MO=stream.clone(), backend=backend)
+    assert added.dtype == torch.float32
+    wanted = expected(x.bfloat16(), [weight], [None], None, False, stream)
+    assert (added.double() - wanted).abs().max() < 0.02  # in bfloat16 a stream of this size would be off by 0.5
+
+
 @needs_triton
 @pytest.mark.parametrize(("rows", "inputs"), [(4, 64), (5, 200), (16, 128)])
 @pytest.mark.parametrize(
@@ -104,6 +150,8 @@ def test_half_precision(dtype: torch.dtype) -> None:
 
 def test_what_does_not_belong_together_is_refused() -> None:
     x, weight = torch.randn(2, 8), torch.randn(4, 8)
+    taps, place = torch.randn(3, 4), RingPlace.empty(2, 1, device="cpu", capacity=16)
+    ring = torch.zeros(2, 16, 3)
     cases: list[tuple[str, list[Any], dict[str, Any]]] = [
         ("two where gated", [x, [weight]], {"gated": True}),
         ("a weight must have shape", [x, [torch.randn(4, 7)]], {}),
@@ -111,6 +159,8 @@ def test_what_does_not_belong_together_is_refused() -> None:
         ("a bias must have shape", [x, [weight], [torch.randn(3)]], {}),
         ("norm_D must have shape", [x, [weight]], {"norm_D": torch.randn(4)}),
         ("add_to_MO must have shape", [x, [weight]], {"add_to_MO": torch.randn(2, 8)}),
+        ("convolves channels of one weight", [x, [weight]], {"convolution": Convolution(2, taps, None, ring, place)}),
+        ("ring_SRC must have shape", [x, [weight]], {"convolution": Convolution(0, taps, None, ring[:, :9], place)}),
     ]
     for message, arguments, settings in cases:
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""``mambify bench decode``: what one more token costs, beside reading the weights and transformers' ``generate``.
+"""``mambify bench decode``: what one more token costs, beside reading the weights and what others make of it.
 
 Models have random weights, which cost the same as trained ones, drawn on the device. Where a text is said to be there
 already, buffers are filled at random and lengths set: nothing is read to get there. A step is a round of the engine:
@@ -23,7 +23,7 @@ from rich.table import Table
 
 from mambify.bench.clock import seconds_of
 from mambify.bench.decode_linears import linears_of, read_rates
-from mambify.bench.decode_peers import llama, seconds_a_token
+from mambify.bench.decode_peers import llama, seconds_a_token, seconds_a_token_in_a_loop
 from mambify.bench.decode_steps import drawn_model, forget, read_bandwidth, read_weight_bytes
 from mambify.bench.shapes import SHAPES
 from mambify.conversion import state_bytes
@@ -50,7 +50,7 @@ class Case:
         context: tokens that each slot holds already.
         tokens: read at once.
         way: of our own engine "fused" or "modules", with "overlap" before it where kernels overlap; or transformers'
-            "eager" or "compiled"; or the name of a linear layer.
+            "eager" or "compiled", or a "gpt-fast-style loop" around its model; or the name of a linear layer.
     """
 
     part: str
@@ -72,9 +72,9 @@ def _cuda_cases() -> Iterator[Case]:
     yield from (Case("verify", "8B", tokens=tokens) for tokens in (1, 5, 2, 3, 8))
     yield from (Case("verify", "8B", tokens=tokens, way="overlap fused") for tokens in (1, 5))
     yield from (Case("verify", "8B", 0.5, 64, tokens=tokens) for tokens in (1, 5))
-    for way in ("eager", "compiled"):
+    for part, way in _PEERS.items():
         for context in (64, 16_384):
-            yield Case(f"{way}-16k" if context > 64 else way, "8B", 1.0, context=context, way=way)
+            yield Case(f"{part}-16k" if context > 64 else part, "8B", 1.0, context=context, way=way)
     yield from (Case("batch", "8B", share, 2**n) for share in (0.5, 1.0) for n in range(0, 10, 1))
     for share in (0.5, 0.0, 1.0):
         yield from (Case("context", "8B", share, context=1024 * 2**n) for n in (0, 2, 4, 5, 6, 7))
@@ -82,6 +82,8 @@ def _cuda_cases() -> Iterator[Case]:
 
 
 _OURS = ("fused", "overlap fused")
+#: part → way
+_PEERS = {"eager": "eager", "compiled": "compiled", "loop": "gpt-fast-style loop"}
 CASES: dict[str, list[Case]] = {
     "cpu": [
         *(Case("linears", "tiny", tokens=rows, way=way) for way in ("q, k, v", "gate, up", "down") for rows in (1, 5)),
@@ -91,7 +93,7 @@ CASES: dict[str, list[Case]] = {
             for way in ("fused", "modules")
         ),
         *(Case("verify", "tiny", batch=batch, tokens=tokens, context=16) for batch in (1, 4) for tokens in (1, 5)),
-        *(Case(way, "tiny", 1.0, context=16, way=way) for way in ("eager", "compiled")),
+        *(Case(part, "tiny", 1.0, context=16, way=way) for part, way in _PEERS.items()),
         *(Case("batch", "tiny", batch=batch, context=16) for batch in (1, 4)),
         *(Case("context", "tiny", share, context=context) for share in (0.0, 0.5) for context in (16, 256)),
         *(Case("throughput", "tiny", share, batch=4, context=64) for share in (1.0, 0.5)),
@@ -142,7 +144,7 @@ class _Machine:
             dtype = _dtype(self._device)
             linear = linears_of(SHAPES[case.shape])[case.way]
             return {"read_bytes_per_second": read_rates(linear, case.tokens, self._device, dtype)}
-        if case.way in ("eager", "compiled"):
+        if case.way in _PEERS.values():
             self.forget()
             forget(self._device)
             return self._figures(_peer_seconds(case, self._device), case)
@@ -282,6 +284,8 @@ def _peer_seconds(case: Case, device: str) -> float:
         num_hidden_layers=s.layers, num_attention_heads=s.heads, num_key_value_heads=s.groups, head_dim=s.head_dim,
         tie_word_embeddings=s.tied, max_position_embeddings=131_072,
     )  # fmt: skip
+    if case.way == _PEERS["loop"]:
+        return seconds_a_token_in_a_loop(model, case.context)
     return seconds_a_token(model, case.context, compiled=case.way == "compiled")
 
 

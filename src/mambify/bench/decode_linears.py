@@ -88,7 +88,7 @@ def read_rates(linear: Linear, rows: int, device: str, dtype: torch.dtype) -> di
     def with_block(block: int) -> Callable[[list[Tensor]], Tensor]:
         none = [None] * len(linear.heights)
         return lambda each: kernels.decode_linear(
-            x_MD, each, none, norm_D, 1e-5, linear.gated, sum_MO, False, block
+            x_MD, each, none, norm_D, 1e-5, linear.gated, sum_MO, None, False, block
         )  # fmt: skip
 
     def with_tiles(tiles: tuple[int, ...]) -> Callable[[list[Tensor]], Tensor]:

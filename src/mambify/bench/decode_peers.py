@@ -1,4 +1,8 @@
-"""transformers' own decoding of a Transformer of random weights, for ``mambify bench decode``."""
+"""Decoding of a Transformer of random weights as others do it, for ``mambify bench decode``.
+
+transformers' ``generate``, eager or with a static cache; and a loop in the style of gpt-fast, in our own words around
+transformers' Llama.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 _TOKENS, _SETTLING = 24, 6  # of a measured generation; tokens of it before times count
+_TEMPERATURE, _TOP_K = 0.8, 200  # of the loop; gpt-fast's own
+#: what ``mode="reduce-overhead"`` stands for, and gpt-fast's search for the blocks of products
+_COMPILED: dict[str, Any] = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
 
 
 class _Stamps(BaseStreamer):  # type: ignore[misc]
@@ -56,3 +63,39 @@ def seconds_a_token(model: LlamaForCausalLM, prompt: int, *, compiled: bool) -> 
         model.generate(ids, attention_mask=torch.ones_like(ids), streamer=stamps, **settings)
     gaps = [after - before for before, after in zip(stamps.times, stamps.times[1:], strict=False)]
     return statistics.median(gaps[_SETTLING:])
+
+
+@torch.no_grad()
+def seconds_a_token_in_a_loop(model: LlamaForCausalLM, prompt: int) -> float:
+    """Mean time of a token of a gpt-fast-style loop after a prompt, one row.
+
+    A step is one compiled graph without breaks: the whole forward over a static cache, and the drawing of the token on
+    the device. The host calls it again and again and waits for nothing but the last one. Compiling, and the first
+    steps, in which CUDA graphs are recorded, are left out.
+    """
+    device = model.device
+    cache = StaticCache(config=model.config, max_cache_len=prompt + _SETTLING + _TOKENS)
+    ids = torch.randint(3, model.config.vocab_size, (1, prompt), device=device)
+    token_11 = model(ids, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+    position_11 = torch.full_like(token_11, prompt)
+
+    def step(token_11: Tensor, position_11: Tensor, cache: StaticCache) -> Tensor:
+        logits_1V: Tensor = model(token_11, position_ids=position_11, past_key_values=cache).logits[:, -1]
+        logits_1V = logits_1V / _TEMPERATURE
+        least_11 = logits_1V.topk(min(_TOP_K, logits_1V.shape[1])).values[:, -1:]
+        chance_1V = logits_1V.masked_fill(logits_1V < least_11, -torch.inf).softmax(-1)
+        return (chance_1V / torch.empty_like(chance_1V).exponential_(1)).argmax(-1, keepdim=True)
+
+    compiled = torch.compile(step, fullgraph=True, options=_COMPILED)
+
+    def go_on(count: int) -> None:
+        nonlocal token_11
+        for _ in range(count):
+            token_11 = compiled(token_11, position_11, cache).clone()  # the next replay writes over what it returns
+            position_11.add_(1)
+        token_11.item()
+
+    go_on(_SETTLING)
+    start = time.perf_counter()
+    go_on(_TOKENS)
+    return (time.perf_counter() - start) / _TOKENS

@@ -31,7 +31,7 @@ def plot_decode(result: dict[str, Any], path: Path) -> None:
     contexts.set_ylabel("ms a token")
     batches.set_xlabel("sequences at once")
     batches.set_ylabel("tokens a second")
-    bars = [row for row in rows if row["part"] == "step" or row["way"] in ("eager", "compiled")]
+    bars = [row for row in rows if row["part"] == "step" or row["way"] in ("eager", "compiled", "gpt-fast-style loop")]
     labels = [f"{row['shape']} {row['attention']:.0%} {row['way']}" for row in bars]
     labels = [f"{label}, {thousands(row['context'])}" for label, row in zip(labels, bars, strict=True)]
     colours = [OURS if "fused" in row["way"] else OTHERS[0] for row in bars]

@@ -40,7 +40,8 @@ class InjectedSpeculator(Speculator):
         K = drafted_SK.shape[1]
         # The numbers that the tests used: they decide nothing else.
         stands_SK = self._numbers(K, K) < self._rates_K[:K]
-        return stands_SK.long().cumprod(1).sum(1), next_S
+        kept_S = stands_SK.long().cumprod(1).sum(1)
+        return kept_S if num_drafted_S is None else torch.minimum(kept_S, num_drafted_S), next_S
 
 
 def rates_for(tokens_per_round: float, num_draft_tokens: int) -> list[float]:

@@ -93,12 +93,13 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def _shape_cells(row: dict[str, Any]) -> list[str]:
-    times = f"draft {row['draft_ms']:.2f}, verify {row['verify_ms']:.2f}, rest {row['rest_ms']:.2f} ms; injected"
-    published = f"; published {row['published']:.0f}" if row["published"] else ""
+    notes = f"draft {row['draft_ms']:.2f}, verify {row['verify_ms']:.2f}, rest {row['rest_ms']:.2f} ms; injected"
+    notes += f"; published {row['published']:.0f}" if row["published"] else ""
+    notes += f"; K {row['mean_K']:.1f} on average" if row["K"] == "auto" else ""
     return [
         row["part"], row["draft"], f"{row['target']} × {row['batch']}", str(row["K"]),
         f"{row['tokens_per_round']:.2f}", f"{row['tokens_per_second']:,.0f}",
-        f"{row['plain_tokens_per_second']:,.0f}", f"{row['ratio']:.2f}×", f"{row['of_bound']:.0%}", times + published,
+        f"{row['plain_tokens_per_second']:,.0f}", f"{row['ratio']:.2f}×", f"{row['of_bound']:.0%}", notes,
     ]  # fmt: skip
 
 

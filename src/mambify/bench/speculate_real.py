@@ -1,13 +1,12 @@
 """Speculation with models that were trained: what drafts for a target, how often it is right, what that is worth.
 
-Prompts are answered one at a time. Each draft is tried with several K on conversation and on code and mathematics; the
-best K at each temperature then answers the other groups of questions. The clock runs from the first look at the device
-to the last, so reading the prompt is left out on both sides.
+Prompts are answered one at a time. Each draft is tried with several K, and with "auto", on conversation and on code and
+mathematics; the best K at each temperature then answers the other groups of questions. The clock runs from the first
+look at the device to the last, so reading the prompt is left out on both sides.
 """
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from mambify.decode.drafts import cut_if_named, is_made_of_target
 from mambify.decode.text import stop_ids
 from mambify.engine import Sampling, Speculator
 from mambify.engine.speculate import Draft
+from mambify.engine.statistics import Statistics
 from mambify.families.load import load, require_tokenizer
 from mambify.model import HybridForCausalLM
 
@@ -61,8 +61,7 @@ class _Sum:
 
     tokens: int = 0
     seconds: float = 0.0
-    given: int = 0
-    accepted: list[int] = field(default_factory=list)
+    counts: Statistics = field(default_factory=Statistics)
     answers: list[list[int]] = field(default_factory=list)
 
 
@@ -90,9 +89,9 @@ class Trials:
         for done, name in enumerate(names):
             say(done, len(names))
             draft = self._load_draft(name)
-            swept: dict[int, list[dict[str, Any]]] = {
-                K: self._rows(name, draft, temperature, K, [g for g in self._questions if g in _SWEPT])
-                for K in self._size.drafted
+            tried: tuple[int | str, ...] = (*self._size.drafted, "auto")
+            swept = {
+                K: self._rows(name, draft, temperature, K, [g for g in self._questions if g in _SWEPT]) for K in tried
             }
             rows += [row for found in swept.values() for row in found]
             best = max(swept, key=lambda K: sum(row["ratio"] for row in swept[K]))
@@ -106,17 +105,18 @@ class Trials:
             return cut_if_named(name, self.target)  # type: ignore[return-value]
         return load(name, dtype=self._dtype, device=self._device).model
 
-    def _rows(self, name: str, draft: Draft, temperature: float, K: int, groups: Sequence[str]) -> list[dict[str, Any]]:
+    def _rows(
+        self, name: str, draft: Draft, temperature: float, K: int | str, groups: Sequence[str]
+    ) -> list[dict[str, Any]]:
         if not groups:
             return []
         if (temperature, groups[0]) not in self._plain:
-            plain = self._answer(None, temperature, 0, groups)
+            plain = self._answer(None, temperature, 1, groups)
             self._plain |= {(temperature, group): found for group, found in plain.items()}
         rows = []
         for group, found in self._answer(draft, temperature, K, groups).items():
             plain_sum = self._plain[temperature, group]
             speed, plain_speed = found.tokens / found.seconds, plain_sum.tokens / plain_sum.seconds
-            reached = [sum(found.accepted[k:]) for k in range(K + 1)]
             same = [ours == theirs for ours, theirs in zip(found.answers, plain_sum.answers, strict=True)]
             rows.append(
                 {
@@ -125,9 +125,10 @@ class Trials:
                     "K": K,
                     "group": group,
                     "prompts": len(found.answers),
-                    "tokens": found.given,
-                    "tokens_per_round": found.given / reached[0],
-                    "acceptance_by_position": [b / a if a else 0.0 for a, b in itertools.pairwise(reached)],
+                    "tokens": found.counts.tokens,
+                    "tokens_per_round": found.counts.tokens_per_round,
+                    "mean_K": sum(k * n for k, n in found.counts.drafted.items()) / sum(found.counts.accepted),
+                    "acceptance_by_position": found.counts.acceptance_by_position,
                     "tokens_per_second": speed,
                     "plain_tokens_per_second": plain_speed,
                     "ratio": speed / plain_speed,
@@ -136,23 +137,22 @@ class Trials:
             )
         return rows
 
-    def _answer(self, draft: Draft, temperature: float, K: int, groups: Sequence[str]) -> dict[str, _Sum]:
+    def _answer(self, draft: Draft, temperature: float, K: int | str, groups: Sequence[str]) -> dict[str, _Sum]:
         """Answers the questions of some groups, one after another."""
         asked = {group: self._questions[group] for group in groups}
         longest = max(len(ids) for prompts in asked.values() for ids in prompts)
         decoder = Speculator(
             self.target, draft, num_slots=1, max_length=longest + self._size.new,
-            sampling=Sampling(temperature=temperature), num_draft_tokens=max(K, 1), stop_ids=self._stops,
+            sampling=Sampling(temperature=temperature), num_draft_tokens=K, stop_ids=self._stops,
         )  # fmt: skip
         sums: dict[str, _Sum] = {}
         for group, prompts in asked.items():
-            total = sums.setdefault(group, _Sum(accepted=[0] * (K + 1)))
+            total = sums.setdefault(group, _Sum())
             for seed, ids in enumerate(prompts):
                 pace = pace_of(decoder, [ids], max_new_tokens=self._size.new, seeds=[seed])
                 total.tokens += pace.tokens
                 total.seconds += pace.seconds
-                total.given += decoder.statistics.tokens
-                total.accepted = [a + b for a, b in zip(total.accepted, decoder.statistics.accepted, strict=True)]
+                total.counts.include(decoder.statistics)
                 total.answers += pace.answers
         del decoder
         forget(self._device)

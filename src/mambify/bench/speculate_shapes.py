@@ -1,7 +1,7 @@
 """Speculation at the sizes of large models, random weights, acceptance injected (:mod:`mambify.bench.injected`).
 
 A round is held against our own plain decoding of the same target in the same engine, and against the bound: the bytes
-of all weights that a round reads, the target's once and the draft's K + 1 times, at the bandwidth at which linear
+of all weights that a round reads, the target's once and the draft's K times, at the bandwidth at which linear
 layers read them here. Where acceptance is drawn, a few hundred rounds miss its mean by some per cent; so what is timed
 is the round, and tokens a second are those that the stated mean gives. The published
 shapes of pure Mamba models are run at the tokens a round of the paper's table 1.
@@ -19,6 +19,7 @@ from mambify.bench.decode_steps import drawn_model, forget, read_bandwidth, read
 from mambify.bench.injected import InjectedSpeculator, rates_for
 from mambify.bench.pace import pace_of
 from mambify.engine import Sampling, Speculator
+from mambify.engine.pace import AUTO
 from mambify.engine.recording import recorded
 from mambify.model import HybridForCausalLM
 
@@ -66,6 +67,8 @@ class Case:
         part: what ``only`` chooses by.
         K: drafted tokens.
         tokens_per_round: to be injected.
+        adaptive: rounds draft what gives the most tokens a second, 1 to 8, instead; every token is then accepted as
+            often as gives ``tokens_per_round`` with K.
         published: what others report for it: tokens a second on an H100.
     """
 
@@ -78,12 +81,23 @@ class Case:
     context: int = 512
     new: int = 384
     published: float | None = None
+    adaptive: bool = False
+
+    def rates(self) -> list[float]:
+        """How often each drafted token is accepted, if those before it were."""
+        rates = rates_for(self.tokens_per_round, self.K)
+        return rates[:1] * AUTO[1] if self.adaptive else rates
 
 
 def _with_rate_of(case: Case, K: int) -> Case:
     """Another K with the same acceptance at every position."""
     (rate, *_) = rates_for(case.tokens_per_round, case.K)
-    return replace(case, part="K", K=K, tokens_per_round=sum(rate**k for k in range(K + 1)))
+    return replace(case, part="K", K=K, tokens_per_round=_expected(rate, K))
+
+
+def _expected(rate: float, K: int) -> float:
+    """Tokens a round of K drafted ones, each accepted with this probability."""
+    return sum(rate**k for k in range(K + 1))
 
 
 _TINY = Sizes("tiny")
@@ -99,6 +113,7 @@ CASES: dict[str, list[Case]] = {
         Case("8B", _TINY, Sizes("tiny", 1.0, layers=1), 4, 3.3, context=20, new=60),
         Case("batch", _TINY, Sizes("tiny", 0.0, layers=2, words=128), 2, 2.0, batch=3, context=20, new=40),
         Case("paper", Sizes("mamba-tiny", None), Sizes("mamba-tiny", None), 3, 4.0, context=20, new=40),
+        Case("K", _TINY, Sizes("tiny", 1.0, layers=1), 4, 3.3, context=20, new=60, adaptive=True),
     ],
     "cuda": [
         *(
@@ -107,11 +122,16 @@ CASES: dict[str, list[Case]] = {
             for tokens in (3.3, 3.6)
         ),
         *(_with_rate_of(_BASE, K) for K in (2, 3, 6, 8)),
+        replace(_BASE, part="K", adaptive=True),
         *(replace(_BASE, part="batch", batch=batch) for batch in (4, 16, 64)),
         *(
             Case("paper", Sizes(target, None), Sizes(draft, None), K, tokens, published=published)
             for (target, draft), rows in _PAPER.items()
             for K, tokens, published in rows
+        ),
+        *(
+            Case("paper", Sizes(target, None), Sizes(draft, None), K, tokens, adaptive=True)
+            for (target, draft), (_, (K, tokens, _)) in _PAPER.items()
         ),
     ],
 }
@@ -146,15 +166,26 @@ class Bench:
             self._plain[kept] = pace_of(decoder, prompts, max_new_tokens=case.new).tokens_per_second
             del decoder
         draft = case.draft.model(self._device)
-        rates = rates_for(case.tokens_per_round, case.K)
+        rates = case.rates()
+        if case.adaptive:
+            settings["num_draft_tokens"] = AUTO
         decoder = InjectedSpeculator(target, draft, rates=rates, **settings)
         pace = pace_of(decoder, prompts, max_new_tokens=case.new)
         round_seconds = pace.seconds / pace.rounds
-        speed = case.batch * case.tokens_per_round / round_seconds
-        drafting, reading = _parts_of_a_round(decoder, case.K, self._device)
-        read = read_weight_bytes(target) + (case.K + 1) * read_weight_bytes(draft)
+        passes = decoder.statistics.passes
+        tokens_per_round, K = case.tokens_per_round, float(case.K)
+        if case.adaptive:
+            tokens_per_round = sum(n * _expected(rates[0], k) for k, n in passes.items()) / sum(passes.values())
+            K = sum(n * k for k, n in passes.items()) / sum(passes.values())
+        speed = case.batch * tokens_per_round / round_seconds
+        # Of adaptive rounds, the parts of those with the K that was chosen most often.
+        drafting, reading = _parts_of_a_round(decoder, max(passes, key=lambda k: passes[k]), self._device)
+        read = read_weight_bytes(target) + K * read_weight_bytes(draft)
         return {
             **asdict(case),
+            "K": "auto" if case.adaptive else case.K,
+            "mean_K": K,
+            "tokens_per_round": tokens_per_round,
             "target": str(case.target),
             "draft": str(case.draft),
             "acceptance": "injected",

@@ -4,16 +4,23 @@ Reading a token is reading every weight once; what a layer does between its prod
 kernel of its own. For up to sixteen rows (S·T; eight in float32) a layer is
 
     Mamba2     norm + in_proj | conv, Δ, state, gated norm | out_proj + sum | norm + gate, up, SiLU | down + sum
+    Mamba1     norm + in_proj | conv, dt_proj, state, gate | out_proj + sum | the MLP's two
     attention  norm + q, k, v | rotation, new keys and values | attention | its parts | o + sum | the MLP's two
 
-with one kernel between bars: five and seven. Where tokens may yet be rejected, a Mamba2 layer's middle is three: the
-convolution and the replay on their rings, and the gated norm. For more rows products are PyTorch's own (cuBLAS), norm
-and gate are kernels beside them, and the sums are still part of the products.
+with one kernel between bars: five, five and seven. Where tokens may yet be rejected, Mamba1's middle replays its rings
+in the same kernel; Mamba2's is the replay and the gated norm, and the convolution is part of in_proj. Layers of pure
+Mamba models, which have no MLP, are four:
+
+    stock Mamba1  norm + in_proj + conv | x_proj | dt_proj, state or replay, gate | out_proj + sum
+    stock Mamba2  norm + in_proj + conv | replay | gated norm | out_proj + sum
+
+For more rows products are PyTorch's own (cuBLAS), norm, gate and convolution are kernels beside them, the sums are
+still part of the products, and Mamba1 layers run as they are.
 
 Nothing is copied or moved: kernels take the parameters of the modules where they lie, so that saving, moving and
 training a model are as before, and to let go of a step is to forget it. What is made of parameters beforehand is A =
-−exp(A_log), which lies with the states (:meth:`mambify.engine.tower.Tower.refresh`). Modules that have no such form
-(Mamba1, a projection that is not a plain linear layer, another activation) run as they are.
+−exp(A_log), which lies with the states (:meth:`mambify.engine.tower.Tower.refresh`). Modules that have no such form (a
+projection that is not a plain linear layer, another activation, stock Mamba2 with limits of Δ) run as they are.
 
 Letters: S slots, T tokens read at once, M = S·T rows, D hidden size, E outputs of a projection, H query heads, G
 key/value heads, P head dimension, V vocabulary.
@@ -22,20 +29,24 @@ key/value heads, P head dimension, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mambify.engine.fused_mamba import FusedMamba1, FusedStockMamba1, FusedStockMamba2
+from mambify.engine.fused_parts import MOST_FUSED, Mix, Product, Reading, State, Unfused, is_plain
 from mambify.mixers import AttentionMixer, MixerContext, ReplayState
 from mambify.mixers.attention import SlotKV
-from mambify.mixers.linear import PaddedLinear
+from mambify.mixers.mamba1 import Mamba1Mixer
 from mambify.mixers.mamba2 import Mamba2Mixer
+from mambify.mixers.stock_mamba1 import StockMamba1Mixer
+from mambify.mixers.stock_mamba2 import StockMamba2Mixer
 from mambify.model import GatedMLP, HybridBlock, HybridForCausalLM
 from mambify.norm import RMSNorm
 from mambify.ops.conv_replay import conv_replay
 from mambify.ops.decode_attention import decode_attention
-from mambify.ops.decode_linear import decode_linear
+from mambify.ops.decode_linear import Convolution
 from mambify.ops.gated_norm import gated_rms_norm
 from mambify.ops.mamba2_step import Mamba2Weights, mamba2_step
 from mambify.ops.ring import RingPlace
@@ -46,40 +57,18 @@ from mambify.trimmed_head import TrimmedHead, known_logits
 _MOST_STEPPED = 8  # slots up to which writing every state each step costs less than what else replay launches
 _MOVING = ("dynamic", "longrope")  # rotations that depend on the length of the text, not on the position alone
 
-State = SlotKV | ReplayState
-
-
-class Reading(NamedTuple):
-    """What all layers share of one read.
-
-    Attributes:
-        shape: S and T.
-        place: where recurrent layers stand in their rings.
-        ends_S: tokens in each slot with the new ones.
-        contexts: for mixers that run as they are, attention's and the others'.
-    """
-
-    shape: tuple[int, int]
-    place: RingPlace
-    ends_S: Tensor
-    contexts: tuple[MixerContext, MixerContext]
-
-
-#: adds what a mixer makes of the stream [M, D] to it, in place where that spares a kernel
-_Mix = Callable[[Tensor, Reading], Tensor]
-
 
 def steps_at_once(model: HybridForCausalLM, slots: int) -> bool:
     """Whether tokens that are sure to stand had better go into the states at once, instead of into rings."""
     mixers = [block.mixer for block in model.model.layers if isinstance(block, HybridBlock)]
     recurrent = [mixer for mixer in mixers if not isinstance(mixer, AttentionMixer)]
-    return slots <= _MOST_STEPPED and all(map(_is_fusible, recurrent))
+    return slots <= _MOST_STEPPED and all(_is_fusible(m) and type(m) is not StockMamba2Mixer for m in recurrent)
 
 
 def can_fuse(model: HybridForCausalLM) -> bool:
-    """Whether a model is one of these blocks, each with its MLP, and its rotations can be looked up by position."""
+    """Whether a model is one of these blocks, and its rotations can be looked up by position."""
     moves = str(getattr(model.model.rotary_emb, "rope_type", "default")) in _MOVING
-    return not moves and all(type(block) is HybridBlock and block.mlp is not None for block in model.model.layers)
+    return not moves and all(type(block) is HybridBlock for block in model.model.layers)
 
 
 def can_overlap(device: torch.device) -> bool:
@@ -97,7 +86,7 @@ class FusedStep:
         states: of its layers.
         lengths_S: tokens that stand in each slot; read at each step.
         places: the most tokens a slot may hold, new ones included.
-        at_once: Mamba2 layers take their states on with every token; see :func:`steps_at_once`.
+        at_once: recurrent layers take their states on with every token; see :func:`steps_at_once`.
         overlap: products begin to read weights while the kernel before them ends; on a GPU of compute capability 9.0
             or later.
     """
@@ -113,21 +102,21 @@ class FusedStep:
         overlap: bool = False,
     ) -> None:
         self._model, self._lengths_S = model, lengths_S
-        self._product = _Product(model.config.ops_backend, overlap)
-        self._blocks: list[tuple[_Mix, Callable[[Tensor], Tensor]]] = []
+        self._product = Product(model.config.ops_backend, overlap)
+        self._blocks: list[tuple[Mix, Callable[[Tensor], Tensor]]] = []
         self._needs_positions = False
         table = None
         for block, state in zip(model.model.layers, states, strict=True):
             assert isinstance(block, HybridBlock)
-            mix: _Mix
+            mix: Mix
             if not _is_fusible(block.mixer):
-                mix = _Unfused(block, state)
+                mix = Unfused(block, state)
                 self._needs_positions |= isinstance(state, SlotKV)
             elif isinstance(state, SlotKV):
                 table = _rotations(model, places) if table is None else table
                 mix = _Attention(block, state, table, self._product)
             else:
-                mix = _Mamba2(block, state, self._product, at_once=at_once)
+                mix = _RECURRENT[type(block.mixer)](block, state, self._product, at_once)
             self._blocks.append((mix, _feed_forward(block, self._product)))
 
     def read(self, token_ST: Tensor, place: RingPlace, *, logits: bool = True) -> Tensor | None:
@@ -140,7 +129,7 @@ class FusedStep:
         if not logits:
             return None
         head = self._model.lm_head
-        if _is_plain(head) or type(head) is TrimmedHead:  # a product with the rows of the words that it knows
+        if is_plain(head) or type(head) is TrimmedHead:  # a product with the rows of the words that it knows
             found = self._product(x_MD, [head], norm=core.norm)
         else:
             found = known_logits(head, core.norm(x_MD))
@@ -153,36 +142,8 @@ class FusedStep:
         return MixerContext(position_embeddings=self._model.model.rotary_emb(x_MD, position_ST)), MixerContext()
 
 
-class _Product:
-    """Linear modules of one input; see :func:`mambify.ops.decode_linear.decode_linear`."""
-
-    def __init__(self, backend: str, overlap: bool) -> None:
-        self.backend, self._overlap = backend, overlap
-
-    def __call__(
-        self,
-        x_MD: Tensor,
-        linears: Sequence[nn.Linear],
-        *,
-        norm: RMSNorm | None = None,
-        gated: bool = False,
-        add_to: Tensor | None = None,
-    ) -> Tensor:
-        return decode_linear(
-            x_MD,
-            [linear.weight for linear in linears],
-            [linear.bias for linear in linears],
-            norm_D=None if norm is None else norm.weight,
-            eps=0.0 if norm is None else norm.eps or torch.finfo(x_MD.dtype).eps,
-            gated=gated,
-            add_to_MO=add_to,
-            overlap=self._overlap,
-            backend="reference" if self.backend == "reference" else "auto",
-        )
-
-
 class _Mamba2:
-    def __init__(self, block: HybridBlock, state: State, product: _Product, *, at_once: bool) -> None:
+    def __init__(self, block: HybridBlock, state: State, product: Product, at_once: bool) -> None:
         mixer = block.mixer
         assert isinstance(mixer, Mamba2Mixer) and isinstance(state, ReplayState) and isinstance(state.ring, SSDRing)
         self._block, self._mixer, self._state, self._ring, self._product = block, mixer, state, state.ring, product
@@ -198,19 +159,28 @@ class _Mamba2:
         )
 
     def __call__(self, x_MD: Tensor, reading: Reading) -> Tensor:
-        zxBCdt_ME = self._product(x_MD, [self._mixer.in_proj], norm=self._block.input_layernorm)
-        backend, place = self._mixer.ops_backend, reading.place
+        mixer, weights = self._mixer, self._weights
+        backend, place, few = mixer.ops_backend, reading.place, len(x_MD) <= MOST_FUSED and not self._at_once
+        channels = Convolution(
+            mixer.num_heads * mixer.head_dim, weights.conv_CK, weights.conv_bias_C, self._state.conv, place
+        )
+        zxBCdt_ME = self._product(
+            x_MD, [mixer.in_proj], norm=self._block.input_layernorm, convolution=channels if few else None
+        )
         if self._at_once:
-            y_MHP = mamba2_step(zxBCdt_ME, self._weights, self._state.ssm, self._state.conv, place, backend=backend)
+            y_MHP = mamba2_step(zxBCdt_ME, weights, self._state.ssm, self._state.conv, place, backend=backend)
         else:
-            y_MHP = self._replay(zxBCdt_ME.unflatten(0, reading.shape), place, backend).flatten(0, 1)
-        return self._product(y_MHP.flatten(1), [self._mixer.out_proj], add_to=x_MD)
+            y_MHP = self._replay(zxBCdt_ME.unflatten(0, reading.shape), place, backend, convolved=few).flatten(0, 1)
+        return self._product(y_MHP.flatten(1), [mixer.out_proj], add_to=x_MD)
 
-    def _replay(self, zxBCdt_STE: Tensor, place: RingPlace, backend: str) -> Tensor:
+    def _replay(self, zxBCdt_STE: Tensor, place: RingPlace, backend: str, *, convolved: bool) -> Tensor:
         mixer, weights = self._mixer, self._weights
         H, G, P, N = mixer.num_heads, mixer.num_groups, mixer.head_dim, mixer.state_size
         z_STI, xBC_STC, dt_STH = zxBCdt_STE.split([H * P, sum(mixer.conv_split), H], dim=-1)
-        xBC_STC = conv_replay(xBC_STC, weights.conv_CK, weights.conv_bias_C, self._state.conv, place, backend=backend)
+        if not convolved:
+            xBC_STC = conv_replay(
+                xBC_STC, weights.conv_CK, weights.conv_bias_C, self._state.conv, place, backend=backend
+            )
         x_STI, B_STI, C_STI = xBC_STC.split(mixer.conv_split, dim=-1)
         y_STHP = ssd_replay(
             x_STI.unflatten(-1, (G, P)),
@@ -229,7 +199,7 @@ class _Mamba2:
 
 
 class _Attention:
-    def __init__(self, block: HybridBlock, state: State, table: tuple[Tensor, Tensor], product: _Product) -> None:
+    def __init__(self, block: HybridBlock, state: State, table: tuple[Tensor, Tensor], product: Product) -> None:
         assert isinstance(block.mixer, AttentionMixer) and isinstance(state, SlotKV)
         self._block, self._mixer, self._state, self._product = block, block.mixer, state, product
         self._cos_LJ, self._sin_LJ = table
@@ -257,27 +227,12 @@ class _Attention:
         return self._product(y_STHP.flatten(0, 1).flatten(1), [mixer.o_proj], add_to=x_MD)
 
 
-class _Unfused:
-    """A mixer as it is."""
-
-    def __init__(self, block: HybridBlock, state: State) -> None:
-        self._block, self._state = block, state
-
-    def __call__(self, x_MD: Tensor, reading: Reading) -> Tensor:
-        state, (with_positions, without) = self._state, reading.contexts
-        context = with_positions
-        if isinstance(state, ReplayState):
-            state, context = state._replace(place=reading.place), without
-        normed_STD = self._block.input_layernorm(x_MD).unflatten(0, reading.shape)
-        y_STD: Tensor = self._block.mixer(normed_STD, context, state)[0]
-        return x_MD + y_STD.flatten(0, 1)
-
-
-def _feed_forward(block: HybridBlock, product: _Product) -> Callable[[Tensor], Tensor]:
+def _feed_forward(block: HybridBlock, product: Product) -> Callable[[Tensor], Tensor]:
     mlp = block.mlp
-    assert mlp is not None  # :func:`can_fuse`
+    if mlp is None:
+        return block.feed_forward
     parts = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    if type(mlp) is not GatedMLP or mlp.config.hidden_act != "silu" or not all(map(_is_plain, parts)):
+    if type(mlp) is not GatedMLP or mlp.config.hidden_act != "silu" or not is_plain(*parts):
         return block.feed_forward
 
     def run(x_MD: Tensor) -> Tensor:
@@ -289,13 +244,22 @@ def _feed_forward(block: HybridBlock, product: _Product) -> Callable[[Tensor], T
 
 def _is_fusible(mixer: nn.Module) -> bool:
     if type(mixer) is AttentionMixer:
-        return all(map(_is_plain, (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.o_proj)))
-    return type(mixer) is Mamba2Mixer and _is_plain(mixer.in_proj) and _is_plain(mixer.out_proj)
+        return is_plain(mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.o_proj)
+    if type(mixer) is StockMamba1Mixer:
+        return is_plain(mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
+    if type(mixer) is Mamba1Mixer:
+        return is_plain(mixer.in_proj, mixer.dt_proj, mixer.out_proj)
+    if type(mixer) is StockMamba2Mixer:
+        return mixer.dt_limits == (0.0, None) and is_plain(mixer.in_proj, mixer.out_proj)
+    return type(mixer) is Mamba2Mixer and is_plain(mixer.in_proj, mixer.out_proj)
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a projection is its weight and its bias and nothing else, such as an adapter."""
-    return type(module) in (nn.Linear, PaddedLinear)
+_RECURRENT: dict[type[nn.Module], Callable[[HybridBlock, State, Product, bool], Mix]] = {
+    Mamba2Mixer: _Mamba2,
+    Mamba1Mixer: FusedMamba1,
+    StockMamba1Mixer: FusedStockMamba1,
+    StockMamba2Mixer: FusedStockMamba2,
+}
 
 
 @torch.no_grad()

@@ -131,6 +131,7 @@ class Speculator:
         if self._seen_SV is not None:
             logits_STV = self._penalised(logits_STV, self._seen_SV, drafted_SK)
         kept_S, next_S = self._accept(logits_STV, draft_SKW, drafted_SK, num_drafted_S)
+        alone_S = self._target.length_S == 0
         count_S, goes_on_S = settle_round(
             drafted_SK, kept_S, next_S, self._stops_E, self._target.length_S, self._active_S, self._token_S,
             self._budget_S, self._history_SL, self._accepted_T,
@@ -139,7 +140,7 @@ class Speculator:
             self._see(drafted_SK, next_S, count_S)
         self._target.keep(count_S, K + 1)
         if self._draft is not None:
-            self._draft.take_back(K + 1 - count_S)
+            self._draft.take_back(K + 1 - count_S + alone_S)
         self._active_S.copy_(goes_on_S)
 
     def _put_forward(self, K: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -149,20 +150,30 @@ class Speculator:
             return drafted_SK, None, found_S
         if self._draft is None:
             return self._token_S.new_zeros(len(self._token_S), 0), None, None
-        one_S, numbers_SK = torch.ones_like(self._token_S), self._numbers(0, K)
-        tokens, logits = [self._token_S], []
+        numbers_SK, tokens, logits = self._numbers(0, K), [self._token_S], []
         seen_SV = None if self._seen_SV is None else self._seen_SV.clone()
-        for k in range(K + 1):  # the last drafted token is read as well: nothing is missing if all of them stand
-            found_S1W = self._draft.read(tokens[k][:, None], fold=k == 0, logits=k < K)
-            self._draft.keep(one_S, 1, fold=k == 0)
-            if found_S1W is not None:
-                if seen_SV is not None:
-                    seen_SV.scatter_(1, tokens[k][:, None], True)
-                    found_S1W = self._penalised(found_S1W, _columns(seen_SV, self._draft_ids_W))
-                logits.append(found_S1W[:, 0])
-                drawn_S = draw_tokens(logits[k], numbers_SK[:, k].contiguous(), **self._settings)
-                tokens.append(drawn_S if self._draft_ids_W is None else self._draft_ids_W[drawn_S])
-        return torch.stack(tokens[1:], 1), torch.stack(logits, 1), None
+        for k in range(K):
+            # The draft is a token behind: the last one that was drafted is read with the token that follows it, if it
+            # stands, and not by a read of its own that each round would need in case it does.
+            read_SX = torch.stack([self._token_before(), tokens[k]], 1) if k == 0 else tokens[k][:, None]
+            found_SXW = self._draft.read(read_SX, fold=k == 0)
+            assert found_SXW is not None
+            self._draft.keep(torch.full_like(tokens[k], read_SX.shape[1]), read_SX.shape[1], fold=k == 0)
+            found_S1W = found_SXW[:, -1:]
+            if seen_SV is not None:
+                seen_SV.scatter_(1, tokens[k][:, None], True)
+                found_S1W = self._penalised(found_S1W, _columns(seen_SV, self._draft_ids_W))
+            logits.append(found_S1W[:, 0])
+            drawn_S = draw_tokens(logits[k], numbers_SK[:, k].contiguous(), **self._settings)
+            tokens.append(drawn_S if self._draft_ids_W is None else self._draft_ids_W[drawn_S])
+        # Where there is no token before, as in a text of one token, the draft has read nonsense: for once it drafts
+        # nothing, and then it forgets all of it.
+        num_drafted_S = torch.where(self._target.length_S == 0, 0, K)
+        return torch.stack(tokens[1:], 1), torch.stack(logits, 1), num_drafted_S
+
+    def _token_before(self) -> Tensor:
+        """The token before each slot's last one; of a text of one token that one itself."""
+        return self._history_SL.gather(1, (self._target.length_S - 1).clamp(min=0)[:, None])[:, 0]
 
     def _accept(
         self, logits_STV: Tensor, draft_SKW: Tensor | None, drafted_SK: Tensor, num_drafted_S: Tensor | None
@@ -305,11 +316,11 @@ class Speculator:
 
     def read_bytes(self, length: int, num_drafted: int) -> int:
         """Bytes that a round with this K must read: weights and what layers carry, ``length`` tokens a slot; a draft
-        reads K + 1 times.
+        reads K times.
         """
         found = read_bytes(self._target.model, num_slots=len(self._token_S), length=length)
         if self._draft is not None:
-            found += (num_drafted + 1) * read_bytes(self._draft.model, num_slots=len(self._token_S), length=length)
+            found += num_drafted * read_bytes(self._draft.model, num_slots=len(self._token_S), length=length)
         return found
 
     def dismiss(self, number: int) -> None:
@@ -317,7 +328,7 @@ class Speculator:
         self._dismissed.add(number)
 
     def _begin(self, begun: Mapping[int, _Prompt], budget: int) -> None:
-        """Reads prompts, all but their last tokens, into slots that are free."""
+        """Reads prompts, all but their last tokens, into slots that are free; a draft stays a token further behind."""
         if not begun:
             return
         width = max(len(prompt.ids) for prompt in begun.values())
@@ -329,9 +340,9 @@ class Speculator:
         if self._token_S.device.type == "cuda":
             packed = packed.pin_memory().to(self._token_S.device, non_blocking=True)
         slot_E, token_E, budget_E, seed_E, heard_E = packed[:, :5].unbind(1)
-        for tower in (self._target, self._draft):
-            if tower is not None:
-                tower.begin(list(begun), [prompt.ids[:-1] for prompt in begun.values()])
+        self._target.begin(list(begun), [prompt.ids[:-1] for prompt in begun.values()])
+        if self._draft is not None:
+            self._draft.begin(list(begun), [prompt.ids[:-2] for prompt in begun.values()])
         self._token_S[slot_E], self._budget_S[slot_E], self._seed_S[slot_E] = token_E, budget_E, seed_E
         self._heard_S[slot_E] = heard_E
         self._history_SL[slot_E, :width] = packed[:, 5:]

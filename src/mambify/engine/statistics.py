@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 
 @dataclass
@@ -35,6 +36,14 @@ class Statistics:
         self.drafted[num_drafted] = self.drafted.get(num_drafted, 0) + sum(accepted)
         self.passes[num_drafted] = self.passes.get(num_drafted, 0) + passes
         self.seconds += seconds
+
+    def include(self, other: Statistics) -> None:
+        """Counts what another run did as well."""
+        self.tokens, self.seconds = self.tokens + other.tokens, self.seconds + other.seconds
+        for mine, theirs in ((self.passes, other.passes), (self.drafted, other.drafted)):
+            mine |= {K: mine.get(K, 0) + count for K, count in theirs.items()}
+        both = (self.accepted, other.accepted), (self.whole, other.whole)
+        self.accepted, self.whole = ([sum(pair) for pair in zip_longest(*lists, fillvalue=0)] for lists in both)
 
     @property
     def rounds(self) -> int:

@@ -7,6 +7,7 @@ ops.ssd_replay        Mamba2 over new tokens that may yet be rejected: one read 
 ops.selective_replay  the same for Mamba1
 ops.conv_replay       the convolution over such tokens
 ops.mamba2_step       a plain step of Mamba2, from convolution to gated norm in one
+ops.mamba1_step       new tokens of Mamba1, from dt_proj to the gated output in one, whether they stand or not
 ops.ring              where each row stands in the rings of recent tokens that these four keep
 ops.gated_norm        the per-head RMSNorm of a gated output after Mamba2's scan
 ops.add_norm          a sublayer's output added to the stream, and the norm that follows, in one

@@ -1,5 +1,5 @@
 """Where each row stands in the rings of recent tokens: shared by ops.ssd_replay, ops.selective_replay,
-ops.conv_replay and ops.mamba2_step.
+ops.conv_replay, ops.mamba1_step and ops.mamba2_step.
 
 A row that reads T new tokens does not know yet how many of them will be accepted. So the recurrent state stays where
 it is, and the new tokens' inputs are written into a ring behind those that were accepted before:

@@ -1,25 +1,49 @@
-"""Linear layers of a few tokens, with what stands around them in a block: a norm before, a gate or a sum behind.
+"""Linear layers of a few tokens, with what stands around them in a block: a norm before, a gate, a sum or a short
+convolution behind.
 
 A decoding step reads every weight once and multiplies it with few rows, so its time is that of the reading. What comes
 before and after costs a launch each, if it is a kernel of its own, and next to nothing within one that reads weights.
 
-Letters: M rows (tokens), D inputs, O outputs of all weights together.
+Letters: M rows (tokens), D inputs, O outputs of all weights together; where they are convolved M = S·T, of S slots and
+T tokens, C channels, K width, R places of the ring.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mambify.ops.backends import HAS_TRITON, backends_on, check_shape, pick_backend
+from mambify.ops.conv_replay import conv_replay
 from mambify.ops.decode_linear import reference
+from mambify.ops.ring import RingPlace
 
 if HAS_TRITON:
     from mambify.ops.decode_linear import triton as kernels
 
-__all__ = ["decode_linear"]
+__all__ = ["Convolution", "decode_linear"]
+
+
+class Convolution(NamedTuple):
+    """What :func:`mambify.ops.conv_replay.conv_replay` makes of some of the outputs, with SiLU.
+
+    A channel is convolved with its own last inputs, so whoever has made its new ones has all that is needed.
+
+    Attributes:
+        first: output that is channel 0.
+        weight_CK, bias_C: taps, oldest first, contiguous; bias or None.
+        ring_SRC: inputs of recent tokens, changed in place.
+        place: where each of the S slots stands in the ring; only read. Slots that are not active give zero.
+    """
+
+    first: int
+    weight_CK: Tensor
+    bias_C: Tensor | None
+    ring_SRC: Tensor
+    place: RingPlace
 
 
 @torch.no_grad()
@@ -32,6 +56,7 @@ def decode_linear(
     eps: float = 0.0,
     gated: bool = False,
     add_to_MO: Tensor | None = None,
+    convolution: Convolution | None = None,
     overlap: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -44,28 +69,29 @@ def decode_linear(
     The weights stay where they are: several of them need not be one tensor to be read by one kernel.
 
     Args:
-        x_MD: inputs. Sets the dtype of the result; sums are kept in float32.
+        x_MD: inputs, rounded to the weights' dtype where theirs is wider. Sums are kept in float32.
         weights: each ``[O_i, D]``.
         biases: each ``[O_i]`` or None; None for none at all.
         norm_D, eps: of an RMSNorm before.
         gated: of two weights of the same height.
-        add_to_MO: changed in place, and the result; not part of the memory of ``x``.
+        add_to_MO: changed in place, and the result, in its own dtype; not part of the memory of ``x``.
+        convolution: of some outputs of one weight, which then go on convolved.
         overlap: the kernel starts while the one before it ends, and reads its first weights meanwhile (programmatic
             dependent launch, compute capability 9.0 on); everything else it reads after that one has ended.
         backend: "auto", "reference" (PyTorch's own products) or "triton" (up to 8 rows, 16 of half precision,
-            contiguous weights, one dtype, no float64). In float32 the order of sums depends on D alone: a row's result
-            is the same to the last bit however many rows there are. In half precision it is the same for one to three
-            rows, and for four to sixteen, which tensor cores multiply.
+            contiguous weights of one dtype, no float64). In float32 the order of sums depends on D alone: a row's
+            result is the same to the last bit however many rows there are. In half precision it is the same for one to
+            three rows, and for four to sixteen, which tensor cores multiply.
 
     Returns:
-        y_MO, whose rows may lie further apart than O; ``add_to_MO`` where it is given.
+        y_MO in the weights' dtype, whose rows may lie further apart than O; ``add_to_MO`` where it is given.
 
     Raises:
         InvalidOptionError: unknown backend.
         ValueError: shapes that do not belong together.
     """
     biases = [None] * len(weights) if biases is None else list(biases)
-    supported = HAS_TRITON and kernels.supports(x_MD, weights, add_to_MO)
+    supported = HAS_TRITON and kernels.supports(x_MD, weights, add_to_MO, convolution)
     chosen = pick_backend("decode_linear", backend, backends_on(x_MD.device, supported=supported))
     M, D = x_MD.shape
     if not 1 <= len(weights) <= 3 or len(biases) != len(weights) or (gated and len(weights) != 2):
@@ -76,6 +102,40 @@ def decode_linear(
     outputs = len(weights[0]) if gated else sum(map(len, weights))
     check_shape("decode_linear", "norm_D", norm_D, (D,))
     check_shape("decode_linear", "add_to_MO", add_to_MO, (M, outputs))
+    if convolution is not None:
+        _check_convolution(convolution, M, outputs, alone=len(weights) == 1 and add_to_MO is None)
+    given = (x_MD, weights, biases, norm_D, eps, gated, add_to_MO)
     if chosen == "reference":
-        return reference.decode_linear(x_MD, weights, biases, norm_D, eps, gated, add_to_MO)
-    return kernels.decode_linear(x_MD, weights, biases, norm_D, eps, gated, add_to_MO, overlap)
+        y_MO = reference.decode_linear(*given)
+    elif convolution is None or kernels.on_tensor_cores(M, weights):
+        y_MO = kernels.decode_linear(*given, None, overlap)
+    else:
+        return kernels.decode_linear(*given, convolution, overlap)
+    return (
+        y_MO
+        if convolution is None
+        else _convolved(y_MO, convolution, "reference" if backend == "reference" else "auto")
+    )
+
+
+def _check_convolution(convolution: Convolution, rows: int, outputs: int, *, alone: bool) -> None:
+    first, weight_CK, bias_C, ring_SRC, place = convolution
+    slots, (channels, width) = len(place.head_S), weight_CK.shape
+    if not alone or rows % slots or not 0 <= first <= outputs - channels:
+        raise ValueError(
+            f"decode_linear: convolves channels of one weight, without a sum, of {slots} slots; got {rows} rows and "
+            f"channels {first} to {first + channels} of {outputs} outputs"
+        )
+    place.check("decode_linear", slots, rows // slots)
+    if rows // slots + width - 1 > place.capacity:
+        raise ValueError(f"decode_linear: {rows // slots} new tokens and a width of {width} do not fit the ring")
+    check_shape("decode_linear", "bias_C", bias_C, (channels,))
+    check_shape("decode_linear", "ring_SRC", ring_SRC, (slots, place.capacity, channels))
+
+
+def _convolved(y_MO: Tensor, convolution: Convolution, backend: str) -> Tensor:
+    first, weight_CK, bias_C, ring_SRC, place = convolution
+    part_MC = y_MO[:, first : first + len(weight_CK)]
+    new_STC = part_MC.unflatten(0, (len(ring_SRC), -1))
+    part_MC.copy_(conv_replay(new_STC, weight_CK, bias_C, ring_SRC, place, backend=backend).flatten(0, 1))
+    return y_MO

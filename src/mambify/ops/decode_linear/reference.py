@@ -26,9 +26,10 @@ def decode_linear(
     add_to_MO: Tensor | None,
 ) -> Tensor:
     """See :func:`mambify.ops.decode_linear.decode_linear`."""
+    x_MD = x_MD.to(weights[0].dtype)
     if norm_D is not None:
         x_MD = F.rms_norm(x_MD, x_MD.shape[1:], norm_D.to(x_MD.dtype), eps)
-    if not gated and add_to_MO is not None and len(weights) == 1:
+    if not gated and add_to_MO is not None and len(weights) == 1 and add_to_MO.dtype == x_MD.dtype:
         if biases[0] is not None:
             add_to_MO += biases[0]
         return add_to_MO.addmm_(x_MD, weights[0].T)  # the sum is part of the product's kernel

@@ -10,16 +10,21 @@ in an order that changes. A thread holds 16 bytes of each of these rows of the w
 An RMSNorm before costs no pass of its own, for its scale is one number a row: x · norm is multiplied with the weight,
 x² is summed beside it, and the result scaled at the end.
 
+Outputs that are convolved over tokens are convolved by the program that made them: a channel needs its own last inputs
+and no other's. These are asked for before the weights are gone through.
+
 Warps lie along the inputs, so that threads multiply weights with the very entries of x they have loaded. Their number
 depends on D alone, and so does the order of sums.
 
-Letters: M rows, D inputs, O outputs; in kernels E = BLOCK_D / VEC are the threads of a tile.
+Letters: M rows, D inputs, O outputs; C channels, K width, R places of the ring, T tokens of a slot; in kernels E =
+BLOCK_D / VEC are the threads of a tile.
 """
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="assignment, misc"
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -28,22 +33,38 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mambify.ops.decode_linear import triton_dots
+from mambify.ops.ring import check_contiguous
+
+if TYPE_CHECKING:
+    from mambify.ops.decode_linear import Convolution
 
 MOST_ROWS = 8
 _PROGRAMS = 132 * 2  # that keep an H100 busy
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def supports(x_MD: Tensor, weights: Sequence[Tensor], add_to_MO: Tensor | None) -> bool:
-    """Whether a kernel takes these: up to 8 rows, 16 of half precision, contiguous weights, one dtype, no float64."""
-    given = [x_MD, *weights, *([] if add_to_MO is None else [add_to_MO])]
+def supports(
+    x_MD: Tensor, weights: Sequence[Tensor], add_to_MO: Tensor | None, convolution: Convolution | None = None
+) -> bool:
+    """Whether a kernel takes these: up to 8 rows, 16 of half precision, contiguous weights of one dtype, no float64."""
+    sides = [x_MD, *([] if add_to_MO is None else [add_to_MO])]
     return (
-        len(x_MD) <= (MOST_ROWS if x_MD.dtype == torch.float32 else triton_dots.MOST_ROWS)
-        and {v.dtype for v in given} == {x_MD.dtype}
-        and x_MD.dtype in _DTYPES
+        len(x_MD) <= (MOST_ROWS if weights[0].dtype == torch.float32 else triton_dots.MOST_ROWS)
+        and {weight.dtype for weight in weights} == {weights[0].dtype}
+        and all(v.dtype in _DTYPES for v in (*sides, weights[0]))
         and all(weight.is_contiguous() for weight in weights)
-        and all(v.stride(1) == 1 for v in given)
+        and all(v.stride(1) == 1 for v in sides)
+        and (convolution is None or _suits(convolution, weights[0].dtype))
     )
+
+
+def _suits(convolution: Convolution, dtype: torch.dtype) -> bool:
+    return 1 <= convolution.weight_CK.shape[1] <= 8 and convolution.ring_SRC.dtype == dtype
+
+
+def on_tensor_cores(rows: int, weights: Sequence[Tensor]) -> bool:
+    """Whether the kernel is that of :mod:`mambify.ops.decode_linear.triton_dots`, which does not convolve."""
+    return weights[0].dtype != torch.float32 and rows >= triton_dots.FEWEST_ROWS
 
 
 def num_warps_of(inputs: int) -> int:
@@ -67,68 +88,97 @@ def decode_linear(
     eps: float,
     gated: bool,
     add_to_MO: Tensor | None,
+    convolution: Convolution | None,
     overlap: bool,
     block: int | None = None,
 ) -> Tensor:
     """See :func:`mambify.ops.decode_linear.decode_linear`; ``block``: outputs a program, by default what suits."""
     M, D = x_MD.shape
-    if x_MD.dtype != torch.float32 and triton_dots.FEWEST_ROWS <= M and block is None:
+    if block is None and on_tensor_cores(M, weights):
+        assert convolution is None
         return triton_dots.decode_linear(x_MD, weights, biases, norm_D, eps, gated, add_to_MO, overlap)
     heights = [len(weights[0])] if gated else [*map(len, weights)]
-    y_MO = x_MD.new_empty(M, sum(heights)) if add_to_MO is None else add_to_MO
+    y_MO = weights[0].new_empty(M, sum(heights)) if add_to_MO is None else add_to_MO
     if not M:
         return y_MO
     block = block or block_of(M, sum(heights), gated=gated)
-    warps, vector = num_warps_of(D), 16 // x_MD.element_size()
+    warps, vector = num_warps_of(D), 16 // weights[0].element_size()
     three = [*weights, None, None][:3], [*biases, None, None][:3], [*heights, 0, 0][:3]
+    tensors, sizes = _convolution_of(convolution, M)
     with torch.cuda.device_of(x_MD):  # Triton launches on the current device
         _stream[(sum(triton.cdiv(height, block) for height in heights),)](
-            x_MD, norm_D, y_MO, *three[0], *three[1], eps, x_MD.stride(0), y_MO.stride(0),
-            M=M, D=D, O0=three[2][0], O1=three[2][1], O2=three[2][2], GATED=gated,
+            x_MD, norm_D, y_MO, *three[0], *three[1], *tensors, eps, x_MD.stride(0), y_MO.stride(0),
+            M=M, D=D, O0=three[2][0], O1=three[2][1], O2=three[2][2], **sizes, GATED=gated,
             ADD=add_to_MO is not None, OVERLAP=overlap, BLOCK_O=block, BLOCK_D=32 * warps * vector, VEC=vector,
             num_warps=warps, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
     return y_MO
 
 
+def _convolution_of(convolution: Convolution | None, rows: int) -> tuple[tuple[Tensor | None, ...], dict[str, int]]:
+    """What the kernel takes of it: tensors, and sizes, of which C = 0 says that there is none."""
+    if convolution is None:
+        return (None,) * 5, {"FIRST": 0, "C": 0, "K": 1, "R": 1, "T": 1}
+    first, weight_CK, bias_C, ring_SRC, place = convolution
+    check_contiguous("decode_linear", ring_SRC)
+    channels, width = weight_CK.shape
+    bias_C = None if bias_C is None else bias_C.contiguous()
+    sizes = {"FIRST": first, "C": channels, "K": width, "R": place.capacity, "T": rows // len(ring_SRC)}
+    return (weight_CK.contiguous(), bias_C, ring_SRC, place.head_S, place.active_S), sizes
+
+
 @triton.jit
 def _stream(
-    x_ptr, norm_ptr, y_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr, eps, x_row, y_row,
-    M: tl.constexpr, D: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr, O2: tl.constexpr, GATED: tl.constexpr,
+    x_ptr, norm_ptr, y_ptr, w0_ptr, w1_ptr, w2_ptr, b0_ptr, b1_ptr, b2_ptr,
+    taps_ptr, conv_bias_ptr, ring_ptr, head_ptr, active_ptr, eps, x_row, y_row,
+    M: tl.constexpr, D: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr, O2: tl.constexpr,
+    FIRST: tl.constexpr, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, T: tl.constexpr, GATED: tl.constexpr,
     ADD: tl.constexpr, OVERLAP: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     if GATED:
         _rows_of(
-            x_ptr, norm_ptr, y_ptr, w0_ptr, w1_ptr, b0_ptr, b1_ptr, pid, eps, x_row, y_row,
-            M, D, O0, True, ADD, OVERLAP, BLOCK_O, BLOCK_D, VEC,
+            x_ptr, norm_ptr, y_ptr, w0_ptr, w1_ptr, b0_ptr, b1_ptr, None, None, None, None, None, pid, eps, x_row,
+            y_row, M, D, O0, 0, 0, 1, 1, 1, True, ADD, OVERLAP, BLOCK_O, BLOCK_D, VEC,
         )  # fmt: skip
     else:
         ends0: tl.constexpr = (O0 + BLOCK_O - 1) // BLOCK_O
         ends1: tl.constexpr = ends0 + (O1 + BLOCK_O - 1) // BLOCK_O
-        if pid < ends0:
+        # Blocks of outputs that are convolved, of which the first and the last may hold others too.
+        conv0: tl.constexpr = FIRST // BLOCK_O
+        conv1: tl.constexpr = (FIRST + C + BLOCK_O - 1) // BLOCK_O if C > 0 else conv0
+        if C > 0:  # noqa: SIM102 (known when it is compiled)
+            if (pid >= conv0) & (pid < conv1):
+                _rows_of(
+                    x_ptr, norm_ptr, y_ptr, w0_ptr, w0_ptr, b0_ptr, None, taps_ptr, conv_bias_ptr, ring_ptr, head_ptr,
+                    active_ptr, pid, eps, x_row, y_row, M, D, O0, FIRST, C, K, R, T, False, ADD, OVERLAP, BLOCK_O,
+                    BLOCK_D, VEC,
+                )  # fmt: skip
+        if (pid < ends0) & ((pid < conv0) | (pid >= conv1)):
             _rows_of(
-                x_ptr, norm_ptr, y_ptr, w0_ptr, w0_ptr, b0_ptr, None, pid, eps, x_row, y_row,
-                M, D, O0, False, ADD, OVERLAP, BLOCK_O, BLOCK_D, VEC,
+                x_ptr, norm_ptr, y_ptr, w0_ptr, w0_ptr, b0_ptr, None, None, None, None, None, None, pid, eps, x_row,
+                y_row, M, D, O0, 0, 0, 1, 1, 1, False, ADD, OVERLAP, BLOCK_O, BLOCK_D, VEC,
             )  # fmt: skip
-        if O1 > 0:  # noqa: SIM102 (known when it is compiled)
+        if O1 > 0:  # noqa: SIM102
             if (pid >= ends0) & (pid < ends1):
                 _rows_of(
-                    x_ptr, norm_ptr, y_ptr + O0, w1_ptr, w1_ptr, b1_ptr, None, pid - ends0, eps, x_row, y_row,
-                    M, D, O1, False, ADD, OVERLAP, BLOCK_O, BLOCK_D, VEC,
+                    x_ptr, norm_ptr, y_ptr + O0, w1_ptr, w1_ptr, b1_ptr, None, None, None, None, None, None,
+                    pid - ends0, eps, x_row, y_row, M, D, O1, 0, 0, 1, 1, 1, False, ADD, OVERLAP, BLOCK_O, BLOCK_D, VEC,
                 )  # fmt: skip
         if O2 > 0:  # noqa: SIM102
             if pid >= ends1:
                 _rows_of(
-                    x_ptr, norm_ptr, y_ptr + O0 + O1, w2_ptr, w2_ptr, b2_ptr, None, pid - ends1, eps, x_row,
-                    y_row, M, D, O2, False, ADD, OVERLAP, BLOCK_O, BLOCK_D, VEC,
+                    x_ptr, norm_ptr, y_ptr + O0 + O1, w2_ptr, w2_ptr, b2_ptr, None, None, None, None, None, None,
+                    pid - ends1, eps, x_row, y_row, M, D, O2, 0, 0, 1, 1, 1, False, ADD, OVERLAP, BLOCK_O, BLOCK_D, VEC,
                 )  # fmt: skip
 
 
 @triton.jit
 def _rows_of(
-    x_ptr, norm_ptr, y_ptr, w_ptr, up_ptr, b_ptr, up_b_ptr, block, eps, x_row, y_row,
-    M: tl.constexpr, D: tl.constexpr, O: tl.constexpr, GATED: tl.constexpr,
+    x_ptr, norm_ptr, y_ptr, w_ptr, up_ptr, b_ptr, up_b_ptr, taps_ptr, conv_bias_ptr, ring_ptr, head_ptr, active_ptr,
+    block, eps, x_row, y_row,
+    M: tl.constexpr, D: tl.constexpr, O: tl.constexpr, FIRST: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
+    R: tl.constexpr, T: tl.constexpr, GATED: tl.constexpr,
     ADD: tl.constexpr, OVERLAP: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_O outputs of one weight, or of a pair of them."""
@@ -147,6 +197,9 @@ def _rows_of(
     if OVERLAP:  # weights do not depend on the kernel before, all else may
         gdc_launch_dependents()
         gdc_wait()
+    past, taps = (), ()
+    if C > 0:
+        past, taps = _asked_for(taps_ptr, ring_ptr, head_ptr, o, FIRST, C, K, R, M // T)
     sums, up_sums, squares = (), (), ()
     for _ in tl.static_range(ROWS):
         sums += (tl.zeros((BLOCK_O, E), tl.float32),)
@@ -166,8 +219,8 @@ def _rows_of(
             scale = tl.reshape(scale, (1, E, VEC))
         next_sums, next_up_sums, next_squares = (), (), ()
         for m in tl.static_range(M):
-            x = tl.load(x_ptr + m * x_row + start + d, mask=inside, other=0.0).to(tl.float32)
-            x = tl.reshape(x, (1, E, VEC))
+            x = tl.load(x_ptr + m * x_row + start + d, mask=inside, other=0.0)
+            x = tl.reshape(x.to(w_ptr.dtype.element_ty).to(tl.float32), (1, E, VEC))
             if norm_ptr is not None:
                 next_squares += (squares[m] + tl.sum(x * x, 2),)
                 x = x * scale
@@ -199,11 +252,65 @@ def _rows_of(
         up_y += tl.load(up_b_ptr + o, mask=o < O, other=0.0).to(tl.float32)[:, None]
     if GATED:
         y = y * tl.sigmoid(y) * up_y
+    if C > 0:
+        y = _convolved(
+            y, taps, past, conv_bias_ptr, ring_ptr, head_ptr, active_ptr, o, m, FIRST, C, K, R, T, M, BLOCK_O
+        )
     target = y_ptr + m[None, :] * y_row + o[:, None]
     written = (m < M)[None, :] & here
     if ADD:
         y += tl.load(target, mask=written, other=0.0).to(tl.float32)
     tl.store(target, y.to(y_ptr.dtype.element_ty), mask=written)
+
+
+@triton.jit
+def _asked_for(
+    taps_ptr, ring_ptr, head_ptr, o,
+    FIRST: tl.constexpr, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """The K − 1 inputs before the head of every slot, slot by slot, and the taps, of the program's channels."""
+    c, is_channel = o - FIRST, (o >= FIRST) & (o < FIRST + C)
+    past, taps = (), ()
+    for k in tl.static_range(K):
+        taps += (tl.load(taps_ptr + c * K + k, mask=is_channel, other=0.0),)
+    for s in tl.static_range(S):
+        head = tl.load(head_ptr + s).to(tl.int32)
+        for k in tl.static_range(K - 1):
+            place = ring_ptr + (s * R + ((head + k - (K - 1)) & (R - 1))) * C + c
+            past += (tl.load(place, mask=is_channel, other=0.0),)
+    return past, taps
+
+
+@triton.jit
+def _convolved(
+    y, taps, past, bias_ptr, ring_ptr, head_ptr, active_ptr, o, m,
+    FIRST: tl.constexpr, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, T: tl.constexpr, M: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):  # fmt: skip
+    """Outputs ``[BLOCK_O, ROWS]`` of which those that are channels are convolved, with sums in the order of
+    ops.conv_replay; their inputs go into the ring, at places that no program reads now."""
+    c, is_channel = o - FIRST, (o >= FIRST) & (o < FIRST + C)
+    bias = tl.zeros((BLOCK_O,), tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + c, mask=is_channel, other=0.0).to(tl.float32)
+    whole = y
+    for s in tl.static_range(M // T):
+        head, active = tl.load(head_ptr + s).to(tl.int32), tl.load(active_ptr + s) != 0
+        window = ()
+        for k in tl.static_range(K - 1):
+            window += (past[s * (K - 1) + k].to(tl.float32),)
+        for t in tl.static_range(T):
+            new = tl.sum(tl.where((m == s * T + t)[None, :], y, 0.0), 1).to(ring_ptr.dtype.element_ty)
+            place = ring_ptr + (s * R + ((head + t) & (R - 1))) * C + c
+            tl.store(place, new, mask=is_channel & (c < tl.where(active, C, 0)))
+            window += (new.to(tl.float32),)
+        for t in tl.static_range(T):
+            total = bias
+            for k in tl.static_range(K):
+                total += window[t + k] * taps[k].to(tl.float32)
+            total = tl.where(active, total * tl.sigmoid(total), 0.0)
+            whole = tl.where((m == s * T + t)[None, :] & is_channel[:, None], total[:, None], whole)
+    return whole
 
 
 @triton.jit

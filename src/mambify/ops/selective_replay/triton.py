@@ -28,7 +28,7 @@ from mambify.ops.triton_math import softplus
 _TILE = 512  # state entries a program, 16 a thread: fewer would spend more on tokens than on entries
 _LEAST_TILE = 128  # where there are too few programs, what counts is how long one of them takes
 _BUSY = 132 * 4  # warps that give each scheduler of an H100 one
-_LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 def supports(
@@ -130,14 +130,14 @@ def _replay(
     R: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64)
-    i_JM, here_JM, JN, here_JN, BN, here_BN, JMN, here_JMN = _tiles(J, M, GU, U, N, BLOCK_J, BLOCK_M, BLOCK_N)
+    i_JM, here_JM, JN, here_JN, BN, here_BN, JMN, here_JMN = tiles(J, M, GU, U, N, BLOCK_J, BLOCK_M, BLOCK_N)
     head, pending = tl.load(head_ptr + row).to(tl.int32), tl.load(pending_ptr + row).to(tl.int32)
     active = tl.load(active_ptr + row) != 0
     y_row = y_ptr + row * T * J * M + i_JM
     if active:
         state = state_ptr + row * J * M * N + JMN
         s = tl.load(state, mask=here_JMN, other=0.0)
-        A = tl.load(A_ptr + JMN, mask=here_JMN, other=0.0).to(tl.float32) * _LOG2E
+        A = tl.load(A_ptr + JMN, mask=here_JMN, other=0.0).to(tl.float32) * LOG2E
         # All of the new tokens' inputs are on their way before the first is used.
         xs, deltas, Bs, Cs, zs = (), (), (), (), ()
         for t in tl.static_range(T):
@@ -147,7 +147,7 @@ def _replay(
             Cs += (tl.load(C_ptr + row * C_row + t * C_token + JN, mask=here_JN, other=0.0),)
             if z_ptr is not None:
                 zs += (tl.load(z_ptr + row * z_row + t * z_token + i_JM, mask=here_JM, other=0.0),)
-        s = _after_pending(
+        s = after_pending(
             s, A, ring_x, ring_B, ring_delta, row, i_JM, here_JM, BN, here_JN, head, pending, J * M, GU * N, R
         )  # fmt: skip
         if pending > folds_above:
@@ -164,7 +164,7 @@ def _replay(
             delta, x = deltas[t].to(tl.float32), xs[t].to(tl.float32)
             if bias_ptr is not None:
                 delta = softplus(delta + bias)
-            s = _step(s, A, delta, x, Bs[t].to(tl.float32))
+            s = one_token(s, A, delta, x, Bs[t].to(tl.float32))
             y = tl.sum(s * Cs[t].to(tl.float32)[:, None, :], 2) + D * x
             if z_ptr is not None:
                 z = zs[t].to(tl.float32)
@@ -186,21 +186,21 @@ def _fold(
 ):  # fmt: skip
     slot, layer = tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = layer * tl.num_programs(1) + slot  # of all layers
-    i_JM, here_JM, _, here_JN, BN, _, JMN, here_JMN = _tiles(J, M, GU, U, N, BLOCK_J, BLOCK_M, BLOCK_N)
+    i_JM, here_JM, _, here_JN, BN, _, JMN, here_JMN = tiles(J, M, GU, U, N, BLOCK_J, BLOCK_M, BLOCK_N)
     head, pending = tl.load(head_ptr + slot).to(tl.int32), tl.load(pending_ptr + slot).to(tl.int32)
     active = tl.load(active_ptr + slot) != 0
     if active and pending > 0:
         state = state_ptr + row * J * M * N + JMN
         s = tl.load(state, mask=here_JMN, other=0.0)
-        A = tl.load(A_ptr + layer * J * M * N + JMN, mask=here_JMN, other=0.0).to(tl.float32) * _LOG2E
-        s = _after_pending(
+        A = tl.load(A_ptr + layer * J * M * N + JMN, mask=here_JMN, other=0.0).to(tl.float32) * LOG2E
+        s = after_pending(
             s, A, ring_x, ring_B, ring_delta, row, i_JM, here_JM, BN, here_JN, head, pending, J * M, GU * N, R
         )  # fmt: skip
         tl.store(state, s, mask=here_JMN)
 
 
 @triton.jit
-def _tiles(
+def tiles(
     J: tl.constexpr, M: tl.constexpr, GU: tl.constexpr, U: tl.constexpr, N: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -221,7 +221,7 @@ def _tiles(
 
 
 @triton.jit
-def _after_pending(
+def after_pending(
     s, A, ring_x, ring_B, ring_delta, row, i_JM, here_JM, BN, here_JN, head, pending,
     x_size: tl.constexpr, B_size: tl.constexpr, R: tl.constexpr, AT_ONCE: tl.constexpr = 4,
 ):  # fmt: skip
@@ -236,11 +236,11 @@ def _after_pending(
             xs += (tl.load(ring_x + place * x_size + i_JM, mask=here_JM & (i_JM < end_x), other=0.0),)
             Bs += (tl.load(ring_B + place * B_size + BN, mask=here_JN & (end_B > BN), other=0.0),)
         for k in tl.static_range(AT_ONCE):
-            s = _step(s, A, deltas[k], xs[k].to(tl.float32), Bs[k].to(tl.float32))
+            s = one_token(s, A, deltas[k], xs[k].to(tl.float32), Bs[k].to(tl.float32))
     return s
 
 
 @triton.jit
-def _step(s, A, delta, x, B):
+def one_token(s, A, delta, x, B):
     """One token; A in powers of two."""
     return tl.exp2(A * delta[:, :, None]) * s + (delta * x)[:, :, None] * B[:, None, :]
