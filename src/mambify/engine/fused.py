@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mambify.engine.memory import packs
 from mambify.mixers import AttentionMixer, MixerContext, ReplayState
 from mambify.mixers.attention import SlotKV
 from mambify.mixers.linear import PaddedLinear
@@ -35,7 +36,7 @@ from mambify.model import GatedMLP, HybridBlock, HybridForCausalLM
 from mambify.norm import RMSNorm
 from mambify.ops.conv_replay import conv_replay
 from mambify.ops.decode_attention import decode_attention
-from mambify.ops.decode_linear import decode_linear
+from mambify.ops.decode_linear import Packed, decode_linear, decode_packed, pack
 from mambify.ops.gated_norm import gated_rms_norm
 from mambify.ops.mamba2_step import Mamba2Weights, mamba2_step
 from mambify.ops.ring import RingPlace
@@ -106,7 +107,7 @@ class FusedStep:
         overlap: bool = False,
     ) -> None:
         self._model, self._lengths_S = model, lengths_S
-        self._product = _Product(model.config.ops_backend, overlap)
+        self._product = _Product(model.config.ops_backend, overlap, packs=packs(model))
         self._blocks: list[tuple[_Mix, Callable[[Tensor], Tensor]]] = []
         self._needs_positions = False
         table = None
@@ -149,8 +150,9 @@ class FusedStep:
 class _Product:
     """Linear modules of one input; see :func:`mambify.ops.decode_linear.decode_linear`."""
 
-    def __init__(self, backend: str, overlap: bool) -> None:
-        self.backend, self._overlap = backend, overlap
+    def __init__(self, backend: str, overlap: bool, *, packs: bool) -> None:
+        self.backend, self._overlap, self._packs = backend, overlap, packs
+        self._packed: dict[nn.Linear, Packed] = {}  # by the first of those that are read together
 
     def __call__(
         self,
@@ -161,12 +163,20 @@ class _Product:
         gated: bool = False,
         add_to: Tensor | None = None,
     ) -> Tensor:
+        eps = 0.0 if norm is None else norm.eps or torch.finfo(x_MD.dtype).eps
+        if self._packs:
+            packed = self._packed.get(linears[0])
+            if packed is None:
+                packed = pack([linear.weight for linear in linears], [linear.bias for linear in linears])
+                self._packed[linears[0]] = packed
+            norm_D = None if norm is None else norm.weight
+            return decode_packed(x_MD, packed, norm_D=norm_D, eps=eps, gated=gated, add_to_MO=add_to)
         return decode_linear(
             x_MD,
             [linear.weight for linear in linears],
             [linear.bias for linear in linears],
             norm_D=None if norm is None else norm.weight,
-            eps=0.0 if norm is None else norm.eps or torch.finfo(x_MD.dtype).eps,
+            eps=eps,
             gated=gated,
             add_to_MO=add_to,
             overlap=self._overlap,

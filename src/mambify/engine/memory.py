@@ -13,9 +13,11 @@ from mambify.errors import InvalidOptionError
 from mambify.machine import free_memory
 from mambify.mixers import MIXERS, RecurrentMixer
 from mambify.model import HybridBlock, HybridForCausalLM
+from mambify.ops.decode_linear import can_pack
 from mambify.ops.ring import RingPlace
 
 _USABLE = 0.9  # of the free memory; the rest is for activations and kernels' own buffers
+_MOST_PACKED = 0.5  # of the free memory, for weights that are laid out for a CPU's products
 _EXACT = 8 * 6  # bytes of a logit on a CPU: float64 weights of both models, sorted and summed
 
 
@@ -37,6 +39,7 @@ def check_memory(
     free = free_memory(device)
     if free is None:
         return
+    free -= sum(read_bytes(model) for model in models if packs(model))
 
     def needed(length: int) -> int:
         carried = sum(slot_bytes(model, length=length, most_new=most_new) for model in models)
@@ -57,6 +60,15 @@ def check_memory(
     if fits > 0:
         raise InvalidOptionError(f"{told}: one sequence of at most {fits} tokens fits")
     raise InvalidOptionError(f"{told}: not even an empty one fits")
+
+
+def packs(model: HybridForCausalLM) -> bool:
+    """Whether decoding copies the weights, laid out for a CPU's products: where these exist, and the copy takes no more
+    than half of the free memory."""
+    if model.config.ops_backend != "auto" or not can_pack(model.device, model.dtype):
+        return False
+    free = free_memory(model.device)
+    return free is None or read_bytes(model) <= _MOST_PACKED * free
 
 
 def slot_bytes(model: HybridForCausalLM, *, length: int, most_new: int) -> int:

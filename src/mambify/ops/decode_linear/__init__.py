@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from mambify.ops.backends import HAS_TRITON, backends_on, check_shape, pick_backend
-from mambify.ops.decode_linear import reference
+from mambify.ops.decode_linear import onednn, reference
+from mambify.ops.decode_linear.onednn import Packed, pack
+from mambify.ops.decode_linear.onednn import supports as can_pack
 
 if HAS_TRITON:
     from mambify.ops.decode_linear import triton as kernels
 
-__all__ = ["decode_linear"]
+__all__ = ["Packed", "can_pack", "decode_linear", "decode_packed", "pack"]
 
 
 @torch.no_grad()
@@ -78,3 +80,21 @@ def decode_linear(
     if chosen == "reference":
         return reference.decode_linear(x_MD, weights, biases, norm_D, eps, gated, add_to_MO)
     return kernels.decode_linear(x_MD, weights, biases, norm_D, eps, gated, add_to_MO, overlap)
+
+
+@torch.no_grad()
+def decode_packed(
+    x_MD: Tensor,
+    packed: Packed,
+    *,
+    norm_D: Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    add_to_MO: Tensor | None = None,
+) -> Tensor:
+    """:func:`decode_linear` on a CPU, of weights that :func:`pack` laid out: as fast as memory gives them, for one row
+    and for eight. The order of sums may depend on the number of rows.
+
+    Shapes are not looked at: at these speeds that would be felt.
+    """
+    return onednn.decode_linear(x_MD, packed, norm_D, eps, gated, add_to_MO)
