@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from mambify.engine.memory import packs
+from mambify.engine.on_cpu import AttentionMiddle, Mamba2Middle, ReadPlans
 from mambify.mixers import AttentionMixer, MixerContext, ReplayState
 from mambify.mixers.attention import SlotKV
 from mambify.mixers.linear import PaddedLinear
@@ -58,12 +59,14 @@ class Reading(NamedTuple):
         place: where recurrent layers stand in their rings.
         ends_S: tokens in each slot with the new ones.
         contexts: for mixers that run as they are, attention's and the others'.
+        plans: on a CPU, what the host found out for all layers.
     """
 
     shape: tuple[int, int]
     place: RingPlace
     ends_S: Tensor
     contexts: tuple[MixerContext, MixerContext]
+    plans: ReadPlans | None
 
 
 #: adds what a mixer makes of the stream [M, D] to it, in place where that spares a kernel
@@ -74,7 +77,7 @@ def steps_at_once(model: HybridForCausalLM, slots: int) -> bool:
     """Whether tokens that are sure to stand had better go into the states at once, instead of into rings."""
     mixers = [block.mixer for block in model.model.layers if isinstance(block, HybridBlock)]
     recurrent = [mixer for mixer in mixers if not isinstance(mixer, AttentionMixer)]
-    return slots <= _MOST_STEPPED and all(map(_is_fusible, recurrent))
+    return slots <= _MOST_STEPPED and all(map(_is_fusible, recurrent)) and not packs(model)
 
 
 def can_fuse(model: HybridForCausalLM) -> bool:
@@ -107,7 +110,8 @@ class FusedStep:
         overlap: bool = False,
     ) -> None:
         self._model, self._lengths_S = model, lengths_S
-        self._product = _Product(model.config.ops_backend, overlap, packs=packs(model))
+        self._plans = packs(model) and not at_once
+        self._product = _Product(model.config.ops_backend, overlap, packs=self._plans)
         self._blocks: list[tuple[_Mix, Callable[[Tensor], Tensor]]] = []
         self._needs_positions = False
         table = None
@@ -128,7 +132,8 @@ class FusedStep:
         """As :meth:`mambify.engine.tower.Tower.read`."""
         core, T = self._model.model, token_ST.shape[1]
         x_MD: Tensor = core.embed_tokens(token_ST.flatten())
-        reading = Reading(tuple(token_ST.shape), place, self._lengths_S + T, self._contexts(x_MD, token_ST))  # type: ignore[arg-type]
+        plans = ReadPlans(place, self._lengths_S, T) if self._plans else None
+        reading = Reading(tuple(token_ST.shape), place, self._lengths_S + T, self._contexts(x_MD, token_ST), plans)  # type: ignore[arg-type]
         for mix, feed_forward in self._blocks:
             x_MD = feed_forward(mix(x_MD, reading))
         if not logits:
@@ -151,7 +156,7 @@ class _Product:
     """Linear modules of one input; see :func:`mambify.ops.decode_linear.decode_linear`."""
 
     def __init__(self, backend: str, overlap: bool, *, packs: bool) -> None:
-        self.backend, self._overlap, self._packs = backend, overlap, packs
+        self.backend, self._overlap, self.packs = backend, overlap, packs
         self._packed: dict[nn.Linear, Packed] = {}  # by the first of those that are read together
 
     def __call__(
@@ -164,7 +169,7 @@ class _Product:
         add_to: Tensor | None = None,
     ) -> Tensor:
         eps = 0.0 if norm is None else norm.eps or torch.finfo(x_MD.dtype).eps
-        if self._packs:
+        if self.packs:
             packed = self._packed.get(linears[0])
             if packed is None:
                 packed = pack([linear.weight for linear in linears], [linear.bias for linear in linears])
@@ -199,10 +204,14 @@ class _Mamba2:
             mixer.norm.weight.detach().view(mixer.num_heads, mixer.head_dim),
             mixer.norm.eps,
         )
+        self._middle = Mamba2Middle(mixer, state, state.ring, self._weights) if product.packs else None
 
     def __call__(self, x_MD: Tensor, reading: Reading) -> Tensor:
         zxBCdt_ME = self._product(x_MD, [self._mixer.in_proj], norm=self._block.input_layernorm)
         backend, place = self._mixer.ops_backend, reading.place
+        if reading.plans is not None and self._middle is not None and reading.plans.all_active:
+            y_MI = self._middle(zxBCdt_ME.unflatten(0, reading.shape), reading.plans.ring(self._middle.width))
+            return self._product(y_MI, [self._mixer.out_proj], add_to=x_MD)
         if self._at_once:
             y_MHP = mamba2_step(zxBCdt_ME, self._weights, self._state.ssm, self._state.conv, place, backend=backend)
         else:
@@ -236,10 +245,16 @@ class _Attention:
         assert isinstance(block.mixer, AttentionMixer) and isinstance(state, SlotKV)
         self._block, self._mixer, self._state, self._product = block, block.mixer, state, product
         self._cos_LJ, self._sin_LJ = table
+        self._middle = AttentionMiddle(block.mixer, state)
+        self._looks = block.mixer.attend.num_key_value_groups, block.mixer.attend.sliding_window
 
     def __call__(self, x_MD: Tensor, reading: Reading) -> Tensor:
         mixer, state = self._mixer, self._state
         qkv_ME = self._product(x_MD, [mixer.q_proj, mixer.k_proj, mixer.v_proj], norm=self._block.input_layernorm)
+        if reading.plans is not None:
+            plan = reading.plans.kv(*self._looks, (self._cos_LJ, self._sin_LJ))
+            y_MI = self._middle(qkv_ME.unflatten(0, reading.shape), plan)
+            return self._product(y_MI, [mixer.o_proj], add_to=x_MD)
         norms: dict[str, Any] = {}
         if isinstance(mixer.q_norm, RMSNorm) and isinstance(mixer.k_norm, RMSNorm):
             assert mixer.q_norm.eps is not None

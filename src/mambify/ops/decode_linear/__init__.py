@@ -82,7 +82,6 @@ def decode_linear(
     return kernels.decode_linear(x_MD, weights, biases, norm_D, eps, gated, add_to_MO, overlap)
 
 
-@torch.no_grad()
 def decode_packed(
     x_MD: Tensor,
     packed: Packed,
@@ -95,6 +94,6 @@ def decode_packed(
     """:func:`decode_linear` on a CPU, of weights that :func:`pack` laid out: as fast as memory gives them, for one row
     and for eight. The order of sums may depend on the number of rows.
 
-    Shapes are not looked at: at these speeds that would be felt.
+    Neither shapes nor whether gradients are wanted is looked at: for a small model either would be felt.
     """
     return onednn.decode_linear(x_MD, packed, norm_D, eps, gated, add_to_MO)

@@ -16,8 +16,8 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from mambify.norm import rms_norm_of_few
 from mambify.ops.swiglu import reference as swiglu
 
 _ROWS = 8  # that the layout is for: laid out for one, it would be read well by one row only
@@ -78,7 +78,7 @@ def decode_linear(
 ) -> Tensor:
     """See :func:`mambify.ops.decode_linear.decode_linear`."""
     if norm_D is not None:
-        x_MD = F.rms_norm(x_MD, x_MD.shape[1:], norm_D.to(x_MD.dtype), eps)
+        x_MD = rms_norm_of_few(x_MD, norm_D, eps)
     y_MO: Tensor = torch.ops.mkldnn._linear_pointwise(x_MD, packed.packed_OD, packed.bias_O, "none", [], "")
     if gated:
         y_MO = swiglu.swiglu(*y_MO.chunk(2, dim=1))
