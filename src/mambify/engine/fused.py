@@ -19,7 +19,8 @@ still part of the products, and Mamba1 layers run as they are.
 
 Nothing is copied or moved: kernels take the parameters of the modules where they lie, so that saving, moving and
 training a model are as before, and to let go of a step is to forget it. What is made of parameters beforehand is A =
-−exp(A_log), which lies with the states (:meth:`mambify.engine.tower.Tower.refresh`). Modules that have no such form (a
+−exp(A_log), which lies with the states, and on a CPU another layout of all weights
+(:meth:`mambify.engine.tower.Tower.refresh`). Modules that have no such form (a
 projection that is not a plain linear layer, another activation, stock Mamba2 with limits of Δ) run as they are.
 
 Letters: S slots, T tokens read at once, M = S·T rows, D hidden size, E outputs of a projection, H query heads, G
@@ -36,6 +37,8 @@ from torch import Tensor, nn
 
 from mambify.engine.fused_mamba import FusedMamba1, FusedStockMamba1, FusedStockMamba2
 from mambify.engine.fused_parts import MOST_FUSED, Mix, Product, Reading, State, Unfused, is_plain
+from mambify.engine.memory import packs
+from mambify.engine.on_cpu import AttentionMiddle, Mamba2Middle, ReadPlans
 from mambify.mixers import AttentionMixer, MixerContext, ReplayState
 from mambify.mixers.attention import SlotKV
 from mambify.mixers.mamba1 import Mamba1Mixer
@@ -62,7 +65,8 @@ def steps_at_once(model: HybridForCausalLM, slots: int) -> bool:
     """Whether tokens that are sure to stand had better go into the states at once, instead of into rings."""
     mixers = [block.mixer for block in model.model.layers if isinstance(block, HybridBlock)]
     recurrent = [mixer for mixer in mixers if not isinstance(mixer, AttentionMixer)]
-    return slots <= _MOST_STEPPED and all(_is_fusible(m) and type(m) is not StockMamba2Mixer for m in recurrent)
+    stepped = all(_is_fusible(mixer) and type(mixer) is not StockMamba2Mixer for mixer in recurrent)
+    return slots <= _MOST_STEPPED and stepped and not packs(model)
 
 
 def can_fuse(model: HybridForCausalLM) -> bool:
@@ -102,7 +106,8 @@ class FusedStep:
         overlap: bool = False,
     ) -> None:
         self._model, self._lengths_S = model, lengths_S
-        self._product = Product(model.config.ops_backend, overlap)
+        self._plans = packs(model) and not at_once
+        self._product = Product(model.config.ops_backend, overlap, packs=self._plans)
         self._blocks: list[tuple[Mix, Callable[[Tensor], Tensor]]] = []
         self._needs_positions = False
         table = None
@@ -123,7 +128,8 @@ class FusedStep:
         """As :meth:`mambify.engine.tower.Tower.read`."""
         core, T = self._model.model, token_ST.shape[1]
         x_MD: Tensor = core.embed_tokens(token_ST.flatten())
-        reading = Reading(tuple(token_ST.shape), place, self._lengths_S + T, self._contexts(x_MD, token_ST))  # type: ignore[arg-type]
+        plans = ReadPlans(place, self._lengths_S, T) if self._plans else None
+        reading = Reading(tuple(token_ST.shape), place, self._lengths_S + T, self._contexts(x_MD, token_ST), plans)  # type: ignore[arg-type]
         for mix, feed_forward in self._blocks:
             x_MD = feed_forward(mix(x_MD, reading))
         if not logits:
@@ -134,6 +140,10 @@ class FusedStep:
         else:
             found = known_logits(head, core.norm(x_MD))
         return found.view(*token_ST.shape, -1)
+
+    def refresh(self) -> None:
+        """Lets go of what was made of weights: for when these have changed where they lie."""
+        self._product.forget()
 
     def _contexts(self, x_MD: Tensor, token_ST: Tensor) -> tuple[MixerContext, MixerContext]:
         if not self._needs_positions:
@@ -157,9 +167,14 @@ class _Mamba2:
             mixer.norm.weight.detach().view(mixer.num_heads, mixer.head_dim),
             mixer.norm.eps,
         )
+        self._middle = Mamba2Middle(mixer, state, state.ring, self._weights) if product.packs else None
 
     def __call__(self, x_MD: Tensor, reading: Reading) -> Tensor:
         mixer, weights = self._mixer, self._weights
+        if reading.plans is not None and self._middle is not None and reading.plans.all_active:
+            zxBCdt_ME = self._product(x_MD, [mixer.in_proj], norm=self._block.input_layernorm)
+            y_MI = self._middle(zxBCdt_ME.unflatten(0, reading.shape), reading.plans.ring(self._middle.width))
+            return self._product(y_MI, [mixer.out_proj], add_to=x_MD)
         backend, place, few = mixer.ops_backend, reading.place, len(x_MD) <= MOST_FUSED and not self._at_once
         channels = Convolution(
             mixer.num_heads * mixer.head_dim, weights.conv_CK, weights.conv_bias_C, self._state.conv, place
@@ -203,10 +218,16 @@ class _Attention:
         assert isinstance(block.mixer, AttentionMixer) and isinstance(state, SlotKV)
         self._block, self._mixer, self._state, self._product = block, block.mixer, state, product
         self._cos_LJ, self._sin_LJ = table
+        self._middle = AttentionMiddle(block.mixer, state)
+        self._looks = block.mixer.attend.num_key_value_groups, block.mixer.attend.sliding_window
 
     def __call__(self, x_MD: Tensor, reading: Reading) -> Tensor:
         mixer, state = self._mixer, self._state
         qkv_ME = self._product(x_MD, [mixer.q_proj, mixer.k_proj, mixer.v_proj], norm=self._block.input_layernorm)
+        if reading.plans is not None:
+            plan = reading.plans.kv(*self._looks, (self._cos_LJ, self._sin_LJ))
+            y_MI = self._middle(qkv_ME.unflatten(0, reading.shape), plan)
+            return self._product(y_MI, [mixer.o_proj], add_to=x_MD)
         norms: dict[str, Any] = {}
         if isinstance(mixer.q_norm, RMSNorm) and isinstance(mixer.k_norm, RMSNorm):
             assert mixer.q_norm.eps is not None

@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 from torch import Tensor, finfo, nn
 
+from mambify.engine.on_cpu import ReadPlans
 from mambify.mixers import MixerContext, ReplayState
 from mambify.mixers.attention import SlotKV
 from mambify.mixers.linear import PaddedLinear
 from mambify.model import HybridBlock
 from mambify.norm import RMSNorm
-from mambify.ops.decode_linear import Convolution, decode_linear
+from mambify.ops.decode_linear import Convolution, Packed, convolved, decode_linear, decode_packed, pack
 from mambify.ops.ring import RingPlace
 
 MOST_FUSED = 8  # rows up to which a product and what stands around it are one kernel
@@ -31,12 +32,14 @@ class Reading(NamedTuple):
         place: where recurrent layers stand in their rings.
         ends_S: tokens in each slot with the new ones.
         contexts: for mixers that run as they are, attention's and the others'.
+        plans: on a CPU, what the host found out for all layers.
     """
 
     shape: tuple[int, int]
     place: RingPlace
     ends_S: Tensor
     contexts: tuple[MixerContext, MixerContext]
+    plans: ReadPlans | None
 
 
 #: adds what a mixer makes of the stream [M, D] to it, in place where that spares a kernel
@@ -44,10 +47,19 @@ Mix = Callable[[Tensor, Reading], Tensor]
 
 
 class Product:
-    """Linear modules of one input; see :func:`mambify.ops.decode_linear.decode_linear`."""
+    """Linear modules of one input; see :func:`mambify.ops.decode_linear.decode_linear`.
 
-    def __init__(self, backend: str, overlap: bool) -> None:
-        self.backend, self._overlap = backend, overlap
+    Args:
+        packs: weights are laid out for a CPU first, each set when it is first read.
+    """
+
+    def __init__(self, backend: str, overlap: bool, *, packs: bool) -> None:
+        self.backend, self._overlap, self.packs = backend, overlap, packs
+        self._packed: dict[nn.Linear, Packed] = {}  # by the first of those that are read together
+
+    def forget(self) -> None:
+        """Weights have changed: what was laid out is made anew."""
+        self._packed.clear()
 
     def __call__(
         self,
@@ -59,12 +71,21 @@ class Product:
         add_to: Tensor | None = None,
         convolution: Convolution | None = None,
     ) -> Tensor:
+        eps = 0.0 if norm is None else norm.eps or finfo(x_MD.dtype).eps
+        if self.packs:
+            packed = self._packed.get(linears[0])
+            if packed is None:
+                packed = pack([linear.weight for linear in linears], [linear.bias for linear in linears])
+                self._packed[linears[0]] = packed
+            norm_D = None if norm is None else norm.weight
+            y_MO = decode_packed(x_MD, packed, norm_D=norm_D, eps=eps, gated=gated, add_to_MO=add_to)
+            return y_MO if convolution is None else convolved(y_MO, convolution)
         return decode_linear(
             x_MD,
             [linear.weight for linear in linears],
             [linear.bias for linear in linears],
             norm_D=None if norm is None else norm.weight,
-            eps=0.0 if norm is None else norm.eps or finfo(x_MD.dtype).eps,
+            eps=eps,
             gated=gated,
             add_to_MO=add_to,
             convolution=convolution,

@@ -13,9 +13,11 @@ from mambify.errors import InvalidOptionError
 from mambify.machine import free_memory
 from mambify.mixers import MIXERS, RecurrentMixer
 from mambify.model import HybridBlock, HybridForCausalLM
+from mambify.ops.decode_linear import can_pack
 from mambify.ops.ring import RingPlace
 
 _USABLE = 0.9  # of the free memory; the rest is for activations and kernels' own buffers
+_MOST_PACKED = 0.5  # of the free memory, for weights that are laid out for a CPU's products
 _EXACT = 8 * 6  # bytes of a logit on a CPU: float64 weights of both models, sorted and summed
 
 
@@ -37,6 +39,7 @@ def check_memory(
     free = free_memory(device)
     if free is None:
         return
+    free -= sum(read_bytes(model) for model in models if packs(model))
 
     def needed(length: int) -> int:
         return sequence_bytes(models, length=length, most_new=most_new, penalises=penalises)
@@ -67,6 +70,15 @@ def sequence_bytes(models: Sequence[HybridForCausalLM], *, length: int, most_new
     """Bytes of one sequence: its slot in each of ``models``, its history, and what a round makes of it."""
     carried = sum(slot_bytes(model, length=length, most_new=most_new) for model in models)
     return carried + working_bytes(models, most_new=most_new, penalises=penalises) + 8 * length
+
+
+def packs(model: HybridForCausalLM) -> bool:
+    """Whether decoding copies the weights, laid out for a CPU's products: where these exist, and the copy takes no more
+    than half of the free memory."""
+    if model.config.ops_backend != "auto" or not can_pack(model.device, model.dtype):
+        return False
+    free = free_memory(model.device)
+    return free is None or read_bytes(model) <= _MOST_PACKED * free
 
 
 def slot_bytes(model: HybridForCausalLM, *, length: int, most_new: int) -> int:

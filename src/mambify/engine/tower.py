@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mambify.engine.fused import FusedStep, can_fuse, can_overlap, steps_at_once
+from mambify.engine.memory import packs
 from mambify.engine.prefill import read_prompts
 from mambify.errors import InvalidOptionError, did_you_mean
 from mambify.mixers import MixerContext, RecurrentMixer, RecurrentState, ReplayState
@@ -37,8 +38,8 @@ class Tower:
         most_new: the most tokens of one read.
         active_S: which slots take part; shared with whoever sets it.
         final: one token is read at a time and always stands.
-        backend: "modules" runs the model's own, "fused" the kernels of :mod:`mambify.engine.fused`; "auto" takes these
-            on a GPU.
+        backend: "modules" runs the model's own, "fused" :mod:`mambify.engine.fused`; "auto" takes this on a GPU, and on
+            a CPU where weights are packed for it (:func:`mambify.engine.memory.packs`).
         overlap: as :class:`mambify.engine.fused.FusedStep` takes it; where the device can by default.
 
     Attributes:
@@ -69,7 +70,8 @@ class Tower:
         self.place = replace(RingPlace.empty(num_slots, most_new, device=device), active_S=active_S)
         self._blocks = [block for block in model.model.layers if isinstance(block, HybridBlock)]
         self._states: list[SlotKV | ReplayState | RecurrentState] = []
-        fuses = backend == "fused" or (backend == "auto" and device.type == "cuda" and "fused" in available)
+        quicker = device.type == "cuda" or packs(model)
+        fuses = backend == "fused" or (backend == "auto" and quicker and "fused" in available)
         # A token that stands whatever comes of it needs no ring. On a CPU the plain step is the quicker one.
         steps = final and most_new == 1 and device.type == "cpu" and not fuses
         for block in self._blocks:
@@ -187,6 +189,8 @@ class Tower:
         for block, state in zip(self._blocks, self._states, strict=True):
             if isinstance(state, ReplayState) and isinstance(block.mixer, RecurrentMixer):
                 block.mixer.refresh(state)
+        if self._fused is not None:
+            self._fused.refresh()
 
     def begin_all(self, ids: Sequence[int]) -> list[RecurrentState | None]:
         """Every slot begins with the same prompt, which is read once and may be empty; none is active meanwhile.

@@ -18,13 +18,15 @@ from torch import Tensor
 
 from mambify.ops.backends import HAS_TRITON, backends_on, check_shape, pick_backend
 from mambify.ops.conv_replay import conv_replay
-from mambify.ops.decode_linear import reference
+from mambify.ops.decode_linear import onednn, reference
+from mambify.ops.decode_linear.onednn import Packed, pack
+from mambify.ops.decode_linear.onednn import supports as can_pack
 from mambify.ops.ring import RingPlace
 
 if HAS_TRITON:
     from mambify.ops.decode_linear import triton as kernels
 
-__all__ = ["Convolution", "decode_linear"]
+__all__ = ["Convolution", "Packed", "can_pack", "convolved", "decode_linear", "decode_packed", "pack"]
 
 
 class Convolution(NamedTuple):
@@ -111,11 +113,9 @@ def decode_linear(
         y_MO = kernels.decode_linear(*given, None, overlap)
     else:
         return kernels.decode_linear(*given, convolution, overlap)
-    return (
-        y_MO
-        if convolution is None
-        else _convolved(y_MO, convolution, "reference" if backend == "reference" else "auto")
-    )
+    if convolution is None:
+        return y_MO
+    return convolved(y_MO, convolution, backend="reference" if backend == "reference" else "auto")
 
 
 def _check_convolution(convolution: Convolution, rows: int, outputs: int, *, alone: bool) -> None:
@@ -133,9 +133,27 @@ def _check_convolution(convolution: Convolution, rows: int, outputs: int, *, alo
     check_shape("decode_linear", "ring_SRC", ring_SRC, (slots, place.capacity, channels))
 
 
-def _convolved(y_MO: Tensor, convolution: Convolution, backend: str) -> Tensor:
+def convolved(y_MO: Tensor, convolution: Convolution, *, backend: str = "auto") -> Tensor:
+    """``y_MO`` with some of its columns convolved, in place, by a kernel of its own."""
     first, weight_CK, bias_C, ring_SRC, place = convolution
     part_MC = y_MO[:, first : first + len(weight_CK)]
     new_STC = part_MC.unflatten(0, (len(ring_SRC), -1))
     part_MC.copy_(conv_replay(new_STC, weight_CK, bias_C, ring_SRC, place, backend=backend).flatten(0, 1))
     return y_MO
+
+
+def decode_packed(
+    x_MD: Tensor,
+    packed: Packed,
+    *,
+    norm_D: Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    add_to_MO: Tensor | None = None,
+) -> Tensor:
+    """:func:`decode_linear` on a CPU, of weights that :func:`pack` laid out: as fast as memory gives them, for one row
+    and for eight. The order of sums may depend on the number of rows.
+
+    Neither shapes nor whether gradients are wanted is looked at: for a small model either would be felt.
+    """
+    return onednn.decode_linear(x_MD, packed, norm_D, eps, gated, add_to_MO)

@@ -61,7 +61,7 @@ def ssd_replay(
         y_SHTP += (D_H.to(exact).view(G, -1, 1, 1) * x_SGEP[:, :, None, -T:]).flatten(1, 2)
     y_STHP: Tensor = y_SHTP.transpose(1, 2).to(x_STGP.dtype).masked_fill(~place.active_S.view(S, 1, 1, 1), 0)
 
-    _fold(state_SHPN, A_H, pending, place.active_S & (place.pending_S > place.folds_above(T)))
+    fold_pending(state_SHPN, A_H, pending, place.active_S & (place.pending_S > place.folds_above(T)))
     for part, new in zip(ring, (x_STGP, B_STGN, delta_STH), strict=True):
         write_ring(part, new, place)
     return y_STHP
@@ -77,10 +77,10 @@ def ssd_fold(
     folds_S = place.active_S & (place.pending_S > 0)
     at_SR, known_SR = place.pending_places()
     for state_SHPN, A_H, *parts in zip(state_LSHPN, A_LH, *ring, strict=True):
-        _fold(state_SHPN, A_H, [read_ring(part, at_SR, known_SR) for part in parts], folds_S)
+        fold_pending(state_SHPN, A_H, [read_ring(part, at_SR, known_SR) for part in parts], folds_S)
 
 
-def _fold(state_SHPN: Tensor, A_H: Tensor, pending: Sequence[Tensor], folds_S: Tensor) -> None:
+def fold_pending(state_SHPN: Tensor, A_H: Tensor, pending: Sequence[Tensor], folds_S: Tensor) -> None:
     """Takes the states of rows ``folds_S`` over their pending tokens: x, B and Δ, zero where there is none."""
     x_SRGP, B_SRGN, delta_SRH = pending
     if is_all_false(folds_S):
