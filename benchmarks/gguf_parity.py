@@ -5,6 +5,9 @@
 Twenty prompts in the model's chat template, greedy, in float32; where the texts part, the token at which they do and
 how far apart the model's own two likeliest tokens are there. Then perplexity on blocks of 512 tokens of the text, for
 every dtype asked for.
+
+llama.cpp takes Δ as log(1 + exp(x)) in float32, where 1 + exp(x) keeps only the first digits of a small Δ: 6e-8 of it
+is lost whatever its size. So logits are compared a second time, with Δ rounded like that in the model too.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -103,12 +107,15 @@ def greedy(loaded: LoadedModel, path: Path, max_new_tokens: int, threads: int) -
             llama.reset()
             logits = llama.logits([*tokens, *ours])
             expected = model(input_ids=torch.tensor([[*tokens, *ours]])).logits[0].numpy()
+            with patch.object(torch.nn.functional, "softplus", softplus_of_llama_cpp):
+                alike = model(input_ids=torch.tensor([[*tokens, *ours]])).logits[0].numpy()
             row = {
                 "prompt": prompt,
                 "same_tokens": llama.tokenize(text) == tokens,
                 "same_text": ours == theirs,
                 "new_tokens": len(ours),
                 "max_logit_difference": float(np.abs(logits - expected).max()),
+                "max_logit_difference_with_its_softplus": float(np.abs(logits - alike).max()),
             }
             if ours != theirs:
                 at = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
@@ -116,6 +123,11 @@ def greedy(loaded: LoadedModel, path: Path, max_new_tokens: int, threads: int) -
                 row |= {"parts_at": at, "gap_there": float(np.diff(np.sort(expected[len(tokens) + at - 1])[-2:])[0])}
             rows.append(row)
     return rows
+
+
+def softplus_of_llama_cpp(x: torch.Tensor) -> torch.Tensor:
+    """As ``ggml_compute_softplus_f32`` (ggml-impl.h) has it, without log1p."""
+    return torch.where(x > 20, x, (1 + x.float().exp()).log().to(x.dtype))
 
 
 def read_blocks(loaded: LoadedModel, text: Path, num_tokens: int) -> list[list[int]]:
@@ -173,6 +185,8 @@ def show(result: dict[str, Any]) -> None:
     rows = result["greedy"]
     print(f"same text {sum(row['same_text'] for row in rows)} of {len(rows)}")
     print(f"largest difference of logits {max(row['max_logit_difference'] for row in rows):.1e}")
+    alike = max(row["max_logit_difference_with_its_softplus"] for row in rows)
+    print(f"the same with llama.cpp's softplus in the model {alike:.1e}")
     for row in rows:
         if not row["same_text"]:
             print(f"  parts at token {row['parts_at']}, gap there {row['gap_there']:.1e}: {row['prompt']}")

@@ -1,4 +1,4 @@
-"""Decoding of a Transformer of random weights as others do it, for ``mambify bench decode``.
+"""Decoding as others do it, for ``mambify bench decode`` and ``export``.
 
 transformers' ``generate``, eager or with a static cache; and a loop in the style of gpt-fast, in our own words around
 transformers' Llama.
@@ -6,13 +6,14 @@ transformers' Llama.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 _TOKENS, _SETTLING = 24, 6  # of a measured generation; tokens of it before times count
@@ -46,22 +47,30 @@ def llama(device: str, dtype: torch.dtype, **sizes: Any) -> LlamaForCausalLM:
         torch.set_default_dtype(before)
 
 
-def seconds_a_token(model: LlamaForCausalLM, prompt: int, *, compiled: bool) -> float:
-    """Median time between two tokens of ``generate`` after a prompt, greedy, one row.
+def token_times(
+    model: PreTrainedModel, ids_BT: Tensor, *, compiled: bool, new_tokens: int
+) -> tuple[list[float], Tensor]:
+    """When ``generate`` began and when each token came, greedy, every row to the end; and the tokens with the prompts.
 
     Args:
         compiled: with a static cache, for which transformers compiles the model; else as it comes. What compiling takes
             is left out: a first generation is not measured.
     """
-    ids = torch.randint(3, model.config.vocab_size, (1, prompt), device=model.device)
-    settings: dict[str, Any] = {"max_new_tokens": _TOKENS, "min_new_tokens": _TOKENS, "do_sample": False}
+    settings: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None}
     if compiled:
         settings["cache_implementation"] = "static"
-    stamps = _Stamps()
     for _ in range(2):
         stamps = _Stamps()
-        model.generate(ids, attention_mask=torch.ones_like(ids), streamer=stamps, **settings)
-    gaps = [after - before for before, after in zip(stamps.times, stamps.times[1:], strict=False)]
+        found = model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), streamer=stamps, **settings)
+    assert len(stamps.times) == new_tokens + 1, "an answer ended early"
+    return stamps.times, found
+
+
+def seconds_a_token(model: PreTrainedModel, prompt: int, *, compiled: bool) -> float:
+    """Median time between two tokens of ``generate`` after a prompt, one row; see :func:`token_times`."""
+    ids = torch.randint(3, model.config.vocab_size, (1, prompt), device=model.device)
+    times, _ = token_times(model, ids, compiled=compiled, new_tokens=_TOKENS)
+    gaps = [after - before for before, after in itertools.pairwise(times)]
     return statistics.median(gaps[_SETTLING:])
 
 

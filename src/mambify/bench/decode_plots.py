@@ -72,6 +72,22 @@ def plot_verify(result: dict[str, Any], path: Path) -> None:
     save(figure, path)
 
 
+def plot_export(result: dict[str, Any], path: Path) -> None:
+    """Tokens a second of every row, a bar each; ours in colour."""
+    rows = [row for row in result["results"] if "ms" in row]
+    figure, axes = figure_of(7.5, 0.3 * len(rows) + 1.2)
+    colours = [OURS if row["way"] == "ours" else OTHERS[0] for row in rows]
+    axes.barh(range(len(rows)), [row["tokens_per_second"] for row in rows], color=colours)
+    labels = [f"{row['model']}: {row['way']}, {row['batch']} × {row['context']}" for row in rows]
+    axes.set_yticks(range(len(rows)), labels)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.tick_params(axis="y", labelsize=6)
+    axes.set_xlabel("tokens a second")
+    axes.set_title(result["machine"]["device"], loc="left", fontsize=9)
+    save(figure, path)
+
+
 def plot_speculate(result: dict[str, Any], path: Path) -> None:
     """A bar for every case: how many times as fast as plain decoding."""
     rows = [row for row in result["results"] if "ratio" in row]

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from mambify.bench import decode, inits, laws, ops, speculate, synthesize, train, verify
+from mambify.bench import decode, exported, inits, laws, ops, speculate, synthesize, train, verify
 from mambify.bench.clock import copy_bandwidth
-from mambify.bench.decode_plots import plot_decode, plot_laws, plot_speculate, plot_verify
+from mambify.bench.decode_plots import plot_decode, plot_export, plot_laws, plot_speculate, plot_verify
 from mambify.bench.plot import plot_inits, plot_ops, plot_recipes, plot_synthesize, plot_train
 from mambify.errors import InvalidOptionError, did_you_mean
 from mambify.experiments.registry import EXPERIMENTS
@@ -42,6 +42,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "train": Benchmark(train.run, train.table, plot_train),
     "synthesize": Benchmark(synthesize.run, synthesize.table, plot_synthesize),
     "decode": Benchmark(decode.run, decode.table, plot_decode),
+    "export": Benchmark(exported.run, exported.table, plot_export, ("target",)),
     "inits": Benchmark(inits.run, inits.table, plot_inits, ("text", "tokens")),
     "verify": Benchmark(verify.run, verify.table, plot_verify),
     "speculate": Benchmark(speculate.run, speculate.table, plot_speculate, ("target", "draft", "prompts")),
@@ -73,7 +74,7 @@ def run_benchmark(
     Args:
         only: leaves out what is not called so: an operation (``ops``), a curve (``train``), a way (``synthesize``),
             an initialisation (``inits``), a part (``verify``, ``speculate``), parts with commas between them
-            (``decode``).
+            (``decode``, ``export``).
         options: see the benchmark's own ``run``.
 
     Raises:

@@ -21,7 +21,7 @@ def bench(
         str,
         typer.Argument(
             metavar="NAME",
-            help="ops, train, synthesize, inits, decode, verify, speculate, laws, or all; recipes; "
+            help="ops, train, synthesize, inits, decode, export, verify, speculate, laws, or all; recipes; "
             "paper-table-6, -7, -8, -9.",
         ),
     ],
@@ -35,7 +35,7 @@ def bench(
     recipes: Annotated[str | None, typer.Option(help="Presets: paper,best; tables take one.")] = None,
     attention: Annotated[float | None, typer.Option(help="Share of layers that keep attention.")] = None,
     teacher: Annotated[str | None, typer.Option(help="What is distilled; smollm2 by default.")] = None,
-    target: Annotated[str | None, typer.Option(help="Model to make faster (speculate).")] = None,
+    target: Annotated[str | None, typer.Option(help="Model to make faster (speculate), or to export (export).")] = None,
     draft: Annotated[
         list[str] | None, typer.Option(help="What drafts for it: a model, lookup or cut:2; repeat for several.")
     ] = None,

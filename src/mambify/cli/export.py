@@ -109,7 +109,7 @@ def _show(exported: Exported, format: str) -> None:
     size = f"{exported.weight_bytes / 1e6:,.1f} MB of weights"
     console.print(f"{format}: {exported.path}, {exported.dtype}, {size}", markup=False)
     for note in exported.notes:
-        console.print(note, markup=False)
+        console.print(note, markup=False, soft_wrap=True)
     show_findings(exported.findings)
 
 
@@ -117,4 +117,4 @@ def show_findings(findings: Sequence[Finding]) -> None:
     """What engines would trip over, a line each."""
     for finding in findings:
         line = f"{finding.engine}, {finding.field} ({finding.severity}): {finding.reason}"
-        stdout().print(line, markup=False)
+        stdout().print(line, markup=False, soft_wrap=True)
