@@ -42,11 +42,11 @@ def test_the_whole_command(
         assert row["environment"]["torch"]
         assert list(row["sources"]) == [str(home / "chat"), str(home / "text")]
     assert len(result["claims"]) == 2
-    assert "best" in shown.out and "[4/4] best 1k: scoring" in shown.err.replace("\n", " ")
+    assert "best" in shown.out and "[4/4] best 640: scoring" in shown.err.replace("\n", " ")
     assert "<svg" in drawn.read_text()
 
     monkeypatch.setattr(jobs, "distill", _no_training)
-    monkeypatch.setattr(jobs, "score", _no_training)
+    monkeypatch.setattr(jobs, "Examination", _no_training)
     assert main(command) == 0
     assert json.loads(file.read_text())["results"] == result["results"]
 
