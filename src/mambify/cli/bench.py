@@ -65,7 +65,7 @@ def bench(
     tasks: Annotated[str | None, typer.Option(help="Zero-shot tasks, of those that --data-dir has.")] = None,
     data_dir: Annotated[str | None, typer.Option(help="Files of zero-shot tasks, which are then run.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Of each task only so many questions.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where runs are kept; by default runs/bench.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where runs are kept, by default runs/bench; rows of inits.")] = None,
     parallel: Annotated[int | None, typer.Option(min=1, help="Runs at a time, one on each GPU.")] = None,
     change: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Changes to every preset.")

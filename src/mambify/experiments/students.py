@@ -56,7 +56,7 @@ def student(
 
 def made(label: str, student: str) -> Job:
     """A student that is there already, to be scored and tuned."""
-    return Job(label, {"student": {"attention": attention_of(student)}}, made=student)
+    return Job(label, {"student": {}}, made=student)
 
 
 def attention_of(student: str) -> float:
@@ -81,8 +81,7 @@ def tuned(label: str, request: Request, after: Job, kind: str, tokens: int) -> J
         ],
     )
     raw = whole.model_dump(mode="json")
-    shares = after.recipe["student"]["attention"]
-    raw["student"] |= {"attention": shares[-1] if isinstance(shares, list) else shares}
+    raw["student"] |= {"attention": 1.0}  # of what still has attention: whatever is converted stays so
     raw["stages"] = [stage for stage in raw["stages"] if stage["kind"] == kind]
     for stage in raw["stages"]:
         stage["data"] |= {"context_length": 2 * request.context_length}

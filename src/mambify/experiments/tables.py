@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from mambify.experiments.paper import Conclusion, PaperTable, Row
 from mambify.experiments.request import Request
-from mambify.experiments.students import last_layers, made, student, tuned
+from mambify.experiments.students import attention_of, last_layers, made, student, tuned
 
 _SIZE = "the teacher and the tokens are a small fraction of 8 billion parameters and 20 billion tokens"
 _TEXT = "perplexity is that of held-out text which the teacher wrote; the ratio to the teacher's is what compares"
@@ -21,7 +21,7 @@ def _table6(request: Request) -> Mapping[str, Row]:
     preset, (tokens,) = request.recipes[0], request.tokens
     if request.student is not None:
         given = made(request.student, request.student)
-        share = given.recipe["student"]["attention"]
+        share = attention_of(request.student)
         name = min(_SHARES, key=lambda name: abs(_SHARES[name] - share))
         distilled = {name: given}
     else:
