@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +18,7 @@ from mambify.evaluate.compare import compare
 from mambify.evaluate.preferences import as_json, preference_accuracy
 from mambify.evaluate.tasks import TaskSet, compare_on_tasks, load_tasks
 from mambify.experiments.request import Request
-from mambify.families.load import load, load_tokenizer, require_tokenizer
+from mambify.families.load import LoadedModel, load, load_tokenizer, require_tokenizer
 from mambify.model import HybridBlock, HybridForCausalLM
 from mambify.tokenization import require_same_tokenizer
 
@@ -84,22 +85,21 @@ def check_evaluation(evaluation: Evaluation) -> None:
         UsageError: a text, pairs or questions that cannot be read.
         MissingDependencyError: tasks without lm-eval.
     """
-    _read(replace(evaluation, max_tokens=evaluation.context_length))
+    tokenizer = load_tokenizer(evaluation.teacher)
+    if tokenizer is None:
+        raise UnknownSourceError(f"{evaluation.teacher} has no tokenizer, and text must be tokenized")
+    _read(replace(evaluation, max_tokens=evaluation.context_length), tokenizer)
 
 
 class _Material(NamedTuple):
     """What students are scored on, as models take it."""
 
-    tokenizer: PreTrainedTokenizerBase
     texts: dict[str, list[Tensor]]
     pairs: PreferenceDataset | None
     tasks: TaskSet | None
 
 
-def _read(evaluation: Evaluation) -> _Material:
-    tokenizer = load_tokenizer(evaluation.teacher)
-    if tokenizer is None:
-        raise UnknownSourceError(f"{evaluation.teacher} has no tokenizer, and text must be tokenized")
+def _read(evaluation: Evaluation, tokenizer: PreTrainedTokenizerBase) -> _Material:
     texts = {
         source: read_blocks(
             source, tokenizer, context_length=evaluation.context_length, max_tokens=evaluation.max_tokens
@@ -112,20 +112,26 @@ def _read(evaluation: Evaluation) -> _Material:
         pairs = PreferenceDataset(read.pairs, _PAIR * evaluation.context_length, dropped=read.dropped)
     if evaluation.tasks:
         tasks = load_tasks(evaluation.tasks, data_dir=evaluation.data_dir)
-    return _Material(tokenizer, texts, pairs, tasks)
+    return _Material(texts, pairs, tasks)
 
 
 class Examination:
     """Scores students, all on the same texts, pairs and questions and beside the same teacher, which are read once.
 
+    Args:
+        teacher: loaded, anywhere; it is only read.
+        device: where students are scored.
+
     Raises:
         UsageError, MissingDependencyError: see :func:`check_evaluation`.
     """
 
-    def __init__(self, evaluation: Evaluation, *, device: str) -> None:
+    def __init__(self, evaluation: Evaluation, teacher: LoadedModel, *, device: str) -> None:
         self.evaluation, self.device = evaluation, device
-        self.material = _read(evaluation)
-        self.teacher = load(evaluation.teacher, device=device, with_tokenizer=False).model
+        self.tokenizer = require_tokenizer(teacher)
+        self.material = _read(evaluation, self.tokenizer)
+        there = teacher.model.device.type == torch.device(device).type
+        self.teacher = teacher.model if there else copy.deepcopy(teacher.model).to(device)
 
     def score(self, student: str, *, silenced: bool = False, say: Callable[[str], None]) -> dict[str, Any]:
         """Scores a student.
@@ -142,9 +148,9 @@ class Examination:
             TokenizerMismatchError: it reads text otherwise than the teacher.
         """
         say("scoring")
-        tokenizer, texts, pairs, tasks = self.material
+        texts, pairs, tasks = self.material
         loaded = load(student, device=self.device)
-        require_same_tokenizer(tokenizer, require_tokenizer(loaded))
+        require_same_tokenizer(self.tokenizer, require_tokenizer(loaded))
         rows = _ROWS_ON_GPU if self.device.startswith("cuda") else _ROWS
         with without_mixers(loaded.model) if silenced else nullcontext():
             result = compare(
@@ -161,7 +167,7 @@ class Examination:
             if tasks is not None:
                 say(f"running {', '.join(self.evaluation.tasks)}")
                 limit = self.evaluation.limit
-                answered = compare_on_tasks(loaded.model, self.teacher, tasks, tokenizer=tokenizer, limit=limit)
+                answered = compare_on_tasks(loaded.model, self.teacher, tasks, tokenizer=self.tokenizer, limit=limit)
                 result |= {name: answered[name] for name in ("tasks", "means")}
         return result
 

@@ -92,7 +92,8 @@ class Common:
     def examination(self, evaluation: Evaluation) -> Examination:
         """What scores students."""
         if evaluation not in self._examinations:
-            self._examinations[evaluation] = Examination(evaluation, device=self.device)
+            teacher = self.teacher(evaluation.teacher)
+            self._examinations[evaluation] = Examination(evaluation, teacher, device=self.device)
         return self._examinations[evaluation]
 
 

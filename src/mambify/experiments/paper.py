@@ -127,6 +127,7 @@ def run(spec: PaperTable, request: Request, *, device: str, say: Say, report: Re
             "teacher": request.teacher,
             "recipe": request.recipes[0],
             "tokens": request.tokens[0],
+            "student": request.student,
             "seed": request.seed,
             "evaluation": evaluation.as_json(),
             "results": results if outcomes else [],
@@ -215,7 +216,8 @@ def table(result: Mapping[str, Any]) -> Table:
         for side in ("paper", "ours")
         for figure in dict.fromkeys(figure for row in sorted(rows, key=lambda r: -len(r[side])) for figure in row[side])
     ]
-    title = f"{result['title']}: {result['teacher']}, {result['recipe']}, {short(result['tokens'])} tokens a student"
+    made_by = result["student"] or f"{result['recipe']}, {short(result['tokens'])} tokens a student"
+    title = f"{result['title']}: {result['teacher']}, {made_by}"
     shown = Table(title=f"{title}; {result['machine']['device']}", title_justify="left", box=SIMPLE, pad_edge=False)
     cells = [
         [_value(row[side][figure], figure, side) if figure in row[side] else "" for side, figure in columns]
