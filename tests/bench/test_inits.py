@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +51,21 @@ def test_training_lowers_the_divergence(text: Path) -> None:
     (row,) = result["results"]
     assert list(row["scores"]) == ["untrained", "calibrated", "trained"]
     assert row["scores"]["trained"]["kl"] < row["scores"]["calibrated"]["kl"]
+
+
+def test_rows_are_kept(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {"device": "cpu", "text": str(text), "out": tmp_path / "kept"}
+    first = run_benchmark("inits", only="random,paper", **asked)
+    measured: list[str] = []
+    row = inits._row
+    monkeypatch.setattr(inits, "_row", lambda name, *given: measured.append(name) or row(name, *given))
+    second = run_benchmark("inits", only="identity,paper", **asked)
+    assert measured == ["identity"]
+    assert second["results"][0] == first["results"][1]
+    run_benchmark("inits", only="paper", tokens=64, **asked)  # another budget is another row
+    assert measured == ["identity", "paper"]
+    with pytest.raises(InvalidOptionError, match="give --text too"):
+        run_benchmark("inits", device="cpu", out=tmp_path / "kept")
 
 
 def test_refusals(text: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 from mambify.cli.main import main
 from mambify.errors import InvalidOptionError, TrainingDivergedError, UnknownSourceError
 from mambify.experiments import jobs
-from mambify.experiments.recipes import claims, short, tokens_to_reach
+from mambify.experiments.recipes import claims, runs_of, short, tokens_to_reach
 from mambify.experiments.registry import run_experiment
 from mambify.experiments.request import Request
 from mambify.experiments.students import student
@@ -42,11 +42,11 @@ def test_the_whole_command(
         assert row["environment"]["torch"]
         assert list(row["sources"]) == [str(home / "chat"), str(home / "text")]
     assert len(result["claims"]) == 2
-    assert "best" in shown.out and "[4/4] best 1k: scoring" in shown.err.replace("\n", " ")
+    assert "best" in shown.out and "[4/4] best 640: scoring" in shown.err.replace("\n", " ")
     assert "<svg" in drawn.read_text()
 
     monkeypatch.setattr(jobs, "distill", _no_training)
-    monkeypatch.setattr(jobs, "score", _no_training)
+    monkeypatch.setattr(jobs, "Examination", _no_training)
     assert main(command) == 0
     assert json.loads(file.read_text())["results"] == result["results"]
 
@@ -109,6 +109,21 @@ def test_text_is_sampled_where_none_is_given(
     assert not any("sampling" in line for line in said)
 
 
+def test_a_preset_may_have_a_budget_of_its_own(request_of: Callable[..., Request]) -> None:
+    request = request_of(recipes=("paper@2k", "best", "best@640"), tokens=(640, 1000))
+    assert runs_of(request) == [("best", 640), ("best", 1000), ("paper", 2000)]
+
+
+def test_figures_are_written_as_they_come(options: dict[str, Any]) -> None:
+    seen: list[tuple[str, list[str]]] = []
+
+    def report(so_far: dict[str, Any]) -> None:
+        seen.append((so_far["benchmark"], [row["recipe"] for row in so_far["results"]]))
+
+    run_experiment("recipes", device="cpu", **options | {"recipes": ("paper", "best")}, report=report)
+    assert seen == [("recipes", ["paper"]), ("recipes", ["paper", "best"])]
+
+
 def test_what_decides_a_folder(request_of: Callable[..., Request]) -> None:
     def key(label: str = "a", tokens: int = 640, *changes: str, **asked: Any) -> str:
         return student(label, request_of(**asked), "best", tokens, *changes).key
@@ -160,6 +175,8 @@ def test_counts_are_short() -> None:
     [
         ({"recipes": ("bset",)}, "no preset 'bset': did you mean 'best'"),
         ({"recipes": ("best", "best")}, "--recipes names one twice"),
+        ({"recipes": ("best@few",)}, "'few' is no number of tokens"),
+        ({"student": "smollm2-hybrid"}, "--student is tuned"),
         ({"attention": 1.0}, "below 1"),
         ({"tasks": ("piqa",)}, "give --data-dir"),
         ({"preferences": __file__}, "--heldout-preferences"),
@@ -186,6 +203,7 @@ def test_what_is_not_there(request_of: Callable[..., Request], tmp_path: Path) -
         (["recipes", "--set", "x", "--preferences", "p"], "--preferences says nothing in 'recipes'"),
         (["paper-table-8", "--plot", "x.svg"], "'paper-table-8' has no plot"),
         (["paper-table-8", "--tokens", "1M,2M"], "one number of tokens"),
+        (["paper-table-8", "--recipes", "paper@1M"], "without a budget of its own"),
         (["recipes", "--tokens", "many"], "'many' is no number of tokens"),
         (["recipe"], "did you mean 'recipes'"),
         (["inits", "--text", "a", "--text", "b"], "takes one --text"),

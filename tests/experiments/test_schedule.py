@@ -19,17 +19,21 @@ EVALUATION = Evaluation("t", (), 8, 8)
 #: stands for a run: writes down when and where it was, and fails where its recipe says so
 WORKER = """
 import json, os, sys, time
-folder = sys.argv[1]
-job = json.load(open(folder + "/job.json"))
-log = {"begun": time.time(), "device": sys.argv[2], "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}
-time.sleep(0.3)
-with open(folder + "/log.json", "w") as file:
-    json.dump(log | {"ended": time.time()}, file)
-print("told", flush=True)
-if job["recipe"].get("fails") == "killed":
-    os.kill(os.getpid(), 9)
-if "fails" in job["recipe"]:
-    sys.exit("ValueError: no such thing")
+for line in sys.stdin:
+    folder = line.strip()
+    sys.stderr = open(folder + "/log.txt", "a")
+    job = json.load(open(folder + "/job.json"))
+    log = {"begun": time.time(), "device": sys.argv[1], "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")}
+    log["pid"] = os.getpid()
+    time.sleep(0.3)
+    with open(folder + "/log.json", "w") as file:
+        json.dump(log | {"ended": time.time()}, file)
+    print("told", file=sys.stderr, flush=True)
+    if job["recipe"].get("fails") == "killed":
+        os.kill(os.getpid(), 9)
+    if "fails" in job["recipe"]:
+        sys.exit("ValueError: no such thing")
+    print("done", flush=True)
 """
 
 
@@ -54,15 +58,24 @@ def test_runs_wait_for_those_they_begin_from(tmp_path: Path, monkeypatch: pytest
     first, other = Job("first", {"student": {}}), Job("other", {"student": {}, "x": 1})
     second = Job("second", {"student": {}}, after=first)
     said: list[str] = []
+    done: list[int] = []
     failed = schedule.run_all(
-        [first, second, other, first], tmp_path, EVALUATION, device="cuda", parallel=2, say=said.append
+        [first, second, other, first],
+        tmp_path,
+        EVALUATION,
+        device="cuda",
+        parallel=2,
+        say=said.append,
+        after_each=lambda: done.append(1),
     )
     assert failed == {}
+    assert len(done) == 3
     logs = {job.label: _log(job, tmp_path) for job in (first, second, other)}
     assert logs["second"]["begun"] >= logs["first"]["ended"]
     assert logs["other"]["begun"] < logs["first"]["ended"]
     assert {logs["first"]["gpu"], logs["other"]["gpu"]} == {"4", "6"}
     assert {log["device"] for log in logs.values()} == {"cuda"}
+    assert len({log["pid"] for log in logs.values()}) == 2  # a process goes from run to run
     assert said[0].startswith("0 of 3 runs are done")
 
 
@@ -78,7 +91,17 @@ def test_failures_are_named_and_what_needs_them_is_left_out(tmp_path: Path) -> N
         killed.key: "killed by signal 9 after: told",
         after.key: "begins from bad, which failed",
     }
-    assert _log(good, tmp_path)["gpu"] is None or _log(good, tmp_path)["device"] == "cpu"
+    assert _log(good, tmp_path)["device"] == "cpu"
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_process_whose_run_failed_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4")
+    jobs = [Job("good", {}), Job("bad", {"fails": ""}), Job("better", {"x": 1})]
+    failed = schedule.run_all(jobs, tmp_path, EVALUATION, device="cuda:0", parallel=1, say=lambda _: None)
+    assert list(failed) == [jobs[1].key]
+    good, bad, better = (_log(job, tmp_path)["pid"] for job in jobs)
+    assert good == bad != better
 
 
 @pytest.mark.usefixtures("worker")
@@ -102,16 +125,18 @@ def test_places(device: str, places: list[str], monkeypatch: pytest.MonkeyPatch)
 def test_a_worker_ends_when_nobody_holds_it(tmp_path: Path) -> None:
     program = "import sys, time; from mambify.experiments import worker\n"
     program += "worker.work = lambda *_, **__: (print('works', flush=True), time.sleep(200))\n"
-    program += "worker.main(sys.argv[1], 'cpu')"
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert process.stdin is not None and process.stdout is not None
-    assert process.stdout.readline() == b"works\n"
+    program += "worker.main('cpu')"
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.write(f"{tmp_path}\n".encode())
+    process.stdin.flush()
+    log, until = tmp_path / "log.txt", time.monotonic() + 60
+    while (not log.is_file() or log.read_text() != "works\n") and time.monotonic() < until:
+        time.sleep(0.05)
+    assert log.read_text() == "works\n"
     assert process.poll() is None
     process.stdin.close()
     assert process.wait(timeout=20) == 1
-    process.stdout.close()
 
 
 @pytest.mark.slow

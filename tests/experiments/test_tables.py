@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from mambify import convert
 from mambify.cli.main import main
@@ -18,7 +19,7 @@ from mambify.experiments.paper import Conclusion, agreement, in_order
 from mambify.experiments.registry import EXPERIMENTS, run_experiment
 from mambify.experiments.request import Request
 from mambify.experiments.tables import TABLES
-from mambify.families.load import load
+from mambify.families.load import load, load_config, save
 from mambify.workflows.distill import check_plan
 
 
@@ -95,6 +96,44 @@ def test_table_6_without_files_to_tune_on(tmp_path: Path, flags: list[str]) -> N
     result = _results(6, tmp_path, flags)
     assert len(result["results"]) == 6
     assert [bool(conclusion["ours"]) for conclusion in result["conclusions"]] == [True] + [False] * 6
+
+
+def test_table_6_of_a_student_that_is_there(home: Path, tmp_path: Path, flags: list[str]) -> None:
+    """One whose attention is not where an even spread would keep it: no further layer may be converted."""
+    teacher = load(home / "teacher")
+    save(convert(teacher.model, attention_layers=[0, 1]), tmp_path / "given", tokenizer=teacher.tokenizer)
+    more = ["--instruct", "talk", "--preferences", "pairs", "--heldout-preferences", "other-pairs"]
+    more = [part if part.startswith("--") else str(home / f"{part}.jsonl") for part in more]
+    more += ["--student", str(tmp_path / "given"), "--tuning-tokens", "256", "--tune", "dpo.beta=0.3"]
+    result = _results(6, tmp_path, flags, *more)
+    rows = {row["row"]: row for row in result["results"]}
+    assert list(rows) == ["100%", "50%", "50% +SFT", "50% +DPO", "50% +SFT+DPO"]
+    assert rows["50%"]["stages"] == [] and rows["50%"]["training_environment"] is None
+    for name, kinds in (("50% +SFT", ["01-sft"]), ("50% +SFT+DPO", ["01-sft", "01-dpo"])):
+        assert [(stage["stage"], stage["tokens"]) for stage in rows[name]["stages"]] == [(kind, 256) for kind in kinds]
+        tuned = load_config(Path(rows[name]["folder"]) / "run" / "student")
+        assert tuned.attention_layers == [0, 1]
+    recipe = yaml.safe_load((Path(rows["50% +DPO"]["folder"]) / "run" / "recipe.yaml").read_text())
+    assert recipe["stages"][0]["beta"] == 0.3
+    by_text = {conclusion["text"]: conclusion["ours"] for conclusion in result["conclusions"]}
+    assert by_text["SFT and DPO together are better than neither, at 50%"].keys() == {"preferred", "rewarded"}
+    assert by_text["Less attention, higher perplexity"] == {}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--tune", "beta=0.3"], "begin it with sft or dpo"),
+        (["--tune", "dpo.bta=0.3"], "did you mean 'beta'"),
+        (["--tuning-tokens", "many"], "no number of tokens"),
+    ],
+)
+def test_tuning_that_cannot_be(
+    home: Path, flags: list[str], more: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = ["--preferences", str(home / "pairs.jsonl"), "--heldout-preferences", str(home / "other-pairs.jsonl")]
+    assert main(["bench", "paper-table-6", *flags, "--tokens", "6400", *pairs, *more]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_table_7(tmp_path: Path, flags: list[str]) -> None:

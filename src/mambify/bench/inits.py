@@ -2,14 +2,17 @@
 
 The embedded teacher, half of its layers to Mamba2. All initialisations see the same text, the same calibration blocks
 and the same batches; they are scored on the held-out side, which is checked to share nothing with the rest. Without
-``--text`` the text is sampled from the teacher itself.
+``--text`` the text is sampled from the teacher itself. With ``--out`` each row is kept there as soon as it is measured,
+and not measured again: so a run that was killed goes on, and several share the work by ``--only``.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +32,10 @@ from mambify.distill.arguments import use_bfloat16
 from mambify.distill.parallel import joined
 from mambify.distill.recipe import parse_recipe
 from mambify.distill.run import open_run, run_stages
+from mambify.errors import InvalidOptionError, did_you_mean
 from mambify.evaluate.perplexity import evaluate_language_model
 from mambify.families.load import LoadedModel, load, require_tokenizer
+from mambify.io import read_json, write_json
 from mambify.model import HybridForCausalLM
 
 Progress = Callable[[int, int], None]
@@ -51,21 +56,64 @@ BUDGETS = {"cpu": Budget(train=0, score=4096), "cuda": Budget(train=1_000_000, s
 
 
 def run(
-    device: str, progress: Progress, only: str | None = None, *, text: str | None = None, tokens: int | None = None
+    device: str,
+    progress: Progress,
+    only: str | None = None,
+    *,
+    text: str | None = None,
+    tokens: int | None = None,
+    out: Path | None = None,
 ) -> dict[str, Any]:
-    """Scores every initialisation, or one.
+    """Scores every initialisation, or some.
 
     Args:
+        only: names, with commas between them.
         text: to learn and be scored on, its two sides apart; sampled from the teacher where not given.
         tokens: to train each on; 0 for none. By default as :data:`BUDGETS` says for the device.
+        out: where each row is kept, and looked for.
+
+    Raises:
+        InvalidOptionError: ``only`` names what is none; ``out`` without ``text``, that is with another text each time.
     """
     budget = BUDGETS[torch.device(device).type]
     if tokens is not None:
         budget = Budget(tokens, budget.score)
-    names = [name for name in INITIALISATIONS if only in (None, name)]
-    rows: list[dict[str, Any]] = []
-    if not names:
-        return {"results": rows}
+    if out is not None and text is None:
+        raise InvalidOptionError("--out keeps what was measured on one text: give --text too")
+    names = _names(only)
+    files = {} if out is None else {name: out / f"{name}-{_key(text, budget)}.json" for name in names}
+    rows = {name: read_json(file) for name, file in files.items() if file.is_file()}
+    missing = [name for name in names if name not in rows]
+    if missing:
+        for name, row in _measured(missing, device, progress, text, budget):
+            rows[name] = row
+            if name in files:
+                write_json(files[name], row)
+    return {
+        "teacher": _TEACHER, "text": text or "sampled from the teacher", "budget": asdict(budget),
+        "results": [rows[name] for name in names],
+    }  # fmt: skip
+
+
+def _names(only: str | None) -> list[str]:
+    if only is None:
+        return list(INITIALISATIONS)
+    wanted = [name.strip() for name in only.split(",")]
+    for name in wanted:
+        if name not in INITIALISATIONS:
+            raise InvalidOptionError(f"nothing in 'inits' is called '{name}': {did_you_mean(name, INITIALISATIONS)}")
+    return [name for name in INITIALISATIONS if name in wanted]
+
+
+def _key(text: str | None, budget: Budget) -> str:
+    """What decides a row, beside its name."""
+    return hashlib.sha256(json.dumps([_TEACHER, text, asdict(budget)]).encode()).hexdigest()[:10]
+
+
+def _measured(
+    names: Sequence[str], device: str, progress: Progress, text: str | None, budget: Budget
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name → row, one after another."""
     dtype = torch.bfloat16 if use_bfloat16("auto", device) else torch.float32
     loaded = load(_TEACHER, dtype=dtype, device=device)
     with tempfile.TemporaryDirectory() as folder:
@@ -73,11 +121,8 @@ def run(
         calibration_NT, heldout_NT = _blocks(loaded, source, budget)
         for done, name in enumerate(names):
             progress(done, len(names))
-            rows.append(_row(name, loaded, source, calibration_NT, heldout_NT, budget, Path(folder) / name))
+            yield name, _row(name, loaded, source, calibration_NT, heldout_NT, budget, Path(folder) / name)
     progress(len(names), len(names))
-    return {
-        "teacher": _TEACHER, "text": text or "sampled from the teacher", "budget": asdict(budget), "results": rows
-    }  # fmt: skip
 
 
 def table(result: dict[str, Any]) -> Table:
@@ -137,8 +182,8 @@ def _trained(name: str, teacher: LoadedModel, source: str, budget: Budget, folde
             "student": {"init": name},
             "data": {"train": source, "context_length": _CONTEXT},
             "stages": [
-                {"kind": "align", "tokens": align, "learning_rate": 1.5e-3, **stage},
-                {"kind": "kd", "tokens": max(budget.train - align, _CONTEXT), "learning_rate": 4e-4, **stage},
+                {"kind": "align", "tokens": align, "learning_rate": 1e-2, **stage},
+                {"kind": "kd", "tokens": max(budget.train - align, _CONTEXT), "learning_rate": 2e-3, **stage},
             ],
             "output": str(folder),
             "seed": _SEED,

@@ -43,7 +43,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "synthesize": Benchmark(synthesize.run, synthesize.table, plot_synthesize),
     "decode": Benchmark(decode.run, decode.table, plot_decode),
     "export": Benchmark(exported.run, exported.table, plot_export, ("target",)),
-    "inits": Benchmark(inits.run, inits.table, plot_inits, ("text", "tokens")),
+    "inits": Benchmark(inits.run, inits.table, plot_inits, ("text", "tokens", "out")),
     "verify": Benchmark(verify.run, verify.table, plot_verify),
     "speculate": Benchmark(speculate.run, speculate.table, plot_speculate, ("target", "draft", "prompts")),
     "laws": Benchmark(laws.run, laws.table, plot_laws, ("target", "draft", "prompts")),
@@ -73,8 +73,8 @@ def run_benchmark(
 
     Args:
         only: leaves out what is not called so: an operation (``ops``), a curve (``train``), a way (``synthesize``),
-            an initialisation (``inits``), a part (``verify``, ``speculate``), parts with commas between them
-            (``decode``, ``export``).
+            a part (``verify``, ``speculate``), parts or initialisations with commas between them (``decode``,
+            ``export``, ``inits``).
         options: see the benchmark's own ``run``.
 
     Raises:

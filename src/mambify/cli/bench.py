@@ -32,7 +32,9 @@ def bench(
     tokens: Annotated[
         str | None, typer.Option(help="To train each student on: 1M; several in recipes: 5M,20M; 0 in inits: none.")
     ] = None,
-    recipes: Annotated[str | None, typer.Option(help="Presets: paper,best; tables take one.")] = None,
+    recipes: Annotated[
+        str | None, typer.Option(help="Presets: paper,best; paper@45M has tokens of its own; tables take one.")
+    ] = None,
     attention: Annotated[float | None, typer.Option(help="Share of layers that keep attention.")] = None,
     teacher: Annotated[str | None, typer.Option(help="What is distilled; smollm2 by default.")] = None,
     target: Annotated[str | None, typer.Option(help="Model to make faster (speculate), or to export (export).")] = None,
@@ -53,10 +55,17 @@ def bench(
     heldout_preferences: Annotated[
         str | None, typer.Option(help="Pairs of answers to be scored on (paper-table-6).")
     ] = None,
+    student: Annotated[str | None, typer.Option(help="Tune this student and distil none (paper-table-6).")] = None,
+    tuning_tokens: Annotated[
+        str | None, typer.Option(help="Of SFT and of DPO; by default a tenth of --tokens (paper-table-6).")
+    ] = None,
+    tune: Annotated[
+        list[str] | None, typer.Option(metavar="KIND.KEY=VALUE", help="Changes to SFT or DPO: dpo.beta=0.1.")
+    ] = None,
     tasks: Annotated[str | None, typer.Option(help="Zero-shot tasks, of those that --data-dir has.")] = None,
     data_dir: Annotated[str | None, typer.Option(help="Files of zero-shot tasks, which are then run.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Of each task only so many questions.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where runs are kept; by default runs/bench.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where runs are kept, by default runs/bench; rows of inits.")] = None,
     parallel: Annotated[int | None, typer.Option(min=1, help="Runs at a time, one on each GPU.")] = None,
     change: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Changes to every preset.")
@@ -91,6 +100,9 @@ def bench(
             "instruct": instruct,
             "preferences": preferences,
             "heldout_preferences": heldout_preferences,
+            "student": student,
+            "tuning_tokens": tuning_tokens,
+            "tuning": tune,
             "tasks": tasks,
             "data_dir": data_dir,
             "limit": limit,

@@ -12,7 +12,7 @@ from mambify.errors import InvalidOptionError, MambifyError
 from mambify.io import write_json
 
 #: field of an experiment's request → its option, where that is not called the same
-_FLAGS = {"changes": "set"}
+_FLAGS = {"changes": "set", "tuning": "tune"}
 #: fields that are lists of names with commas between
 _LISTS = ("tokens", "recipes", "tasks")
 
@@ -54,17 +54,22 @@ def run(name: str, given: Mapping[str, Any], *, device: str | None, json: Path |
     for field in _LISTS:
         if field in values:
             values[field] = tuple(part.strip() for part in values[field].split(","))
-    for field in ("data", "text", "changes"):
+    for field in ("data", "text", "changes", "tuning"):
         if field in values:
             values[field] = tuple(str(part) for part in values[field])
     if "tokens" in values:
         values["tokens"] = tuple(options.parse_tokens(part) for part in values["tokens"])
-    for field in ("batch_tokens", "max_tokens"):
+    for field in ("batch_tokens", "max_tokens", "tuning_tokens"):
         if field in values:
             values[field] = options.parse_tokens(values[field])
     quiet = json == Path("-")
     place = options.pick_device(device)
-    result = run_experiment(name, device=place, say=announcer(quiet=False), **values)
+
+    def report(so_far: dict[str, Any]) -> None:
+        if json is not None and not quiet:
+            write_json(json, so_far)
+
+    result = run_experiment(name, device=place, say=announcer(quiet=False), report=report, **values)
     if plot is not None:
         EXPERIMENT_PLOTS[name](result, plot)
     if json is not None and not quiet:

@@ -105,11 +105,21 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"recipe {path} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"recipe {path} is not a mapping of keys")
-    for override in overrides:
-        _override(raw, override)
+    apply_overrides(raw, overrides)
     if preset is not None:
         raw = expand_preset(raw, name=preset, known=Recipe.model_fields)
     return parse_recipe(raw, source=str(path))
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Puts ``key.path=value`` into the plain data of a recipe, and returns it.
+
+    Raises:
+        RecipeError: one that is not of this form, or that names no place.
+    """
+    for override in overrides:
+        _override(raw, override)
+    return raw
 
 
 def parse_recipe(raw: dict[str, Any], *, source: str = "recipe") -> Recipe:

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mambify.data.preferences import PreferenceDataset, as_blocks, read_preferences
 from mambify.errors import UnknownSourceError
 from mambify.evaluate.blocks import read_blocks
 from mambify.evaluate.compare import compare
 from mambify.evaluate.preferences import as_json, preference_accuracy
-from mambify.evaluate.tasks import compare_on_tasks, load_tasks
+from mambify.evaluate.tasks import TaskSet, compare_on_tasks, load_tasks
 from mambify.experiments.request import Request
-from mambify.families.load import load, load_tokenizer, require_tokenizer
+from mambify.families.load import LoadedModel, load, load_tokenizer, require_tokenizer
 from mambify.model import HybridBlock, HybridForCausalLM
+from mambify.tokenization import require_same_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: pairs of answers are longer than text is cut: so many times context_length
+_PAIR = 4
+#: sequences of a forward pass
+_ROWS, _ROWS_ON_GPU = 8, 32
 
 
 @dataclass(frozen=True)
@@ -29,7 +38,7 @@ class Evaluation:
     Attributes:
         teacher: what it is measured against.
         sources: held-out sides of synthesized text, and files.
-        context_length: of a block; pairs of answers have twice as much.
+        context_length: of a block; pairs of answers have four times as much.
         max_tokens: of each source.
         preferences: pairs, or ``None``.
         tasks, data_dir, limit: zero-shot tasks from files.
@@ -79,50 +88,88 @@ def check_evaluation(evaluation: Evaluation) -> None:
     tokenizer = load_tokenizer(evaluation.teacher)
     if tokenizer is None:
         raise UnknownSourceError(f"{evaluation.teacher} has no tokenizer, and text must be tokenized")
-    for source in evaluation.sources:
-        read_blocks(source, tokenizer, context_length=evaluation.context_length, max_tokens=evaluation.context_length)
+    _read(replace(evaluation, max_tokens=evaluation.context_length), tokenizer)
+
+
+class _Material(NamedTuple):
+    """What students are scored on, as models take it."""
+
+    texts: dict[str, list[Tensor]]
+    pairs: PreferenceDataset | None
+    tasks: TaskSet | None
+
+
+def _read(evaluation: Evaluation, tokenizer: PreTrainedTokenizerBase) -> _Material:
+    texts = {
+        source: read_blocks(
+            source, tokenizer, context_length=evaluation.context_length, max_tokens=evaluation.max_tokens
+        )
+        for source in evaluation.sources
+    }
+    pairs = tasks = None
     if evaluation.preferences is not None:
-        read_preferences(evaluation.preferences, tokenizer)
+        read = read_preferences(evaluation.preferences, tokenizer)
+        pairs = PreferenceDataset(read.pairs, _PAIR * evaluation.context_length, dropped=read.dropped)
     if evaluation.tasks:
-        load_tasks(evaluation.tasks, data_dir=evaluation.data_dir)
+        tasks = load_tasks(evaluation.tasks, data_dir=evaluation.data_dir)
+    return _Material(texts, pairs, tasks)
 
 
-def score(
-    student: Path, evaluation: Evaluation, *, device: str, silenced: bool = False, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Scores a saved student.
+class Examination:
+    """Scores students, all on the same texts, pairs and questions and beside the same teacher, which are read once.
 
     Args:
-        silenced: with its new mixers giving nothing.
+        teacher: loaded, anywhere; it is only read.
+        device: where students are scored.
 
-    Returns:
-        ``sources`` (as :func:`mambify.evaluate.compare.compare` gives them), and where asked for ``preferences`` (as
-        :func:`mambify.evaluate.preferences.as_json`) and ``tasks``, ``means`` (as ``compare_on_tasks``).
+    Raises:
+        UsageError, MissingDependencyError: see :func:`check_evaluation`.
     """
-    say("scoring")
-    loaded = load(student, device=device)
-    teacher = load(evaluation.teacher, device=device, with_tokenizer=False).model
-    tokenizer = require_tokenizer(loaded)
-    with without_mixers(loaded.model) if silenced else nullcontext():
-        result = compare(
-            loaded.model,
-            teacher,
-            {source: Path(source) for source in evaluation.sources},
-            tokenizer=tokenizer,
-            context_length=evaluation.context_length,
-            max_tokens=evaluation.max_tokens,
-        )
-        if evaluation.preferences is not None:
-            read = read_preferences(evaluation.preferences, tokenizer)
-            pairs = PreferenceDataset(read.pairs, 2 * evaluation.context_length, dropped=read.dropped)
-            say(f"asking for preferences, {len(pairs)} pairs")
-            result["preferences"] = as_json(preference_accuracy(loaded.model, teacher, as_blocks(pairs)))
-        if evaluation.tasks:
-            say(f"running {', '.join(evaluation.tasks)}")
-            tasks = load_tasks(evaluation.tasks, data_dir=evaluation.data_dir)
-            answered = compare_on_tasks(loaded.model, teacher, tasks, tokenizer=tokenizer, limit=evaluation.limit)
-            result |= {name: answered[name] for name in ("tasks", "means")}
-    return result
+
+    def __init__(self, evaluation: Evaluation, teacher: LoadedModel, *, device: str) -> None:
+        self.evaluation, self.device = evaluation, device
+        self.tokenizer = require_tokenizer(teacher)
+        self.material = _read(evaluation, self.tokenizer)
+        there = teacher.model.device.type == torch.device(device).type
+        self.teacher = teacher.model if there else copy.deepcopy(teacher.model).to(device)
+
+    def score(self, student: str, *, silenced: bool = False, say: Callable[[str], None]) -> dict[str, Any]:
+        """Scores a student.
+
+        Args:
+            student: a directory or an alias.
+            silenced: with its new mixers giving nothing.
+
+        Returns:
+            ``sources`` (as :func:`mambify.evaluate.compare.compare` gives them), and where asked for ``preferences``
+            (as :func:`mambify.evaluate.preferences.as_json`) and ``tasks``, ``means`` (as ``compare_on_tasks``).
+
+        Raises:
+            TokenizerMismatchError: it reads text otherwise than the teacher.
+        """
+        say("scoring")
+        texts, pairs, tasks = self.material
+        loaded = load(student, device=self.device)
+        require_same_tokenizer(self.tokenizer, require_tokenizer(loaded))
+        rows = _ROWS_ON_GPU if self.device.startswith("cuda") else _ROWS
+        with without_mixers(loaded.model) if silenced else nullcontext():
+            result = compare(
+                loaded.model,
+                self.teacher,
+                texts,
+                context_length=self.evaluation.context_length,
+                batch_size=rows,
+            )
+            if pairs is not None:
+                say(f"asking for preferences, {len(pairs)} pairs")
+                score = preference_accuracy(loaded.model, self.teacher, as_blocks(pairs), batch_size=rows)
+                result["preferences"] = as_json(score)
+            if tasks is not None:
+                say(f"running {', '.join(self.evaluation.tasks)}")
+                limit = self.evaluation.limit
+                answered = compare_on_tasks(loaded.model, self.teacher, tasks, tokenizer=self.tokenizer, limit=limit)
+                result |= {name: answered[name] for name in ("tasks", "means")}
+        return result
 
 
 @contextmanager

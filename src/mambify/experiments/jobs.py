@@ -21,12 +21,16 @@ from typing import Any
 from mambify.distill.logs import Progress
 from mambify.distill.recipe import Recipe, parse_recipe
 from mambify.distill.run import summaries
-from mambify.experiments.evaluation import Evaluation, score
+from mambify.experiments.evaluation import Evaluation, Examination
+from mambify.families.load import LoadedModel, load
 from mambify.io import read_json, write_json
 from mambify.machine import environment
 from mambify.workflows.distill import distill
+from mambify.workflows.texts import Known
 
 Say = Callable[[str], None]
+#: takes an experiment's result as far as it goes
+Report = Callable[[dict[str, Any]], None]
 
 _TELL_EVERY = 20.0  # seconds
 
@@ -40,18 +44,20 @@ class Job:
         recipe: as plain data; where it is kept is decided by all the rest.
         after: the run whose student this one begins from.
         silenced: its student is also scored with its new mixers giving nothing.
+        made: the student, where there is one already: it is scored, and nothing is trained.
     """
 
     label: str
     recipe: Mapping[str, Any]
     after: Job | None = None
     silenced: bool = False
+    made: str | None = None
 
     @property
     def key(self) -> str:
         """What decides its outcome, as a hash: the same for the same training, whatever it is called."""
         recipe = {name: value for name, value in self.recipe.items() if name not in _SAYS_NOTHING}
-        return _hash([recipe, None if self.after is None else self.after.key])
+        return _hash([recipe, None if self.after is None else self.after.key, *filter(None, [self.made])])
 
     def folder(self, out: Path) -> Path:
         """Where it is kept, under the name that the first to ask for this training gave it."""
@@ -59,9 +65,36 @@ class Job:
         name = re.sub(r"[^a-z0-9.]+", "-", self.label.lower()).strip("-")
         return made[0] if made else out / "runs" / f"{name}-{self.key}"
 
-    def student(self, out: Path) -> Path:
+    def student(self, out: Path) -> str:
         """Where its student is, once it is trained."""
-        return self.folder(out) / "run" / "student"
+        return self.made or str(self.folder(out) / "run" / "student")
+
+
+class Common:
+    """What the runs of one process have in common, read and loaded by the first that needs it."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._teachers: dict[str, LoadedModel] = {}
+        self._texts: dict[str, Known] = {}
+        self._examinations: dict[Evaluation, Examination] = {}
+
+    def teacher(self, name: str) -> LoadedModel:
+        """The teacher, in host memory."""
+        if name not in self._teachers:
+            self._teachers[name] = load(name)
+        return self._teachers[name]
+
+    def texts(self, teacher: str) -> Known:
+        """What has been read with the teacher's tokenizer."""
+        return self._texts.setdefault(teacher, {})
+
+    def examination(self, evaluation: Evaluation) -> Examination:
+        """What scores students."""
+        if evaluation not in self._examinations:
+            teacher = self.teacher(evaluation.teacher)
+            self._examinations[evaluation] = Examination(evaluation, teacher, device=self.device)
+        return self._examinations[evaluation]
 
 
 #: keys of a recipe that do not decide what comes out
@@ -77,32 +110,37 @@ def write_job(job: Job, out: Path, evaluation: Evaluation) -> Path:
     folder = job.folder(out)
     recipe = dict(job.recipe) | {"output": str(folder / "run")}
     if job.after is not None:
-        recipe["student"] = dict(recipe["student"]) | {"base": str(job.after.student(out))}
-    write_json(
-        folder / "job.json",
-        {"label": job.label, "recipe": recipe, "evaluation": evaluation.as_json(), "silenced": job.silenced},
-    )
+        recipe["student"] = dict(recipe["student"]) | {"base": job.after.student(out)}
+    said = {"label": job.label, "recipe": recipe, "made": job.made, "silenced": job.silenced}
+    write_json(folder / "job.json", said | {"evaluation": evaluation.as_json()})
     return folder
 
 
-def work(folder: Path, *, device: str, say: Say) -> None:
+def work(folder: Path, common: Common, *, say: Say) -> None:
     """Does what ``job.json`` in ``folder`` says, or what is left of it.
 
     Raises:
         MambifyError: see :func:`mambify.workflows.distill.distill` and :func:`mambify.evaluate.compare.compare`.
     """
     job = read_json(folder / "job.json")
-    recipe, evaluation = parse_recipe(job["recipe"], source=job["label"]), Evaluation.from_json(job["evaluation"])
-    run = Path(recipe.output)
-    if not (run / "student").is_dir():
-        distill(recipe, device=device, listener=_Teller(say), announce=say)
+    evaluation, student = Evaluation.from_json(job["evaluation"]), job["made"]
+    if student is None:
+        student = str(folder / "run" / "student")
+        if not Path(student).is_dir():
+            _train(parse_recipe(job["recipe"], source=job["label"]), common, say)
     for silenced in (False, True)[: 1 + job["silenced"]]:
         file = folder / scores_name(evaluation, silenced=silenced)
         if not file.is_file():
             start = time.perf_counter()
-            scores = score(run / "student", evaluation, device=device, silenced=silenced, say=say)
+            scores = common.examination(evaluation).score(student, silenced=silenced, say=say)
             seconds = round(time.perf_counter() - start, 1)
-            write_json(file, scores | {"evaluation_seconds": seconds, "environment": environment(device)})
+            write_json(file, scores | {"evaluation_seconds": seconds, "environment": environment(common.device)})
+
+
+def _train(recipe: Recipe, common: Common, say: Say) -> None:
+    teacher = common.teacher(recipe.teacher)
+    known = common.texts(recipe.teacher)
+    distill(recipe, device=common.device, teacher=teacher, known=known, listener=_Teller(say), announce=say)
 
 
 def scores_name(evaluation: Evaluation, *, silenced: bool) -> str:
@@ -111,16 +149,19 @@ def scores_name(evaluation: Evaluation, *, silenced: bool) -> str:
 
 
 def is_done(job: Job, out: Path, evaluation: Evaluation) -> bool:
-    """Whether it is trained and scored."""
-    return all(
-        (job.folder(out) / scores_name(evaluation, silenced=silenced)).is_file()
-        for silenced in (False, True)[: 1 + job.silenced]
-    )
+    """Whether it is trained, and scored in each way that is asked for."""
+    return all(is_scored(job, out, evaluation, silenced=silenced) for silenced in (False, True)[: 1 + job.silenced])
+
+
+def is_scored(job: Job, out: Path, evaluation: Evaluation, *, silenced: bool) -> bool:
+    """Whether it is trained, and scored in this way."""
+    return (job.folder(out) / scores_name(evaluation, silenced=silenced)).is_file()
 
 
 def outcome(job: Job, out: Path, evaluation: Evaluation, *, silenced: bool = False) -> dict[str, Any]:
     """What became of a run that is done: its scores, what each stage took, where it is."""
     folder = job.folder(out)
+    trained_in = folder / "run" / "environment.json"
     stages = [stage for run in _lineage(job) for stage in summaries(run.folder(out) / "run")]
     scores: dict[str, Any] = read_json(folder / scores_name(evaluation, silenced=silenced))
     return {
@@ -129,7 +170,7 @@ def outcome(job: Job, out: Path, evaluation: Evaluation, *, silenced: bool = Fal
         "tokens": sum(stage["tokens"] for stage in stages),
         "seconds": round(sum(stage["seconds"] for stage in stages), 1),
         "stages": stages,
-        "training_environment": read_json(folder / "run" / "environment.json"),
+        "training_environment": None if job.made is not None else read_json(trained_in),
     } | scores
 
 
@@ -145,6 +186,10 @@ def check(job: Job) -> Recipe:
         RecipeError: see :func:`mambify.distill.recipe.parse_recipe`.
     """
     return parse_recipe(dict(job.recipe) | {"output": "-"}, source=job.label)
+
+
+def no_report(_: dict[str, Any]) -> None:
+    """A :data:`Report` that nobody reads."""
 
 
 class _Teller:

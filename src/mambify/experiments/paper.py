@@ -16,7 +16,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from mambify.experiments.evaluation import Evaluation, check_evaluation
-from mambify.experiments.jobs import Job, Say, check, outcome
+from mambify.experiments.jobs import Job, Report, Say, check, is_scored, no_report, outcome
 from mambify.experiments.recipes import failures, short
 from mambify.experiments.request import Request
 from mambify.experiments.schedule import run_all
@@ -81,8 +81,11 @@ class PaperTable:
 DEFAULT_TOKENS = 20_000_000
 
 
-def run(spec: PaperTable, request: Request, *, device: str, say: Say) -> dict[str, Any]:
+def run(spec: PaperTable, request: Request, *, device: str, say: Say, report: Report = no_report) -> dict[str, Any]:
     """Trains and scores every student of a table; those that fail are left out and named.
+
+    Args:
+        report: given what there is so far, whenever a run is done.
 
     Raises:
         UsageError: something that no run could be made of; nothing has been trained then.
@@ -93,39 +96,55 @@ def run(spec: PaperTable, request: Request, *, device: str, say: Say) -> dict[st
     silenced = {row.job.key for row in rows.values() if row.job is not None and row.silenced}
     wanted = [replace(job, silenced=job.key in silenced) for job in [*_origins(jobs), *jobs]]
     for job in wanted:
-        recipe = check(job)
-        if job.after is None:
-            check_plan(recipe)
+        if job.made is None:
+            recipe = check(job)
+            if job.after is None:
+                check_plan(recipe)
     evaluation = Evaluation.of(request)
     check_evaluation(evaluation)
-    failed = run_all(wanted, request.out, evaluation, device=device, parallel=request.parallel, say=say)
-    outcomes = {
-        name: outcome(row.job, request.out, evaluation, silenced=row.silenced)
-        for name, row in rows.items()
-        if row.job is not None and row.job.key not in failed
-    }
-    results = []
-    for name, row in rows.items():
-        if row.job is None and outcomes:
-            some = next(iter(outcomes.values()))
-            ours = figures(some, role="teacher")
-        elif name in outcomes:
-            ours = figures(outcomes[name])
-        else:
-            ours = {}
-        results.append({"row": name, "paper": dict(spec.paper.get(name, {})), "ours": ours} | outcomes.get(name, {}))
-    return {
-        "title": spec.title,
-        "differs": list(spec.differs),
-        "teacher": request.teacher,
-        "recipe": request.recipes[0],
-        "tokens": request.tokens[0],
-        "seed": request.seed,
-        "evaluation": evaluation.as_json(),
-        "results": results if outcomes else [],
-        "conclusions": [agreement(conclusion, spec.paper, results) for conclusion in spec.conclusions],
-        "failed": {job.label: failed[job.key] for job in wanted if job.key in failed},
-    }
+
+    def result(failed: Mapping[str, str]) -> dict[str, Any]:
+        outcomes = {
+            name: outcome(row.job, request.out, evaluation, silenced=row.silenced)
+            for name, row in rows.items()
+            if row.job is not None and is_scored(row.job, request.out, evaluation, silenced=row.silenced)
+        }
+        results = []
+        for name, row in rows.items():
+            if row.job is None and outcomes:
+                some = next(iter(outcomes.values()))
+                ours = figures(some, role="teacher")
+            elif name in outcomes:
+                ours = figures(outcomes[name])
+            else:
+                ours = {}
+            results.append(
+                {"row": name, "paper": dict(spec.paper.get(name, {})), "ours": ours} | outcomes.get(name, {})
+            )
+        return {
+            "title": spec.title,
+            "differs": list(spec.differs),
+            "teacher": request.teacher,
+            "recipe": request.recipes[0],
+            "tokens": request.tokens[0],
+            "student": request.student,
+            "seed": request.seed,
+            "evaluation": evaluation.as_json(),
+            "results": results if outcomes else [],
+            "conclusions": [agreement(conclusion, spec.paper, results) for conclusion in spec.conclusions],
+            "failed": {job.label: failed[job.key] for job in wanted if job.key in failed},
+        }
+
+    failed = run_all(
+        wanted,
+        request.out,
+        evaluation,
+        device=device,
+        parallel=request.parallel,
+        say=say,
+        after_each=lambda: report(result({})),
+    )
+    return result(failed)
 
 
 def _origins(jobs: Sequence[Job]) -> list[Job]:
@@ -197,7 +216,8 @@ def table(result: Mapping[str, Any]) -> Table:
         for side in ("paper", "ours")
         for figure in dict.fromkeys(figure for row in sorted(rows, key=lambda r: -len(r[side])) for figure in row[side])
     ]
-    title = f"{result['title']}: {result['teacher']}, {result['recipe']}, {short(result['tokens'])} tokens a student"
+    made_by = result["student"] or f"{result['recipe']}, {short(result['tokens'])} tokens a student"
+    title = f"{result['title']}: {result['teacher']}, {made_by}"
     shown = Table(title=f"{title}; {result['machine']['device']}", title_justify="left", box=SIMPLE, pad_edge=False)
     cells = [
         [_value(row[side][figure], figure, side) if figure in row[side] else "" for side, figure in columns]

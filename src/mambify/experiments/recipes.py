@@ -14,8 +14,8 @@ from rich.table import Table
 
 from mambify.distill.presets import preset_file
 from mambify.experiments.evaluation import Evaluation, check_evaluation
-from mambify.experiments.jobs import Say, check, outcome
-from mambify.experiments.request import Request
+from mambify.experiments.jobs import Report, Say, check, is_done, no_report, outcome
+from mambify.experiments.request import Request, parse_budget
 from mambify.experiments.schedule import run_all
 from mambify.experiments.students import student
 from mambify.experiments.texts import with_texts
@@ -28,34 +28,60 @@ DEFAULTS = {
 }
 
 
-def run(request: Request, *, device: str, say: Say) -> dict[str, Any]:
-    """Every preset at every budget; those that fail are left out and named.
+def run(request: Request, *, device: str, say: Say, report: Report = no_report) -> dict[str, Any]:
+    """Every preset at every budget, or at its own; those that fail are left out and named.
+
+    Args:
+        report: given what there is so far, whenever a run is done.
 
     Raises:
         UsageError: something that no run could be made of; nothing has been trained then.
     """
     request = with_texts(request, device=device, say=say)
-    runs = [(name, tokens) for tokens in sorted(request.tokens) for name in request.recipes]
-    jobs = {(name, tokens): student(f"{name} {short(tokens)}", request, name, tokens) for name, tokens in runs}
+    jobs = {
+        (name, tokens): student(f"{name} {short(tokens)}", request, name, tokens) for name, tokens in runs_of(request)
+    }
     for job in jobs.values():
         check_plan(check(job))
     evaluation = Evaluation.of(request)
     check_evaluation(evaluation)
-    failed = run_all(list(jobs.values()), request.out, evaluation, device=device, parallel=request.parallel, say=say)
-    results = [
-        {"recipe": name, "about": about(name), "budget": tokens} | outcome(job, request.out, evaluation)
-        for (name, tokens), job in jobs.items()
-        if job.key not in failed
+
+    def result(failed: Mapping[str, str]) -> dict[str, Any]:
+        results = [
+            {"recipe": name, "about": about(name), "budget": tokens} | outcome(job, request.out, evaluation)
+            for (name, tokens), job in jobs.items()
+            if is_done(job, request.out, evaluation)
+        ]
+        return {
+            "teacher": request.teacher,
+            "attention": request.attention,
+            "seed": request.seed,
+            "evaluation": evaluation.as_json(),
+            "results": results,
+            "claims": claims(results, evaluation.sources),
+            "failed": {job.label: failed[job.key] for job in jobs.values() if job.key in failed},
+        }
+
+    longest_first = [jobs[run] for run in sorted(jobs, key=lambda run: -run[1])]  # processes end at about the same time
+    failed = run_all(
+        longest_first,
+        request.out,
+        evaluation,
+        device=device,
+        parallel=request.parallel,
+        say=say,
+        after_each=lambda: report(result({})),
+    )
+    return result(failed)
+
+
+def runs_of(request: Request) -> list[tuple[str, int]]:
+    """Preset and budget of every student, small budgets first; ``paper@45M`` has its own, ``paper`` the request's."""
+    parts = [entry.partition("@") for entry in request.recipes]
+    found = [
+        (name, tokens) for name, _, own in parts for tokens in ([parse_budget(own, name)] if own else request.tokens)
     ]
-    return {
-        "teacher": request.teacher,
-        "attention": request.attention,
-        "seed": request.seed,
-        "evaluation": evaluation.as_json(),
-        "results": results,
-        "claims": claims(results, evaluation.sources),
-        "failed": {job.label: failed[job.key] for job in jobs.values() if job.key in failed},
-    }
+    return sorted(dict.fromkeys(found), key=lambda run: run[1])
 
 
 def about(preset: str) -> str:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from mambify.errors import InvalidOptionError, MambifyError
 from mambify.experiments import paper, recipes
-from mambify.experiments.jobs import Say
+from mambify.experiments.jobs import Report, Say, no_report
 from mambify.experiments.request import Request
 from mambify.experiments.tables import TABLES
 from mambify.machine import environment
@@ -45,7 +45,7 @@ class Experiment:
 
 #: number of a table → what it takes beside the options of all experiments
 _OF_TABLE = {
-    6: ("instruct", "preferences", "heldout_preferences"),
+    6: ("instruct", "preferences", "heldout_preferences", "student", "tuning_tokens", "tuning"),
     7: (),
     8: ("attention", *_TASKS),
     9: ("attention", *_TASKS),
@@ -66,11 +66,14 @@ EXPERIMENTS: dict[str, Experiment] = {
 }
 
 
-def run_experiment(name: str, *, device: str, say: Say | None = None, **options: Any) -> dict[str, Any]:
+def run_experiment(
+    name: str, *, device: str, say: Say | None = None, report: Report = no_report, **options: Any
+) -> dict[str, Any]:
     """Runs one experiment, or what is left of it; the result says on which machine and which versions.
 
     Args:
         say: told in words what begins, and how far runs are.
+        report: given the result as far as it goes, whenever a run is done.
         options: fields of :class:`~mambify.experiments.request.Request`.
 
     Raises:
@@ -82,8 +85,13 @@ def run_experiment(name: str, *, device: str, say: Say | None = None, **options:
     request = Request(**{**experiment.defaults, **options})
     if experiment.single and (len(request.tokens) > 1 or len(request.recipes) > 1):
         raise InvalidOptionError(f"{name} takes one number of tokens and one recipe")
-    result = experiment.execute(request, device=device, say=say or (lambda _: None))
+    if experiment.single and "@" in request.recipes[0]:
+        raise InvalidOptionError(f"{name} takes a recipe without a budget of its own: say --tokens")
+    head = {"benchmark": name, "machine": environment(device)}
+    result = experiment.execute(
+        request, device=device, say=say or (lambda _: None), report=lambda so_far: report(head | so_far)
+    )
     if not result["results"]:
         label, reason = next(iter(result["failed"].items()))
         raise MambifyError(f"every run failed, {label} for one: {reason}")
-    return {"benchmark": name, "machine": environment(device)} | result
+    return head | result

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mambify.distill.presets import preset_file
+from mambify.distill.sections import parse_count
 from mambify.errors import InvalidOptionError, UnknownSourceError
 
 #: of the questions of zero-shot tasks, those that can be had as files
@@ -18,12 +19,15 @@ class Request:
 
     Attributes:
         tokens: budgets of training, each student's.
-        recipes: presets to train with.
+        recipes: presets to train with; ``NAME@TOKENS`` has a budget of its own.
         attention: share of layers that keep attention, where the experiment does not vary it.
         teacher: as everywhere.
         data: directories of synthesized text to train and be scored on; none: sampled from the teacher.
         text: further files to be scored on.
         instruct, preferences, heldout_preferences: text of the stages ``sft`` and ``dpo``, and pairs to be scored on.
+        student: one that is there already, to be tuned in place of those that the experiment would distil.
+        tuning_tokens: of each of these stages; a tenth of ``tokens`` by default.
+        tuning: changes to them, ``KIND.KEY=VALUE``.
         tasks, data_dir, limit: zero-shot tasks, their files, and how many questions of each.
         out: where runs are kept.
         parallel: runs at a time.
@@ -42,6 +46,9 @@ class Request:
     instruct: str | None = None
     preferences: str | None = None
     heldout_preferences: str | None = None
+    student: str | None = None
+    tuning_tokens: int | None = None
+    tuning: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     data_dir: str | None = None
     limit: int | None = None
@@ -56,8 +63,11 @@ class Request:
     def __post_init__(self) -> None:
         if not self.tokens or not self.recipes:
             raise InvalidOptionError("name at least one budget of tokens and one recipe")
-        for name in self.recipes:
+        for entry in self.recipes:
+            name, _, own = entry.partition("@")
             preset_file(name)
+            if own:
+                parse_budget(own, name)
         for what, names in (("tokens", self.tokens), ("recipes", self.recipes)):
             if len(set(names)) < len(names):
                 raise InvalidOptionError(f"--{what} names one twice: {', '.join(map(str, names))}")
@@ -78,6 +88,8 @@ class Request:
             raise InvalidOptionError("tasks are read from files here: give --data-dir DIR too")
         if self.preferences is not None and self.heldout_preferences is None:
             raise InvalidOptionError("--preferences trains: give --heldout-preferences FILE too, to be scored on")
+        if self.student is not None and self.instruct is None and self.preferences is None:
+            raise InvalidOptionError("--student is tuned: give --instruct FILE or --preferences FILE")
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -87,3 +99,15 @@ class Request:
     def with_data(self, data: tuple[str, ...]) -> Request:
         """The same on other text."""
         return replace(self, data=data)
+
+
+def parse_budget(text: str, name: str) -> int:
+    """The tokens of ``NAME@TOKENS``.
+
+    Raises:
+        InvalidOptionError: no number of tokens.
+    """
+    count = parse_count(text)
+    if not isinstance(count, int) or count < 1:
+        raise InvalidOptionError(f"{name}@{text}: '{text}' is no number of tokens: write it like 500k, 20M or 1B")
+    return count

@@ -7,11 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from mambify.conversion.plan import uniform_attention_layers
-from mambify.distill.recipe import load_recipe
+from mambify.distill.recipe import apply_overrides, load_recipe
 from mambify.distill.settings import EndToEnd
+from mambify.errors import RecipeError
 from mambify.experiments.jobs import Job
 from mambify.experiments.request import Request
 from mambify.families.load import load_config
+
+#: stages that tune a student after it was distilled
+_TUNED = ("sft", "dpo")
 
 
 def student(
@@ -50,8 +54,23 @@ def student(
     return Job(label, raw)
 
 
+def made(label: str, student: str) -> Job:
+    """A student that is there already, to be scored and tuned."""
+    return Job(label, {"student": {}}, made=student)
+
+
+def attention_of(student: str) -> float:
+    """The share of its layers that have attention."""
+    config = load_config(student)
+    return 1 - len(config.converted_layers) / config.num_hidden_layers
+
+
 def tuned(label: str, request: Request, after: Job, kind: str, tokens: int) -> Job:
-    """The student of ``after``, tuned on: the stage of this kind of preset ``paper-tuned``, on the request's files."""
+    """The student of ``after``, tuned on: the stage of this kind of preset ``paper-tuned``, on the request's files.
+
+    Raises:
+        RecipeError: a change to the stage that cannot be, or too few tokens.
+    """
     whole = load_recipe(
         "preset:paper-tuned",
         [
@@ -62,14 +81,30 @@ def tuned(label: str, request: Request, after: Job, kind: str, tokens: int) -> J
         ],
     )
     raw = whole.model_dump(mode="json")
-    shares = after.recipe["student"]["attention"]
-    raw["student"] |= {"attention": shares[-1] if isinstance(shares, list) else shares}
+    raw["student"] |= {"attention": 1.0}  # of what still has attention: whatever is converted stays so
     raw["stages"] = [stage for stage in raw["stages"] if stage["kind"] == kind]
     for stage in raw["stages"]:
         stage["data"] |= {"context_length": 2 * request.context_length}
+        if request.tuning_tokens is not None:
+            stage["tokens"] = request.tuning_tokens
         if kind == "dpo":
             stage["data"] |= {"heldout": request.heldout_preferences}
-    return Job(label, raw, after=after)
+    return Job(label, change(raw, request.tuning, kind), after=after)
+
+
+def change(raw: dict[str, Any], changes: Sequence[str], kind: str) -> dict[str, Any]:
+    """A recipe of one stage, with those changes ``KIND.KEY=VALUE`` that are for this kind.
+
+    Raises:
+        RecipeError: a change that names no kind, or nothing of the stage.
+    """
+    for text in changes:
+        if text.partition(".")[0] not in _TUNED:
+            raise RecipeError(
+                f"'{text}' changes no stage of tuning: begin it with {' or '.join(_TUNED)}, as dpo.beta=0.1"
+            )
+    wanted = [text.removeprefix(f"{kind}.") for text in changes if text.startswith(f"{kind}.")]
+    return apply_overrides(raw, [f"stages.0.{text}" for text in wanted])
 
 
 def last_layers(request: Request, attention: float) -> list[int]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from mambify.experiments.paper import Conclusion, PaperTable, Row
 from mambify.experiments.request import Request
-from mambify.experiments.students import last_layers, student, tuned
+from mambify.experiments.students import attention_of, last_layers, made, student, tuned
 
 _SIZE = "the teacher and the tokens are a small fraction of 8 billion parameters and 20 billion tokens"
 _TEXT = "perplexity is that of held-out text which the teacher wrote; the ratio to the teacher's is what compares"
@@ -19,18 +19,26 @@ _SHARES = {"50%": 0.5, "25%": 0.25, "12.5%": 0.125, "6.25%": 0.0625, "0%": 0.0}
 
 def _table6(request: Request) -> Mapping[str, Row]:
     preset, (tokens,) = request.recipes[0], request.tokens
-    distilled = {
-        name: student(f"{preset} {name}", request, preset, tokens, attention=share) for name, share in _SHARES.items()
-    }
+    if request.student is not None:
+        given = made(request.student, request.student)
+        share = attention_of(request.student)
+        name = min(_SHARES, key=lambda name: abs(_SHARES[name] - share))
+        distilled = {name: given}
+    else:
+        distilled = {
+            name: student(f"{preset} {name}", request, preset, tokens, attention=share)
+            for name, share in _SHARES.items()
+        }
     rows = {"100%": Row(None)} | {name: Row(job) for name, job in distilled.items()}
-    for name in ("50%", "25%"):
+    for name in distilled if request.student is not None else ("50%", "25%"):
+        label = distilled[name].label
         if request.instruct is not None:
-            sft = tuned(f"{preset} {name} SFT", request, distilled[name], "sft", tokens)
+            sft = tuned(f"{label} SFT", request, distilled[name], "sft", tokens)
             rows[f"{name} +SFT"] = Row(sft)
         if request.preferences is not None:
-            rows[f"{name} +DPO"] = Row(tuned(f"{preset} {name} DPO", request, distilled[name], "dpo", tokens))
+            rows[f"{name} +DPO"] = Row(tuned(f"{label} DPO", request, distilled[name], "dpo", tokens))
         if request.instruct is not None and request.preferences is not None:
-            rows[f"{name} +SFT+DPO"] = Row(tuned(f"{preset} {name} SFT DPO", request, sft, "dpo", tokens))
+            rows[f"{name} +SFT+DPO"] = Row(tuned(f"{label} SFT DPO", request, sft, "dpo", tokens))
     return rows
 
 

@@ -1,28 +1,57 @@
-"""One run in a process of its own: ``python -m mambify.experiments.worker FOLDER DEVICE``.
+"""Runs in a process of their own: ``python -m mambify.experiments.worker DEVICE``.
 
-It ends when its standard input does, that is when whoever started it is gone, however that came about.
+It does the runs in the folders that it is told of, a line each on its standard input, and answers each with a line on
+its standard output. What a run says goes to ``log.txt`` in its folder. The first run that fails ends the process; so
+does the end of its standard input, that is of whoever started it, however that came about.
 """
 
 from __future__ import annotations
 
+import gc
 import os
+import queue
 import sys
 import threading
 from pathlib import Path
 
+import torch
+
 from mambify.errors import MambifyError
-from mambify.experiments.jobs import work
+from mambify.experiments.jobs import Common, work
+
+LOG = "log.txt"
+DONE = b"done\n"
 
 
-def main(folder: str, device: str) -> int:
-    """Does the run in ``folder``; returns the exit status. What it says goes to stdout, an error as its last line."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        work(Path(folder), device=device, say=_say)
-    except MambifyError as error:
-        _say(" ".join(str(error).split()))
-        return error.exit_status
-    return 0
+def main(device: str) -> int:
+    """Does runs until one fails; returns the exit status."""
+    folders: queue.SimpleQueue[Path] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(folders,), daemon=True).start()
+    answers, common = os.dup(1), Common(device)
+    while True:
+        folder = folders.get()
+        _speak_into(folder / LOG)
+        try:
+            work(folder, common, say=_say)
+        except MambifyError as error:
+            _say(" ".join(str(error).split()))
+            return error.exit_status
+        gc.collect()  # a trainer and its callbacks know each other, and hold the run's memory
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
+        os.write(answers, DONE)
+
+
+def _listen(folders: queue.SimpleQueue[Path]) -> None:
+    for line in sys.stdin:
+        folders.put(Path(line.rstrip("\n")))
+    os._exit(1)
+
+
+def _speak_into(log: Path) -> None:
+    with log.open("ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
 
 
 def _say(message: str) -> None:
@@ -30,11 +59,5 @@ def _say(message: str) -> None:
     sys.stdout.flush()
 
 
-def _end_with_parent() -> None:
-    while os.read(0, 4096):
-        pass
-    os._exit(1)
-
-
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(sys.argv[1]))

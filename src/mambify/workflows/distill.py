@@ -21,7 +21,7 @@ from mambify.families.load import LoadedModel, load, load_config, require_tokeni
 from mambify.machine import default_device
 from mambify.model import HybridForCausalLM
 from mambify.tokenization import require_same_tokenizer
-from mambify.workflows.texts import Texts
+from mambify.workflows.texts import Known, Texts
 
 
 def distill(
@@ -30,6 +30,7 @@ def distill(
     overwrite: bool = False,
     device: str | None = None,
     teacher: LoadedModel | None = None,
+    known: Known | None = None,
     save_to: Path | None = None,
     listener: Listener | None = None,
     announce: Callable[[str], None] | None = None,
@@ -42,6 +43,7 @@ def distill(
     Args:
         device: ``cpu``, or a GPU; the GPU where there is one by default.
         teacher: already loaded, where the caller has it.
+        known: texts that earlier calls with the same tokenizer have read, and what this one reads.
         save_to: where the student is saved; the run directory's ``student`` folder by default.
         listener: told of every step, in the first process.
         announce: told in words what begins, in the first process.
@@ -69,7 +71,7 @@ def distill(
                 base = load(other)
                 require_same_tokenizer(require_tokenizer(loaded), require_tokenizer(base), names=("teacher", "base"))
             say("reading the text")
-            texts = Texts(recipe, base, say)
+            texts = Texts(recipe, base, say, known)
             texts.read_all(base)
             return loaded, _cut(base, recipe, texts), texts
 

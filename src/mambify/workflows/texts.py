@@ -22,6 +22,9 @@ from mambify.model import HybridForCausalLM
 
 T = TypeVar("T")
 
+#: what a text is made of → the text
+Known = dict[tuple[object, ...], Any]
+
 _KEPT = ("blocks", "pairs", "prompts")
 
 
@@ -31,15 +34,18 @@ class Texts:
     Args:
         model: whose tokenizer reads it.
         announce: told in words what was read.
+        known: what others have read with the same tokenizer; what is read here is added.
 
     Raises (when a stage's text is asked for):
         UsageError: a source that cannot be read, or too little text for one block.
         DataOverlapError: training and held-out text share documents.
     """
 
-    def __init__(self, recipe: Recipe, model: LoadedModel, announce: Callable[[str], None]) -> None:
+    def __init__(
+        self, recipe: Recipe, model: LoadedModel, announce: Callable[[str], None], known: Known | None = None
+    ) -> None:
         self.recipe, self.tokenizer, self.announce = recipe, require_tokenizer(model), announce
-        self._known: dict[tuple[object, ...], Any] = {}
+        self._known: Known = {} if known is None else known
 
     def __call__(self, stage: Stage) -> Dataset[Any] | None:
         """The stage's data set; ``None`` where an on-policy stage takes nothing but what the student writes."""
@@ -48,7 +54,7 @@ class Texts:
             return self._once(("pairs", data), lambda: self._pairs(data, own_heldout=stage.data.heldout is not None))
         if isinstance(stage, OnPolicy) and stage.share == 1:
             return None
-        return self._once(("blocks", data), lambda: self._blocks(data))
+        return self._once(("blocks", data, self.recipe.seed), lambda: self._blocks(data))
 
     def token_ids(self, stage: Stage) -> Tensor:
         """All tokens that a stage of blocks is trained on."""
@@ -80,7 +86,8 @@ class Texts:
             if isinstance(stage, OnPolicy):
                 self.writer(stage).sampler(model.model)
         # The documents themselves are no longer needed, and there may be gigabytes of them.
-        self._known = {key: known for key, known in self._known.items() if key[0] in _KEPT}
+        for key in [key for key in self._known if key[0] not in _KEPT]:
+            del self._known[key]
 
     def write(self, stage: OnPolicy, student: HybridForCausalLM, seed: int, count: int) -> dict[str, Tensor]:
         """Has ``student`` write ``count`` sequences for the stage."""
