@@ -34,8 +34,8 @@ def test_the_expectation_is_what_speculation_measures(target: HybridForCausalLM,
     texts = written(target, 256, 32)
     expected = expected_acceptance(target, draft, texts, texts, num_draft_tokens=3)
     measured = measured_acceptance(
-        target, draft, [row[:1].tolist() for row in texts], num_draft_tokens=3, temperature=1.0,
-        max_new_tokens=30, stop_ids=[], num_slots=256,
+        target, draft, [row[:2].tolist() for row in texts], num_draft_tokens=3, temperature=1.0,
+        max_new_tokens=60, stop_ids=[], num_slots=256,
     )  # fmt: skip
     assert measured["tokens_per_round"] == pytest.approx(expected.tokens_per_round, rel=0.05)
     for k, share in enumerate(expected.acceptance_by_position):

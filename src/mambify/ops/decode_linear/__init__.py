@@ -11,7 +11,6 @@ T tokens, C channels, K width, R places of the ring.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,33 +18,14 @@ from torch import Tensor
 from mambify.ops.backends import HAS_TRITON, backends_on, check_shape, pick_backend
 from mambify.ops.conv_replay import conv_replay
 from mambify.ops.decode_linear import onednn, reference
+from mambify.ops.decode_linear.convolution import Convolution
 from mambify.ops.decode_linear.onednn import Packed, pack
 from mambify.ops.decode_linear.onednn import supports as can_pack
-from mambify.ops.ring import RingPlace
 
 if HAS_TRITON:
     from mambify.ops.decode_linear import triton as kernels
 
 __all__ = ["Convolution", "Packed", "can_pack", "convolved", "decode_linear", "decode_packed", "pack"]
-
-
-class Convolution(NamedTuple):
-    """What :func:`mambify.ops.conv_replay.conv_replay` makes of some of the outputs, with SiLU.
-
-    A channel is convolved with its own last inputs, so whoever has made its new ones has all that is needed.
-
-    Attributes:
-        first: output that is channel 0.
-        weight_CK, bias_C: taps, oldest first, contiguous; bias or None.
-        ring_SRC: inputs of recent tokens, changed in place.
-        place: where each of the S slots stands in the ring; only read. Slots that are not active give zero.
-    """
-
-    first: int
-    weight_CK: Tensor
-    bias_C: Tensor | None
-    ring_SRC: Tensor
-    place: RingPlace
 
 
 @torch.no_grad()

@@ -24,7 +24,6 @@ BLOCK_D / VEC are the threads of a tile.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -33,10 +32,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mambify.ops.decode_linear import triton_dots
+from mambify.ops.decode_linear.convolution import Convolution
 from mambify.ops.ring import check_contiguous
-
-if TYPE_CHECKING:
-    from mambify.ops.decode_linear import Convolution
 
 MOST_ROWS = 8
 _PROGRAMS = 132 * 2  # that keep an H100 busy

@@ -3,21 +3,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mambify.ops.backends import accumulation_dtype
 from mambify.ops.conv_replay import reference as convolution
+from mambify.ops.mamba1_step.weights import Mamba1Weights, StepConv
 from mambify.ops.ring import RingPlace
 from mambify.ops.selective_replay import SelectiveRing
 from mambify.ops.selective_replay import reference as replay
 from mambify.ops.selective_scan import reference as scan
-
-if TYPE_CHECKING:
-    from mambify.ops.mamba1_step import Mamba1Weights, StepConv
 
 
 def mamba1_step(

@@ -13,20 +13,16 @@ Letters: S rows, T new tokens, R places of a ring, J = G·Q·U sub-heads, M chan
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambify.ops.mamba1_step.weights import Mamba1Weights, StepConv
 from mambify.ops.ring import RingPlace, check_contiguous
 from mambify.ops.selective_replay import SelectiveRing
 from mambify.ops.selective_replay.triton import LOG2E, after_pending, one_token, tiles
 from mambify.ops.triton_math import softplus
-
-if TYPE_CHECKING:
-    from mambify.ops.mamba1_step import Mamba1Weights, StepConv
 
 _TILE = 128  # state entries a program, a warp: 8 channels of 16, whose rows of the projection of Δ are 1 to 4 KB
 _BLOCK_E = 32  # so that four threads share a row of the projection, as four share a channel's entries of the state
