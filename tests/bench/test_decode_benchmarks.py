@@ -179,7 +179,7 @@ def test_from_the_command_line(saved: str, tmp_path: Path, capsys: pytest.Captur
         (["speculate", "--only", "temperature-0"], "name one with --target"),
         (["speculate", "--only", "nothing"], "no part 'nothing'"),
         (["speculate", "--only", "8B", "--target", saved], "no part '8B'"),
-        (["verify", "--target", saved], "it is for speculate, laws"),
+        (["verify", "--target", saved], "it is for export, speculate, laws"),
         (["laws", "--only", "nothing"], "nothing in 'laws' is called 'nothing'"),
     ):
         assert main(["bench", *command, "--device", "cpu"]) == 2

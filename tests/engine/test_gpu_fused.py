@@ -17,6 +17,7 @@ from mambify.model import HybridForCausalLM
 from mambify.ops.conv_replay import conv_replay
 from mambify.ops.decode_linear import Convolution, decode_linear
 from mambify.ops.ring import RingPlace
+from replaying import advance
 
 pytestmark = pytest.mark.gpu
 MIXES = {
@@ -78,7 +79,7 @@ def test_a_convolution_within_a_product(
         wanted = decode_linear(x, [weight], backend="triton", **settings)
         part = wanted[:, first : first + channels]
         part.copy_(conv_replay(part.unflatten(0, (slots, new)), taps, bias, rings[1], place).flatten(0, 1))
-        place.advance(torch.full((slots,), new, device="cuda"), new)
+        advance(place, torch.full((slots,), new, device="cuda"), new)
         assert torch.equal(rings[0], rings[1])
         assert (found.float() - wanted.float()).abs().max() <= 0.01 * wanted.float().abs().max()
 

@@ -14,6 +14,7 @@ from mambify.ops.backends import HAS_TRITON
 from mambify.ops.conv_replay import conv_replay
 from mambify.ops.decode_linear import Convolution, decode_linear
 from mambify.ops.ring import RingPlace
+from replaying import advance
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 BACKENDS = ["reference", pytest.param("triton", marks=needs_triton)]
@@ -84,7 +85,7 @@ def test_some_outputs_are_convolved(backend: str, slots: int, new: int, first: i
         wanted = decode_linear(x, [weight], [bias], backend=backend)
         part = wanted[:, first : first + channels]
         part.copy_(conv_replay(part.view(slots, new, channels), taps, conv_bias, rings[1], place).flatten(0, 1))
-        place.advance(torch.full((slots,), new, device=DEVICE), new)
+        advance(place, torch.full((slots,), new, device=DEVICE), new)
         for ours, theirs in zip((found, rings[0]), (wanted, rings[1]), strict=True):
             assert (ours - theirs).abs().max() < 1e-5
         assert slots == 1 or not found[new : 2 * new, first : first + channels].any()

@@ -14,6 +14,7 @@ from mambify.ops.backends import HAS_TRITON
 from mambify.ops.mamba1_step import Mamba1Weights, StepConv, mamba1_step
 from mambify.ops.ring import RingPlace
 from mambify.ops.selective_replay import SelectiveRing
+from replaying import advance
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")  # the mode that gives NaN in allocations
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,7 +94,7 @@ def test_as_the_mixer(make: type[RecurrentMixer], stands: bool, dtype: torch.dty
         tolerance = 1e-5 if dtype == torch.float32 else 4e-2
         assert (found - expected)[active].abs().max() < tolerance * expected.abs().max().clamp(min=1.0)
         assert torch.equal(ours.ssm[idle], before[idle])
-        place.advance(torch.tensor([new, new if stands else 0, (new + 1) // 2], device=DEVICE), new)
+        advance(place, torch.tensor([new, new if stands else 0, (new + 1) // 2], device=DEVICE), new)
     assert (ours.conv - theirs.conv).abs().max() == 0
     if not stands:
         for mine, own in zip((ours.ssm, *ours.ring), (theirs.ssm, *theirs.ring), strict=True):

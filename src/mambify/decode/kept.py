@@ -22,6 +22,7 @@ from torch import nn
 from mambify.decode.decoder import Decoder, decoder_for
 from mambify.decode.drafts import cut_if_named
 from mambify.engine import DraftCount, Sampling, Speculator
+from mambify.engine.fused_parts import is_hooked
 from mambify.engine.memory import sequence_bytes
 from mambify.engine.pace import MOST_DRAFTED
 from mambify.machine import free_memory
@@ -36,9 +37,6 @@ _MOST = 2  # decoders of a model
 _SHARE = 0.1  # of the free memory, that one of them may take
 _LEAST = 256  # tokens of a slot
 _KNOWN = ("torch.", "transformers.", "mambify.")  # packages whose modules are what their weights and types say
-_LOOKING = (
-    "transformers.utils.output_capturing"  # puts hooks for hidden states into a model that was once asked for them
-)
 
 
 class _Wanted(NamedTuple):
@@ -173,9 +171,7 @@ def _records(model: HybridForCausalLM) -> bool:
 
 def _is_known(module: nn.Module) -> bool:
     """Whether nothing but weights decides what a module does: no adapter's switch, no hook but those that look."""
-    hooks = chain(module._forward_hooks.values(), module._forward_pre_hooks.values())
-    looks = all(getattr(hook, "__module__", None) == _LOOKING for hook in hooks)
-    return looks and type(module).__module__.startswith(_KNOWN)
+    return not is_hooked(module) and type(module).__module__.startswith(_KNOWN)
 
 
 def _weights(model: object) -> list[object]:

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from mambify.engine.fused_mamba import FusedMamba1, FusedStockMamba1, FusedStockMamba2
-from mambify.engine.fused_parts import MOST_FUSED, Mix, Product, Reading, State, Unfused, is_plain
+from mambify.engine.fused_parts import MOST_FUSED, Mix, Product, Reading, State, Unfused, is_hooked, is_plain
 from mambify.engine.memory import packs
 from mambify.engine.on_cpu import AttentionMiddle, Mamba2Middle, ReadPlans
 from mambify.mixers import AttentionMixer, MixerContext, ReplayState
@@ -70,9 +70,10 @@ def steps_at_once(model: HybridForCausalLM, slots: int) -> bool:
 
 
 def can_fuse(model: HybridForCausalLM) -> bool:
-    """Whether a model is one of these blocks, and its rotations can be looked up by position."""
+    """Whether a model is one of these blocks, its rotations can be looked up by position, and no hook has a say."""
     moves = str(getattr(model.model.rotary_emb, "rope_type", "default")) in _MOVING
-    return not moves and all(type(block) is HybridBlock for block in model.model.layers)
+    blocks = all(type(block) is HybridBlock for block in model.model.layers)
+    return blocks and not moves and not any(map(is_hooked, model.modules()))
 
 
 def can_overlap(device: torch.device) -> bool:
@@ -93,6 +94,7 @@ class FusedStep:
         at_once: recurrent layers take their states on with every token; see :func:`steps_at_once`.
         overlap: products begin to read weights while the kernel before them ends; on a GPU of compute capability 9.0
             or later.
+        product: of another step of the same model, for one that is part of it.
     """
 
     def __init__(
@@ -104,10 +106,11 @@ class FusedStep:
         places: int,
         at_once: bool = False,
         overlap: bool = False,
+        product: Product | None = None,
     ) -> None:
         self._model, self._lengths_S = model, lengths_S
         self._plans = packs(model) and not at_once
-        self._product = Product(model.config.ops_backend, overlap, packs=self._plans)
+        self.product = product or Product(model.config.ops_backend, overlap, packs=self._plans)
         self._blocks: list[tuple[Mix, Callable[[Tensor], Tensor]]] = []
         self._needs_positions = False
         table = None
@@ -119,10 +122,10 @@ class FusedStep:
                 self._needs_positions |= isinstance(state, SlotKV)
             elif isinstance(state, SlotKV):
                 table = _rotations(model, places) if table is None else table
-                mix = _Attention(block, state, table, self._product)
+                mix = _Attention(block, state, table, self.product)
             else:
-                mix = _RECURRENT[type(block.mixer)](block, state, self._product, at_once)
-            self._blocks.append((mix, _feed_forward(block, self._product)))
+                mix = _RECURRENT[type(block.mixer)](block, state, self.product, at_once)
+            self._blocks.append((mix, _feed_forward(block, self.product)))
 
     def read(self, token_ST: Tensor, place: RingPlace, *, logits: bool = True) -> Tensor | None:
         """As :meth:`mambify.engine.tower.Tower.read`."""
@@ -136,14 +139,14 @@ class FusedStep:
             return None
         head = self._model.lm_head
         if is_plain(head) or type(head) is TrimmedHead:  # a product with the rows of the words that it knows
-            found = self._product(x_MD, [head], norm=core.norm)
+            found = self.product(x_MD, [head], norm=core.norm)
         else:
             found = known_logits(head, core.norm(x_MD))
         return found.view(*token_ST.shape, -1)
 
     def refresh(self) -> None:
         """Lets go of what was made of weights: for when these have changed where they lie."""
-        self._product.forget()
+        self.product.forget()
 
     def _contexts(self, x_MD: Tensor, token_ST: Tensor) -> tuple[MixerContext, MixerContext]:
         if not self._needs_positions:

@@ -6,6 +6,7 @@ Letters: S slots, T tokens read at once, M = S·T rows, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from torch import Tensor, finfo, nn
@@ -19,6 +20,8 @@ from mambify.norm import RMSNorm
 from mambify.ops.decode_linear import Convolution, Packed, convolved, decode_linear, decode_packed, pack
 from mambify.ops.ring import RingPlace
 
+#: puts hooks for hidden states into a model that was once asked for them
+_LOOKING = "transformers.utils.output_capturing"
 MOST_FUSED = 8  # rows up to which a product and what stands around it are one kernel
 
 State = SlotKV | ReplayState
@@ -108,6 +111,12 @@ class Unfused:
         normed_STD = self._block.input_layernorm(x_MD).unflatten(0, reading.shape)
         y_STD: Tensor = self._block.mixer(normed_STD, context, state)[0]
         return x_MD + y_STD.flatten(0, 1)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody's hook has a say in what a module does; transformers' own, which only look, have none."""
+    hooks = chain(module._forward_hooks.values(), module._forward_pre_hooks.values())
+    return any(getattr(hook, "__module__", None) != _LOOKING for hook in hooks)
 
 
 def is_plain(*modules: nn.Module) -> bool:

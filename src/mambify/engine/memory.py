@@ -39,13 +39,11 @@ def check_memory(
     free = free_memory(device)
     if free is None:
         return
-    free -= sum(read_bytes(model) for model in models if packs(model))
 
     def needed(length: int) -> int:
         return sequence_bytes(models, length=length, most_new=most_new, penalises=penalises)
 
-    one = needed(length)
-    usable = int(_USABLE * free)
+    one, usable = needed(length), _usable(models, free)
     if num_slots * one <= usable:
         return
     told = (
@@ -63,7 +61,12 @@ def check_memory(
 
 def most_slots(models: Sequence[HybridForCausalLM], *, length: int, most_new: int, free: int) -> int:
     """Slots of ``length`` tokens that :func:`check_memory` lets pass where ``free`` bytes are."""
-    return int(_USABLE * free) // sequence_bytes(models, length=length, most_new=most_new, penalises=False)
+    return _usable(models, free) // sequence_bytes(models, length=length, most_new=most_new, penalises=False)
+
+
+def _usable(models: Sequence[HybridForCausalLM], free: int) -> int:
+    """Bytes for slots of what is free: the rest is for copies of weights, activations and kernels' own buffers."""
+    return int(_USABLE * (free - sum(read_bytes(model) for model in models if packs(model))))
 
 
 def sequence_bytes(models: Sequence[HybridForCausalLM], *, length: int, most_new: int, penalises: bool) -> int:

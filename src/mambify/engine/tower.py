@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mambify.engine.fused import FusedStep, can_fuse, can_overlap, steps_at_once
+from mambify.engine.fused_parts import Product
 from mambify.engine.memory import packs
 from mambify.engine.prefill import read_prompts
 from mambify.errors import InvalidOptionError, did_you_mean
@@ -90,7 +91,7 @@ class Tower:
         self._at_once = fuses and final and most_new == 1 and steps_at_once(model, num_slots)
         self._fused: FusedStep | None = self._fused_step() if fuses else None
 
-    def _fused_step(self) -> FusedStep:
+    def _fused_step(self, product: Product | None = None) -> FusedStep:
         return FusedStep(
             self.model,
             [state for state in self._states if not isinstance(state, RecurrentState)],
@@ -98,6 +99,7 @@ class Tower:
             places=self._places,
             at_once=self._at_once,
             overlap=self._overlap,
+            product=product,
         )
 
     def first(self, slots: int) -> Tower:
@@ -107,7 +109,7 @@ class Tower:
         part._states = [state.first(slots) for state in self._states]
         part._in_place = self._in_place = True
         if self._fused is not None:
-            part._fused = part._fused_step()
+            part._fused = part._fused_step(self._fused.product)
         return part
 
     def read(self, token_ST: Tensor, *, fold: bool = False, logits: bool = True) -> Tensor | None:
