@@ -83,9 +83,7 @@ class Mamba2Middle:
         self._conv_split = mixer.conv_split
         self._conv = state.conv.flatten(0, 1)
         self._x, self._B, self._delta = (part.flatten(0, 1) for part in ring)
-        self._taps_KC = weights.conv_CK.float().T.contiguous().unbind(0)
-        bias_C = weights.conv_bias_C
-        self._bias_C = weights.conv_CK.new_zeros(sum(mixer.conv_split)).float() if bias_C is None else bias_C.float()
+        self._no_bias_C = torch.zeros(sum(mixer.conv_split))
 
     def __call__(self, zxBCdt_STE: Tensor, plan: RingPlan) -> Tensor:
         """``[S·T, H·P]``."""
@@ -136,8 +134,10 @@ class Mamba2Middle:
         S, T, C = x_STC.shape
         self._conv.index_copy_(0, plan.new_M, x_STC.reshape(S * T, C))
         x_SXC = self._conv.index_select(0, plan.conv_X).view(S, -1, C).float()
-        y_STC = torch.addcmul(self._bias_C, x_SXC[:, :T], self._taps_KC[0])
-        for k, tap_C in enumerate(self._taps_KC[1:], start=1):
+        first_C, *taps = self._weights.conv_CK.float().unbind(1)  # not kept: in training weights change where they lie
+        bias_C = self._weights.conv_bias_C
+        y_STC = torch.addcmul(self._no_bias_C if bias_C is None else bias_C.float(), x_SXC[:, :T], first_C)
+        for k, tap_C in enumerate(taps, start=1):
             y_STC.addcmul_(x_SXC[:, k : k + T], tap_C)
         return F.silu(y_STC).to(x_STC.dtype)
 
