@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from mambify.bench.shapes import model_of_shape
 from mambify.conversion.cut import cut
+from mambify.distill.run import in_dtype
 from mambify.engine import Sampling, Speculator
 from mambify.engine.pace import Pace
 from mambify.engine.tower import Tower
@@ -90,29 +92,31 @@ def test_a_convolution_within_a_product(
 def test_logits_of_the_modules(
     tiny_hybrid: Callable[..., HybridForCausalLM], mix: str, slots: int, read: int, overlap: bool
 ) -> None:
-    model = model_of(mix, tiny_hybrid, qk_norm=True, attention_bias=True).to("cuda", torch.bfloat16)
-    towers = []
-    for backend in ("modules", "fused"):
+    """As near to what float32 says, over many turns: a single one may be far off by either way."""
+    model = model_of(mix, tiny_hybrid, qk_norm=True, attention_bias=True).to("cuda")
+    truth: list[Tensor] = []
+    errors: dict[str, float] = {}
+    for backend, dtype in (("modules", torch.float32), ("modules", torch.bfloat16), ("fused", torch.bfloat16)):
         active_S = torch.ones(slots, dtype=torch.bool, device="cuda")
         with torch.inference_mode():
-            towers.append(
-                Tower(
-                    model, num_slots=slots, length=200, most_new=read, active_S=active_S, final=read == 1,
-                    backend=backend, overlap=overlap,
-                )
+            tower = Tower(
+                in_dtype(model, dtype, "cuda"), num_slots=slots, length=200, most_new=read, active_S=active_S,
+                final=read == 1, backend=backend, overlap=overlap and backend == "fused",
             )  # fmt: skip
-    with torch.inference_mode():
-        for tower in towers:
             tower.begin(range(slots), [list(range(3, 8 + slot)) for slot in range(slots)])
-        for turn in range(40):
-            token_ST = torch.randint(3, 90, (slots, read), generator=torch.Generator().manual_seed(turn)).cuda()
-            logits = []
-            for tower in towers:
-                found = tower.read(token_ST)
-                assert found is not None
-                logits.append(found.float())
+            found = []
+            for turn in range(40):
+                token_ST = torch.randint(3, 90, (slots, read), generator=torch.Generator().manual_seed(turn)).cuda()
+                logits_STV = tower.read(token_ST)
+                assert logits_STV is not None
+                found.append(logits_STV.float().clone())
                 tower.keep(torch.full((slots,), read // 2 + 1, device="cuda"), read)
-            assert (logits[0] - logits[1]).abs().max() < 0.08 * logits[0].abs().max()
+        if dtype == torch.float32:
+            truth = found
+        else:
+            far = [(got - true).abs().max() / true.abs().max() for got, true in zip(found, truth, strict=True)]
+            errors[backend] = float(torch.stack(far).mean())
+    assert errors["fused"] < 1.25 * errors["modules"] < 0.1
 
 
 @pytest.mark.parametrize("overlap", [False, True])

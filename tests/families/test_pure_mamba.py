@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
@@ -70,6 +71,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pre
     made: dict[str, tuple[PreTrainedModel, HybridForCausalLM]] = {}
 
     def pair(kind: str) -> tuple[PreTrainedModel, HybridForCausalLM]:
+        if KINDS[kind][1].get("n_groups", 1) > 1 and Version(transformers.__version__) < Version("5.23"):
+            pytest.skip("transformers before 5.23 norms all groups of Mamba2 at once, which is another function")
         if kind not in made:
             directory = tmp_path_factory.mktemp(kind)
             theirs = stock(kind)
