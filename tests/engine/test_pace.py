@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 
 import pytest
 
+from mambify.engine import Sampling, Speculator
 from mambify.engine.pace import Pace, draft_counts
 from mambify.errors import InvalidOptionError
+from mambify.model import HybridForCausalLM
 
 
 def rounds(K: int, chance: float, count: int, generator: random.Random) -> list[int]:
@@ -77,3 +80,24 @@ def test_what_may_be_asked_for() -> None:
             draft_counts(wrong)
     with pytest.raises(InvalidOptionError, match="a range or auto, not 'many'"):
         draft_counts("many")
+
+
+def test_rounds_are_timed_at_work(
+    tiny_hybrid: Callable[..., HybridForCausalLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of idle slots kernels skip what takes time; and what a first round makes for all later ones is no part of it."""
+    at_work: list[bool] = []
+    steps: list[int] = []
+
+    def looked_at(self: Speculator, K: int) -> None:
+        at_work.append(bool(self._active_S.all()))
+        steps.append(K)
+        taken(self, K)
+
+    taken = Speculator._step
+    monkeypatch.setattr(Speculator, "_step", looked_at)
+    model = tiny_hybrid(["mamba2", "attention"])
+    sampling = Sampling(temperature=0.0)
+    speculator = Speculator(model, model, num_slots=2, max_length=20, sampling=sampling, num_draft_tokens=(2, 3))
+    assert all(at_work) and steps[0] == 2 and steps.count(2) == steps.count(3) + 1
+    assert not speculator._active_S.any() and set(speculator._seconds) == {2, 3}

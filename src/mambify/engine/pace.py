@@ -3,7 +3,7 @@
 A round that drafts K tokens gives 1 + a_1 + a_1·a_2 + … + a_1⋯a_K of them, where a_k is the chance that the k-th is
 kept if all before it were. The chances are counted in the rounds themselves, older ones fading away. A place that was
 seldom reached is taken to be like the one before it: so a longer draft is tried as soon as shorter ones are kept well,
-without rounds being spent on trials. The time of a round is measured once for each K, while no slot is active, and a
+without rounds being spent on trials. The time of a round is measured once for each K, before the first text, and a
 straight line put through these times: one reading may be off. What rounds take longer than that as the texts grow is
 taken to be the same for every K, and followed as they are seen.
 
@@ -59,7 +59,7 @@ class Pace:
     """Chooses K.
 
     Args:
-        seconds: K → how long a round takes while nothing is in the slots.
+        seconds: K → how long a round takes while hardly anything is in the slots.
     """
 
     def __init__(self, seconds: Mapping[int, float]) -> None:
