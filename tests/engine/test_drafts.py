@@ -10,27 +10,29 @@ import torch
 
 from mambify.conversion.cut import choose_layers, cut, most_frequent
 from mambify.engine import Sampling, Speculator, Statistics
-from mambify.engine import pace as pace_module
 from mambify.engine.memory import read_bytes, working_bytes
 from mambify.errors import InvalidOptionError
 from mambify.model import HybridForCausalLM
 from mambify.ops.accept import accept_drafts
 from mambify.ops.draw import draw_tokens, settings_of
 from mambify.ops.draw.reference import weights
-from speculating import GREEDY, PROMPTS, TARGETS, VOCABULARY, answers, converted, greedy, model, target_and_tokens
+from speculating import (
+    GREEDY,
+    PROMPTS,
+    TARGETS,
+    VOCABULARY,
+    EveryNumber,
+    answers,
+    converted,
+    greedy,
+    model,
+    target_and_tokens,
+)
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> HybridForCausalLM:
     return model(tmp_path_factory.mktemp("teacher"))
-
-
-class EveryNumber(pace_module.Pace):
-    """Goes through all K in turn, whatever is accepted: each round has another one than the round before."""
-
-    def choose(self) -> int:
-        self._turn = getattr(self, "_turn", -1) + 1
-        return sorted(self._seconds)[(self._turn * 5) % len(self._seconds)]
 
 
 @pytest.fixture
