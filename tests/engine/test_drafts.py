@@ -24,6 +24,7 @@ from speculating import (
     EveryNumber,
     answers,
     converted,
+    feature_draft,
     greedy,
     model,
     target_and_tokens,
@@ -68,11 +69,12 @@ def test_greedy_tokens_are_the_targets_with_auto(teacher: HybridForCausalLM, kin
 
 @pytest.mark.usefixtures("every_number")
 @pytest.mark.parametrize("words", [4, 8])
+@pytest.mark.parametrize("made", [cut, feature_draft])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7, top_k=5, top_p=0.9)], ids=["plain", "cut"])
-def test_drawn_tokens_follow_the_target(tmp_path: Path, sampling: Sampling, words: int) -> None:
+def test_drawn_tokens_follow_the_target(tmp_path: Path, sampling: Sampling, made: Any, words: int) -> None:
     """Pairs of tokens, of a draft that knows half of the words or all of them, against the target's distribution."""
     target = converted(model(tmp_path, vocabulary=8, initializer_range=0.4))
-    draft = cut(target, 2, token_ids=torch.arange(8)[8 - words :] if words < 8 else None)
+    draft = made(target, 2, token_ids=torch.arange(8)[8 - words :] if words < 8 else None)
     samples, prompt = 6000, [3]
     speculator = Speculator(target, draft, num_slots=samples, max_length=8, sampling=sampling, num_draft_tokens=(1, 3))
     found = torch.tensor(answers(speculator, [prompt] * samples, max_new_tokens=2, seeds=list(range(samples))))

@@ -19,8 +19,8 @@ from mambify.engine import speculate as speculate_module
 from mambify.engine.prefill import read_prompts_ahead
 from mambify.engine.tower import Tower
 from mambify.errors import InvalidOptionError, UnsupportedError
-from mambify.feature_input import shifted
 from mambify.families.load import load, save
+from mambify.feature_input import shifted
 from mambify.model import HybridForCausalLM
 from mambify.ops.backends import HAS_TRITON
 from mambify.ops.decode_linear import decode_linear
@@ -36,7 +36,6 @@ from speculating import (
     greedy,
     model,
 )
-
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 
