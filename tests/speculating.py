@@ -52,7 +52,7 @@ def feature_draft(target: HybridForCausalLM, layers: int = 2, **settings: Any) -
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in start.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter)
     return draft
 
 

@@ -19,7 +19,7 @@ from mambify.engine import speculate as speculate_module
 from mambify.engine.prefill import read_prompts_ahead
 from mambify.engine.tower import Tower
 from mambify.errors import InvalidOptionError, UnsupportedError
-from mambify.families.load import load, save
+from mambify.families.load import LoadedModel, load, save
 from mambify.feature_input import shifted
 from mambify.model import HybridForCausalLM
 from mambify.ops.backends import HAS_TRITON
@@ -166,6 +166,15 @@ def test_the_fused_step(
             assert torch.allclose(found, wanted, atol=1e-4, rtol=1e-4)
             for tower in towers:
                 tower.keep(torch.tensor(stand), T)
+
+
+def test_the_real_teacher_keeps_its_tokens(smollm2: LoadedModel) -> None:
+    student = converted(smollm2.model)
+    prompts = [[1, 4093, 198, 2683, 359], [504]]
+    settings: dict[str, Any] = {"num_slots": 2, "max_length": 32, "sampling": GREEDY}
+    plain = answers(Speculator(student, None, **settings), prompts, max_new_tokens=8)
+    reader = feature_draft(student, token_ids=torch.arange(4096))
+    assert answers(Speculator(student, reader, num_draft_tokens=2, **settings), prompts, max_new_tokens=8) == plain
 
 
 def test_it_is_saved_and_loaded(teacher: HybridForCausalLM, tmp_path: Path) -> None:
