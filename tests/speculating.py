@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from mambify.conversion import apply_plan, plan
+from mambify.conversion.cut import cut
 from mambify.engine import Sampling, Speculator
+from mambify.engine.pace import Pace
 from mambify.families.load import load
 from mambify.model import HybridForCausalLM
 from tiny import llama
@@ -32,6 +34,26 @@ def model(path: Path, *, vocabulary: int = VOCABULARY, **changes: Any) -> Hybrid
 def converted(teacher: HybridForCausalLM, mixer: str = "mamba2", attention: float = 0.5) -> HybridForCausalLM:
     """``teacher`` with ``mixer`` in all but a share ``attention`` of the layers."""
     return apply_plan(teacher, plan(teacher.config, mixer=mixer, attention=attention)).eval()
+
+
+class EveryNumber(Pace):
+    """Goes through all K in turn, whatever is accepted: each round has another one than the round before."""
+
+    def choose(self) -> int:
+        self._turn = getattr(self, "_turn", -1) + 1
+        return sorted(self._seconds)[(self._turn * 5) % len(self._seconds)]
+
+
+def feature_draft(target: HybridForCausalLM, layers: int = 2, **settings: Any) -> HybridForCausalLM:
+    """A cut of ``target`` that heeds its hidden states, if to no purpose."""
+    draft = cut(target, layers, features=True, **settings)
+    start = draft.model.feature_input
+    assert start is not None
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in start.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter)
+    return draft
 
 
 def answers(speculator: Speculator, prompts: Sequence[Sequence[int]], **settings: Any) -> list[list[int]]:

@@ -1,8 +1,8 @@
 """Imports only go down: no module of mambify imports one above it, no circle, no import hidden in a function.
 
-    errors ← {io, machine, norm, tokenization, trimmed_head} ← {config, provenance} ← layer_map ← card ← hub ← ops
-           ← cache ← mixers ← model ← engine ← families ← conversion ← {data, distill, decode, evaluate, export,
-           integrations, selection} ← {serve, workflows} ← experiments ← bench ← cli
+    errors ← {io, machine, norm, tokenization, trimmed_head} ← {config, feature_input, provenance} ← layer_map ← card
+           ← hub ← ops ← cache ← mixers ← model ← engine ← families ← conversion ← {data, distill, decode, evaluate,
+           export, integrations, selection} ← {serve, workflows} ← experiments ← bench ← cli
 
 Parts in braces do not import each other: stages share directories of checkpoints. Commands import inside
 functions, so that ``mambify --help`` is quick, and the package's ``__init__`` resolves its public names
@@ -23,7 +23,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("io", "machine", "norm", "tokenization", "trimmed_head"),
-    ("config", "provenance"),
+    ("config", "feature_input", "provenance"),
     ("layer_map",),
     ("card",),
     ("hub",),

@@ -38,6 +38,7 @@ class HybridConfig(PreTrainedConfig):  # type: ignore[misc]
         mamba1_dt_rank: rank of Mamba1's Δ projection; ``None`` is ⌈D/16⌉.
         cut_from: of a draft, the layers that it has of the model that it was cut from.
         draft_vocabulary: how many words the head of a draft knows, if not all; which ones stands beside its weight.
+        draft_features: a draft reads its target's last hidden states beside the tokens; by itself it cannot be run.
         ssm_inner_size: I, channels of a stock Mamba mixer (``stock_mamba1``, ``stock_mamba2``).
         ssm_state_size: N of a stock mixer.
         ssm_dt_rank: rank of ``stock_mamba1``'s Δ projection.
@@ -90,6 +91,7 @@ class HybridConfig(PreTrainedConfig):  # type: ignore[misc]
     mamba1_dt_rank: int | None = None
     cut_from: list[int] | None = None
     draft_vocabulary: int | None = None
+    draft_features: bool = False
     ssm_inner_size: int | None = None
     ssm_state_size: int | None = None
     ssm_dt_rank: int | None = None

@@ -31,6 +31,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from mambify.cache import RecurrentCache
 from mambify.config import ATTENTION, LINEAR, HybridConfig
 from mambify.errors import InvalidOptionError, UnsupportedError, did_you_mean
+from mambify.feature_input import FeatureInput
 from mambify.hub import HubModel
 from mambify.mixers import MIXERS, Mixer, MixerContext
 from mambify.mixers.attention import SoftmaxAttention
@@ -178,6 +179,9 @@ class HybridModel(HybridPreTrainedModel):
         super().__init__(config)
         embedding = StreamEmbedding if config.residual_in_fp32 else nn.Embedding
         self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
+        self.feature_input: FeatureInput | None = None
+        if config.draft_features:
+            self.feature_input = FeatureInput(config.hidden_size, _norm(config))
         self.layers = nn.ModuleList(HybridBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm = _norm(config)
         self.rotary_emb = HybridRotaryEmbedding(config=config)
@@ -201,10 +205,14 @@ class HybridModel(HybridPreTrainedModel):
         Rows that pack several documents are recognised by ``position_ids`` that restart (no ``attention_mask``, no
         cache), or by ``seq_idx [B, T]``, a number for each token's document; attention and recurrent states then stay
         inside each document, and no cache is made.
+
+        A draft that reads hidden states needs ``features [B, T, D]``: see :class:`FeatureInput`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        x_BTD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        features = kwargs.pop("features", None)
+        x_BTD = inputs_embeds if input_ids is None else self.embed(input_ids, features)
+        assert x_BTD is not None
         seq_idx = kwargs.pop("seq_idx", None)
         if seq_idx is not None:
             if attention_mask is not None or past_key_values is not None:
@@ -227,13 +235,28 @@ class HybridModel(HybridPreTrainedModel):
             past_key_values.num_seen += x_BTD.shape[1]
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTD), past_key_values=past_key_values)
 
+    def embed(self, input_ids: Tensor, features: Tensor | None = None) -> Tensor:
+        """Where the residual stream begins, ``[…, D]``, of tokens ``[…]``; see :class:`FeatureInput` for features."""
+        x_xD: Tensor = self.embed_tokens(input_ids)
+        return x_xD if self.feature_input is None else self.feature_input(x_xD, features)
+
+    def stream(
+        self, input_ids: Tensor, features: Tensor | None = None, *, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states ``[B, T, D]`` before the final norm, of whole rows; ``position_ids`` as in layer_contexts."""
+        x_BTD = self.embed(input_ids, features)
+        contexts, _ = self.layer_contexts(x_BTD, position_ids)
+        for layer, context in zip(self.layers, contexts, strict=True):
+            x_BTD = layer(x_BTD, context)
+        return x_BTD
+
     @torch.no_grad()
     def mixer_traces(
         self, input_ids: Tensor, layers: Collection[int], position_ids: Tensor | None = None
     ) -> Iterator[MixerTrace]:
         """Runs block by block and yields what the mixers of ``layers`` read and gave; stops after the last of them."""
         wanted = set(layers)
-        x_BTD = self.embed_tokens(input_ids)
+        x_BTD = self.embed(input_ids)
         contexts, seq_idx_BT = self.layer_contexts(x_BTD, position_ids)
         for index, (layer, context) in enumerate(zip(self.layers, contexts, strict=True)):
             assert isinstance(layer, HybridBlock)

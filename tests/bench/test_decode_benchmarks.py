@@ -17,6 +17,8 @@ from mambify.bench.questions import CHAT, CODE_AND_MATH, read_questions
 from mambify.cli.main import main
 from mambify.engine import Sampling, Speculator
 from mambify.errors import InvalidOptionError
+from mambify.families.load import load, save
+from speculating import feature_draft
 from tiny import byte_tokenizer, llama
 
 
@@ -169,6 +171,22 @@ def test_laws_of_a_given_model(saved: str, questions: Path) -> None:
     assert all(row["passes"] for row in result["results"])
     assert [row["damaged"] for row in result["results"]] == [False, False, True]
     assert result["results"][0]["prompts"] == 4
+
+
+def test_a_draft_that_reads_hidden_states(saved: str, questions: Path, tmp_path: Path) -> None:
+    """Lawful, and asked for nothing by itself."""
+    loaded, reader = load(saved), str(tmp_path / "reader")
+    save(feature_draft(loaded.model), reader, tokenizer=loaded.tokenizer)
+    result = laws.run("cpu", lambda *_: None, "greedy", target=saved, draft=[reader], prompts=[questions])
+    assert all(row["passes"] for row in result["results"])
+    result = speculate.run("cpu", lambda *_: None, "context", target=saved, draft=[reader])
+    assert {row["model"] for row in result["results"]} == {"target"}
+    decoder = Speculator(loaded.model, load(reader).model, num_slots=2, max_length=64, sampling=Sampling(0.0))
+    step = decoder.pretend(40)
+    with torch.inference_mode():
+        for _ in range(3):
+            step()
+    assert decoder._draft.tower.length_S.tolist() == (decoder._target.length_S + 1).tolist()
 
 
 def test_from_the_command_line(saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -408,16 +408,18 @@ def test_a_step_never_waits_for_the_device(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", [*KINDS, "kd"])
+@pytest.mark.parametrize("kind", [*KINDS, "kd", "kd with features"])
 def test_recorded_steps_are_the_steps(
     make_chat_recipe: MakeRecipe, pairs_file: Path, tmp_path: Path, kind: str
 ) -> None:
     """On a GPU every stage is recorded as a CUDA graph, and gives the losses that it gives step by step."""
-    losses = []
+    losses, changes = [], {}
+    if kind.endswith("features"):
+        kind, changes = "kd", {"student": {"layers": 2, "features": True}}
     for graphs in (True, False):
         stage = _of_kind(kind, pairs_file, 6, ema=0.5)
         stage["tokens"] = 6 * stage["batch_tokens"]
-        recipe = make_chat_recipe(stages=[stage], output=str(tmp_path / str(graphs)), cuda_graphs=graphs)
+        recipe = make_chat_recipe(**changes, stages=[stage], output=str(tmp_path / str(graphs)), cuda_graphs=graphs)
         _, run = distill(recipe, device="cuda")
         assert summaries(run)[0]["cuda_graphs"] is graphs
         losses.append(_values(run, f"01-{kind}", "loss"))

@@ -10,27 +10,30 @@ import torch
 
 from mambify.conversion.cut import choose_layers, cut, most_frequent
 from mambify.engine import Sampling, Speculator, Statistics
-from mambify.engine import pace as pace_module
 from mambify.engine.memory import read_bytes, working_bytes
 from mambify.errors import InvalidOptionError
 from mambify.model import HybridForCausalLM
 from mambify.ops.accept import accept_drafts
 from mambify.ops.draw import draw_tokens, settings_of
 from mambify.ops.draw.reference import weights
-from speculating import GREEDY, PROMPTS, TARGETS, VOCABULARY, answers, converted, greedy, model, target_and_tokens
+from speculating import (
+    GREEDY,
+    PROMPTS,
+    TARGETS,
+    VOCABULARY,
+    EveryNumber,
+    answers,
+    converted,
+    feature_draft,
+    greedy,
+    model,
+    target_and_tokens,
+)
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> HybridForCausalLM:
     return model(tmp_path_factory.mktemp("teacher"))
-
-
-class EveryNumber(pace_module.Pace):
-    """Goes through all K in turn, whatever is accepted: each round has another one than the round before."""
-
-    def choose(self) -> int:
-        self._turn = getattr(self, "_turn", -1) + 1
-        return sorted(self._seconds)[(self._turn * 5) % len(self._seconds)]
 
 
 @pytest.fixture
@@ -66,11 +69,12 @@ def test_greedy_tokens_are_the_targets_with_auto(teacher: HybridForCausalLM, kin
 
 @pytest.mark.usefixtures("every_number")
 @pytest.mark.parametrize("words", [4, 8])
+@pytest.mark.parametrize("made", [cut, feature_draft])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7, top_k=5, top_p=0.9)], ids=["plain", "cut"])
-def test_drawn_tokens_follow_the_target(tmp_path: Path, sampling: Sampling, words: int) -> None:
+def test_drawn_tokens_follow_the_target(tmp_path: Path, sampling: Sampling, made: Any, words: int) -> None:
     """Pairs of tokens, of a draft that knows half of the words or all of them, against the target's distribution."""
     target = converted(model(tmp_path, vocabulary=8, initializer_range=0.4))
-    draft = cut(target, 2, token_ids=torch.arange(8)[8 - words :] if words < 8 else None)
+    draft = made(target, 2, token_ids=torch.arange(8)[8 - words :] if words < 8 else None)
     samples, prompt = 6000, [3]
     speculator = Speculator(target, draft, num_slots=samples, max_length=8, sampling=sampling, num_draft_tokens=(1, 3))
     found = torch.tensor(answers(speculator, [prompt] * samples, max_new_tokens=2, seeds=list(range(samples))))

@@ -17,6 +17,7 @@ from mambify.families.load import LoadedModel
 from mambify.mixers import RecurrentState, ReplayState
 from mambify.mixers.attention import SlotKV, prefix_attention
 from mambify.model import HybridForCausalLM
+from speculating import feature_draft
 
 Hybrid = Callable[..., HybridForCausalLM]
 LAYERS = ["mamba2", "attention", "mamba1", "attention"]
@@ -140,7 +141,7 @@ def test_attention_behind_a_prefix_on_a_gpu(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("draft", [None, "lookup", "small"])
+@pytest.mark.parametrize("draft", [None, "lookup", "small", "reader"])
 def test_recorded_rounds_on_a_gpu_give_the_same(tiny_hybrid: Hybrid, draft: Any) -> None:
     """Prompts read in pieces and a penalty, inside CUDA graphs: the tokens of a CPU."""
     prompts = prompts_of([33, 8, 20, 20, 1])
@@ -148,7 +149,8 @@ def test_recorded_rounds_on_a_gpu_give_the_same(tiny_hybrid: Hybrid, draft: Any)
     answers: list[list[list[int]]] = []
     for device in ("cpu", "cuda"):
         model = tiny_hybrid(LAYERS).to(device)
-        chosen = tiny_hybrid(["attention", "mamba2"], seed=1).to(device) if draft == "small" else draft
+        small = tiny_hybrid(["attention", "mamba2"], seed=1).to(device)
+        chosen = {"small": small, "reader": feature_draft(small)}.get(draft, draft)
         decoder = Speculator(model, chosen, num_slots=3, max_length=64, sampling=sampling)
         found: list[list[int]] = [[] for _ in prompts]
         for number, tokens in decoder.run(prompts, max_new_tokens=20):

@@ -8,12 +8,24 @@ from typing import Any
 import pytest
 import torch
 
+from mambify.conversion.cut import cut
 from mambify.engine import Sampling, Speculator
 from mambify.engine.lookup import look_up
 from mambify.errors import InvalidOptionError
 from mambify.families.load import load
 from mambify.model import HybridForCausalLM
-from speculating import GREEDY, PROMPTS, TARGETS, VOCABULARY, answers, converted, greedy, model, target_and_tokens
+from speculating import (
+    GREEDY,
+    PROMPTS,
+    TARGETS,
+    VOCABULARY,
+    answers,
+    converted,
+    feature_draft,
+    greedy,
+    model,
+    target_and_tokens,
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +39,15 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> HybridForCausalLM:
 
 
 @pytest.mark.parametrize(("mixer", "attention"), TARGETS)
-@pytest.mark.parametrize("kind", ["none", "lookup", "small", "hybrid", "target"])
+@pytest.mark.parametrize("kind", ["none", "lookup", "small", "hybrid", "reader", "target"])
 def test_greedy_tokens_are_the_targets(
     teacher: HybridForCausalLM, small: HybridForCausalLM, mixer: str, attention: float, kind: str
 ) -> None:
     """More prompts than slots, of unlike length, with any mix of layers on either side."""
     target, wanted = target_and_tokens(teacher, mixer, attention, new=25)
     drafts: dict[str, Any] = {
-        "none": None, "lookup": "lookup", "small": small, "hybrid": converted(small, mixer, 0.5), "target": target
+        "none": None, "lookup": "lookup", "small": small, "hybrid": converted(small, mixer, 0.5), "target": target,
+        "reader": feature_draft(target),
     }  # fmt: skip
     speculator = Speculator(target, drafts[kind], num_slots=4, max_length=64, sampling=GREEDY, num_draft_tokens=3)
     assert answers(speculator, PROMPTS, max_new_tokens=25) == wanted
@@ -72,12 +85,17 @@ def test_a_sliding_window(tmp_path: Path) -> None:
     assert answers(speculator, PROMPTS[-2:], max_new_tokens=30) == [greedy(target, p, 30) for p in PROMPTS[-2:]]
 
 
-@pytest.mark.parametrize("kind", ["target", "small", "lookup"])
+@pytest.mark.parametrize("kind", ["target", "small", "lookup", "reader"])
 def test_a_stop_within_the_accepted_run_ends_the_sequence(
     teacher: HybridForCausalLM, small: HybridForCausalLM, kind: str
 ) -> None:
     target = converted(teacher, "mamba2", 0.5)
-    drafts: dict[str, Any] = {"target": target, "small": small, "lookup": "lookup"}
+    drafts: dict[str, Any] = {
+        "target": target,
+        "small": small,
+        "lookup": "lookup",
+        "reader": cut(target, 4, features=True),
+    }
     whole = [greedy(target, prompt, 30) for prompt in PROMPTS]
     for stop in sorted({answer[place] for answer in whole for place in (1, 4, 9)})[:6]:
         speculator = Speculator(target, drafts[kind], num_slots=3, max_length=64, sampling=GREEDY, stop_ids=[stop])

@@ -67,6 +67,7 @@ def recipe_of(target: Path, text: Path, out: Path, *, steps: int = 12, **setting
         ("target", {"layers": [0, 1, 3], "mixer": "mamba2"}, ["mamba2"] * 3),
         ("target", {"mixer": "mamba1", "vocabulary": 90}, ["mamba1", "mamba1"]),
         ("hybrid", {"vocabulary": 90}, ["mamba2", "attention"]),
+        ("hybrid", {"vocabulary": 90, "features": True, "mixer": "mamba2"}, ["mamba2", "mamba2"]),
     ],
 )
 def test_a_draft_is_trained_saved_and_measured(
@@ -93,14 +94,19 @@ def test_a_draft_is_trained_saved_and_measured(
         )
 
     assert [found["temperature"] for found in report["measured"]] == [0.0, 1.0]
-    assert all(len(found["acceptance_by_position"]) == 2 for found in (report["expected"], *report["measured"]))
+    assert all(len(found["acceptance_by_position"]) == 2 for found in report["measured"])
+    reads = bool(settings.get("features"))
+    assert len(report["expected"]["acceptance_by_position"]) == (1 if reads else 2)
     card = (out / "README.md").read_text()
     assert "A draft for" in card and "tokens a round" in card
 
     again = AutoModelForCausalLM.from_pretrained(out)
-    ids = torch.tensor([[5, 6, 7, 8]])
+    ids, features = torch.tensor([[5, 6, 7, 8]]), {}
+    if reads:
+        features["features"] = torch.randn(1, 4, model.config.hidden_size)
+        assert model.model.feature_input.feature_proj.weight.abs().sum() > 0
     with torch.no_grad():
-        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+        assert torch.equal(again(input_ids=ids, **features).logits, model(input_ids=ids, **features).logits)
     if settings.get("vocabulary"):
         assert isinstance(again.lm_head, TrimmedHead) and again.lm_head.weight.shape[0] == 90
         assert {0, 1, 2} <= set(again.lm_head.token_ids.tolist())  # the special ones
@@ -121,12 +127,13 @@ def test_training_raises_acceptance(target: Path, text: Path, tmp_path: Path) ->
     assert found[1] > found[0] + 0.1
 
 
-@pytest.mark.parametrize("vocabulary", [None, 90])
+@pytest.mark.parametrize(("vocabulary", "features"), [(None, None), (90, None), (None, True)])
 def test_a_draft_can_be_stored_without_its_embeddings(
-    target: Path, text: Path, tmp_path: Path, vocabulary: int | None
+    target: Path, text: Path, tmp_path: Path, vocabulary: int | None, features: bool | None
 ) -> None:
     out, small = tmp_path / "draft", tmp_path / "small"
-    draft(recipe_of(target, text, out, steps=2, vocabulary=vocabulary), out, measure=QUICK, device="cpu")
+    recipe = recipe_of(target, text, out, steps=2, vocabulary=vocabulary, features=features)
+    draft(recipe, out, measure=QUICK, device="cpu")
     packed = pack(out, small, base=str(target), dtype="float32")
     assert packed.num_kept == mambify.load(target).model.model.embed_tokens.weight.numel()
     whole, completed = mambify.load(out).model, mambify.load(small).model
@@ -149,6 +156,11 @@ def test_a_trimmed_draft_is_not_exported(target: Path, tmp_path: Path) -> None:
         mambify.export_transformers(trimmed, tmp_path / "out")
     with pytest.raises(UnsupportedError, match="without --vocabulary"):
         mambify.export_gguf(trimmed, loaded.tokenizer, tmp_path / "out.gguf")
+    reader = cut(loaded, 2, features=True)
+    with pytest.raises(UnsupportedError, match="without --features"):
+        mambify.export_transformers(reader, tmp_path / "out")
+    with pytest.raises(UnsupportedError, match="without --features"):
+        mambify.export_gguf(reader, loaded.tokenizer, tmp_path / "out.gguf")
     assert not list(tmp_path.iterdir())
 
 
@@ -191,6 +203,7 @@ def test_what_cannot_be_is_refused_and_nothing_written(target: Path, hybrid: Pat
         ({"layers": [0, 7]}, InvalidOptionError, "layers 0 to 3"),
         ({"vocabulary": 4000}, InvalidOptionError, "can know 1 to"),
         ({"vocabulary": 90, "overrides": ("stages.0.ce_weight=0.5",)}, RecipeError, "leaves words without"),
+        ({"features": True, "overrides": ("stages.0.kind=on_policy",)}, RecipeError, "trained by stage kd only"),
     ):
         with pytest.raises(error, match=words):
             draft(recipe_of(target, text, out, **settings), out, measure=QUICK, device="cpu")

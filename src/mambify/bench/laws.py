@@ -211,6 +211,7 @@ TRIALS: dict[str, tuple[Sampling, str, bool]] = {
     "all accepted": (_PLAIN, "itself", True),
     "none accepted": (_TWO, "opposite", False),
     "Mamba1": (_PLAIN, "other", True),
+    "hidden states are read": (_PLAIN, "reader", True),
     "damaged": (_PLAIN, "other", False),
 }
 
@@ -230,7 +231,8 @@ def distribution(name: str, device: str, size: Size) -> dict[str, Any]:
     if kind == "itself":
         draft = target
     elif kind != "lookup":
-        draft = _small(device, torch.float32, _WORDS, seed=1, num_hidden_layers=2)
+        reads = {"draft_features": True} if kind == "reader" else {}
+        draft = _small(device, torch.float32, _WORDS, seed=1, num_hidden_layers=2, **reads)
     if kind == "opposite":
         draft = _small(device, torch.float32, _WORDS, mixer=mixer, tie_word_embeddings=False)
         draft.load_state_dict(target.state_dict())

@@ -181,7 +181,7 @@ class Trials:
         """Plain steps after long contexts, of the target and of other models: tokens a second, and what one holds."""
         rows = []
         for name, model in [("target", self.target), *((name, self._load_draft(name)) for name in names)]:
-            if not isinstance(model, HybridForCausalLM):
+            if not isinstance(model, HybridForCausalLM) or model.config.draft_features:  # nothing by itself
                 continue
             for context in self._size.contexts:
                 if context > int(model.config.max_position_embeddings):

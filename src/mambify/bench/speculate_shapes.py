@@ -206,8 +206,8 @@ class Bench:
 @torch.inference_mode()
 def _parts_of_a_round(decoder: Speculator, K: int, device: str) -> tuple[float, float]:
     """Seconds of drafting, and of the target's pass, each by itself, all slots taking part; sequences have ended."""
-    draft, target, T = decoder._draft, decoder._target, K + 1
-    assert draft is not None
+    assert decoder._draft is not None
+    draft, target, T = decoder._draft.tower, decoder._target, K + 1
     decoder._active_S.fill_(True)
     all_S = torch.full_like(draft.length_S, T)
     token_ST = decoder._token_S[:, None].expand(-1, T).contiguous()

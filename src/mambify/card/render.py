@@ -113,6 +113,11 @@ def _what_a_draft_is(config: HybridConfig, linked: str) -> str:
             f" Its head knows {config.draft_vocabulary:,} of {config.vocab_size:,} words; all others have a "
             "probability of zero."
         )
+    if config.draft_features:
+        lines += (
+            " Beside the tokens it reads the large model's last hidden states (after "
+            "[EAGLE](https://arxiv.org/abs/2401.15077)), so it runs beside that model only."
+        )
     return lines + _on_its_base(config)
 
 

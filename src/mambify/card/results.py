@@ -23,6 +23,7 @@ def results_section(results: Figures) -> str:
 def acceptance_section(report: Figures) -> str:
     """What of a draft is accepted; see :func:`mambify.workflows.draft.acceptance_report`."""
     measured = [("prompts, measured", found) for found in report["measured"]]
+    first = ", one token a round" if report.get("features") else ""
     rows = [
         (
             on,
@@ -30,7 +31,7 @@ def acceptance_section(report: Figures) -> str:
             f"{found['tokens_per_round']:.2f}",
             ", ".join(f"{share:.0%}" for share in found["acceptance_by_position"]),
         )
-        for on, found in [("held-out text, expected", report["expected"]), *measured]
+        for on, found in [(f"held-out text, expected{first}", report["expected"]), *measured]
     ]
     headings = ("on", "temperature", "tokens a round", "accepted by position")
     return f"With {without_way(report['target'])} as the target:\n\n{table(headings, rows)}"

@@ -39,6 +39,10 @@ def draft(
     vocabulary: Annotated[
         int | None, typer.Option(help="Words that the draft's head knows, the text's most frequent; all by default.")
     ] = None,
+    features: Annotated[
+        bool | None,
+        typer.Option("--features", help="The draft reads the target's hidden states too: more of it is accepted."),
+    ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="Recipe to train by; recipes/smollm2-draft.yaml by default.")
     ] = None,
@@ -61,7 +65,7 @@ def draft(
     from mambify.workflows.draft import Measure, Settings, draft_recipe
     from mambify.workflows.draft import draft as train
 
-    settings = Settings(chosen, spread, mixer, tuple(data or ()), count, vocabulary, tuple(overrides or ()))
+    settings = Settings(chosen, spread, mixer, tuple(data or ()), count, vocabulary, features, tuple(overrides or ()))
     checked = draft_recipe(target, settings, recipe=recipe, out=out)
     with progress_bar(quiet=json, transient=False) as bars:
         report = train(

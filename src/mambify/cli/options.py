@@ -81,7 +81,7 @@ def load_draft(name: str | None, *, target: LoadedModel, device: str, quiet: boo
     """
     from mambify.cli.console import working
     from mambify.decode.drafts import is_made_of_target, share_with_target
-    from mambify.engine import require_same_vocabulary
+    from mambify.engine import require_suitable_draft
     from mambify.families.load import load
     from mambify.tokenization import require_same_tokenizer
 
@@ -89,7 +89,7 @@ def load_draft(name: str | None, *, target: LoadedModel, device: str, quiet: boo
         return name
     with working(f"loading {name}", quiet=quiet):
         loaded = load(name, dtype=target.model.dtype, device=device)
-    require_same_vocabulary(target.model.config, loaded.model.config)
+    require_suitable_draft(target.model.config, loaded.model.config)
     if target.tokenizer is not None and loaded.tokenizer is not None:
         require_same_tokenizer(target.tokenizer, loaded.tokenizer, names=("target", "draft"))
     share_with_target(loaded.model, target.model)

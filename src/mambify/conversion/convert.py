@@ -94,6 +94,7 @@ def apply_plan(
     with torch.device("meta"):
         student = HybridForCausalLM(planned.student)
     student.model.embed_tokens = teacher.model.embed_tokens
+    student.model.feature_input = teacher.model.feature_input
     student.model.norm = teacher.model.norm
     student.model.rotary_emb = teacher.model.rotary_emb
     student.lm_head = teacher.lm_head

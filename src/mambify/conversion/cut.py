@@ -48,11 +48,14 @@ def choose_layers(num_layers: int, count: int, spread: str = "even") -> list[int
     return [i * (num_layers - 1) // (count - 1) for i in range(count)]
 
 
-def cut_config(config: HybridConfig, layers: Sequence[int], *, vocabulary: int | None = None) -> HybridConfig:
+def cut_config(
+    config: HybridConfig, layers: Sequence[int], *, vocabulary: int | None = None, features: bool = False
+) -> HybridConfig:
     """The configuration of a model that has only ``layers`` of another one, in this order.
 
     Args:
         vocabulary: how many words its head knows; all by default.
+        features: whether it reads its target's hidden states.
 
     Raises:
         InvalidOptionError: a layer that is not there, or named twice, or none; a number of words out of range.
@@ -72,6 +75,7 @@ def cut_config(config: HybridConfig, layers: Sequence[int], *, vocabulary: int |
         setattr(shallow, name, [getattr(config, name)[i] for i in layers])
     if vocabulary is not None:
         shallow.draft_vocabulary, shallow.tie_word_embeddings = vocabulary, False
+    shallow.draft_features = features or config.draft_features
     return shallow
 
 
@@ -81,6 +85,7 @@ def cut(
     *,
     spread: str = "even",
     token_ids: Tensor | None = None,
+    features: bool = False,
 ) -> HybridForCausalLM:
     """A model that has some layers of another one and shares their weights, embeddings, final norm and head.
 
@@ -90,6 +95,7 @@ def cut(
         spread: which ones, where a number is given; a row of :data:`SPREADS`.
         token_ids: the words that its head shall know, ``[W]`` int64 in rising order; all by default. Their rows are
             copied.
+        features: whether it shall read its target's hidden states, which it does not heed before it is trained.
 
     Raises:
         InvalidOptionError: see :func:`choose_layers` and :func:`cut_config`.
@@ -99,8 +105,13 @@ def cut(
     if not isinstance(model, HybridForCausalLM):
         model = load(model, with_tokenizer=False).model
     chosen = choose_layers(model.config.num_hidden_layers, layers, spread) if isinstance(layers, int) else list(layers)
-    shallow = empty_model(cut_config(model.config, chosen, vocabulary=None if token_ids is None else len(token_ids)))
+    words = None if token_ids is None else len(token_ids)
+    shallow = empty_model(cut_config(model.config, chosen, vocabulary=words, features=features))
     shallow.model.embed_tokens, shallow.model.norm = model.model.embed_tokens, model.model.norm
+    if model.model.feature_input is not None:
+        shallow.model.feature_input = model.model.feature_input
+    elif shallow.model.feature_input is not None:
+        shallow.model.feature_input.to_empty(device=model.device).to(model.dtype).start_plain()
     shallow.model.rotary_emb = model.model.rotary_emb
     shallow.lm_head = model.lm_head if token_ids is None else TrimmedHead.of(model.lm_head, token_ids)
     for ours, index in zip(shallow.model.layers, chosen, strict=True):

@@ -144,6 +144,8 @@ def check_launch(recipe: Recipe) -> None:
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
         raise UnsupportedError("torch.compile is for the recipe to ask for: trainer.torch_compile of stage kd")
     sharding = sharding_asked_for() if count > 1 else None
+    if sharding is not None and recipe.student.features:
+        raise UnsupportedError("student.features: a draft that reads hidden states takes whole weights, not shards")
     for stage in recipe.stages:
         reason = _why_no_deepspeed(stage) if uses_deepspeed() else None
         if reason is not None:

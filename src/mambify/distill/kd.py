@@ -53,6 +53,11 @@ class KnowledgeDistiller(Towers):
         """
         student_BTD, teacher_BTE = self.hidden_states(input_ids, position_ids)
         assert teacher_BTE is not None
+        total, sums = self.compare(student_BTD, teacher_BTE, labels)
+        return StepResult(total if num_items is None else total / num_items.clamp(min=1), sums)
+
+    def compare(self, student_BTD: Tensor, teacher_BTE: Tensor, labels: Tensor) -> StepResult:
+        """The summed loss of hidden states after the final norms, and its figures."""
         parts = linear_kl(
             student_BTD.flatten(0, 1),
             self.lm_head.weight,
@@ -70,7 +75,7 @@ class KnowledgeDistiller(Towers):
         # KL is always told: it is what one student is compared with another by
         sums = {name: torch.stack([x, count]) for name, x in figures.items() if name == "kl" or self.weights[name]}
         sums["top1_agreement"] = torch.stack([parts.agreement, count])
-        return StepResult(parts.total if num_items is None else parts.total / num_items.clamp(min=1), sums)
+        return StepResult(parts.total, sums)
 
     def finish_gradients(self, sums: Sums) -> None:
         scale_gradients(self.parameters(), sums["kl"][1].clamp(min=1).reciprocal())

@@ -44,6 +44,7 @@ class Student(Section):
         layers: which of its layers the student has, or how many; all by default. Fewer make a draft.
         spread: which ones where a number is given: ``even``, ``ends`` or ``first``.
         vocabulary: how many words the student's head knows, the most frequent of the training text; all by default.
+        features: whether a draft reads its target's hidden states beside the tokens.
         mixer, init: what replaces attention, and how it starts.
         attention: share of the layers that keep attention. A list of falling shares is a progressive schedule.
         attention_layers: the layers that keep attention, instead of a share; a list of shrinking lists is a schedule.
@@ -55,6 +56,7 @@ class Student(Section):
     layers: Annotated[int, Field(gt=0)] | list[int] | None = None
     spread: Literal["even", "ends", "first"] = "even"
     vocabulary: Annotated[int, Field(gt=0)] | None = None
+    features: bool = False
     mixer: str = "mamba2"
     attention: Share | list[Share] = 0.5
     attention_layers: list[int] | list[list[int]] | None = None

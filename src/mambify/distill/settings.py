@@ -113,10 +113,16 @@ class Hidden(StageSettings):
 
 
 class Kd(EndToEnd):
-    """End to end: kl_weight · KL(teacher ‖ student) + reverse_kl_weight · KL(student ‖ teacher) + ce_weight · CE."""
+    """End to end: kl_weight · KL(teacher ‖ student) + reverse_kl_weight · KL(student ‖ teacher) + ce_weight · CE.
+
+    A student with ``student.features`` goes over the text ``unroll`` times, the first time with the teacher's hidden
+    states and then with its own of the time before; the loss of each time counts ``unroll_decay`` as much as the last.
+    """
 
     kind: Literal["kd"]
     learning_rate: Positive = 1e-3
+    unroll: Annotated[int, Field(gt=0, le=8)] = 3
+    unroll_decay: Annotated[float, Field(gt=0, le=1)] = 0.8
     kl_weight: Weight = 1.0
     reverse_kl_weight: Weight = 0.0
     ce_weight: Weight = 0.0

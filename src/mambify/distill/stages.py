@@ -16,6 +16,7 @@ from mambify.distill.align import MixerAligner
 from mambify.distill.arguments import item_tokens, optimizer_class
 from mambify.distill.checkpoints import last_complete_checkpoint
 from mambify.distill.dpo import PreferenceTuner
+from mambify.distill.features import FeatureDistiller
 from mambify.distill.hidden import HiddenAligner
 from mambify.distill.kd import KnowledgeDistiller
 from mambify.distill.losses import IGNORE
@@ -89,14 +90,11 @@ def _hidden(stage: Hidden, student: HybridForCausalLM, base: HybridForCausalLM) 
 
 
 def _distil(stage: Kd | OnPolicy, student: HybridForCausalLM, teacher: HybridForCausalLM) -> DistillationStage:
-    return KnowledgeDistiller(
-        student,
-        teacher,
-        kl_weight=stage.kl_weight,
-        reverse_kl_weight=stage.reverse_kl_weight,
-        ce_weight=stage.ce_weight,
-        temperature=stage.temperature,
-    )
+    names = ("kl_weight", "reverse_kl_weight", "ce_weight", "temperature")
+    options = {name: getattr(stage, name) for name in names}
+    if isinstance(stage, Kd) and student.config.draft_features:
+        return FeatureDistiller(student, teacher, unroll=stage.unroll, decay=stage.unroll_decay, **options)
+    return KnowledgeDistiller(student, teacher, **options)
 
 
 def _sft(stage: Sft, student: HybridForCausalLM, teacher: HybridForCausalLM) -> DistillationStage:
@@ -140,12 +138,15 @@ def _set_checkpointing(student: HybridForCausalLM, wanted: bool) -> None:
 
 
 def modules_of(student: HybridForCausalLM, part: str) -> Iterator[nn.Module]:
-    """``mixer``: the new mixers. ``mlp``: the MLPs. ``rest``: kept attention and norms.
+    """``mixer``: the new mixers. ``mlp``: the MLPs. ``rest``: kept attention and norms, and what
+    reads hidden states in a draft.
 
     Embeddings and head belong to no part: they stay the base's, often as one tensor, and the losses count on it.
     """
     if part == "rest":
         yield student.model.norm
+        if student.model.feature_input is not None:
+            yield student.model.feature_input
     for block in student.model.layers:
         assert isinstance(block, HybridBlock)
         kept = isinstance(block.mixer, AttentionMixer)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from mambify.engine.drafting import require_suitable_draft
 from mambify.engine.engine import DecodeEngine, Turn
 from mambify.engine.pace import DraftCount
 from mambify.engine.sampling import Sampling
-from mambify.engine.speculate import Speculator, require_same_vocabulary
+from mambify.engine.speculate import Speculator
 from mambify.engine.statistics import Statistics
 
-__all__ = ["DecodeEngine", "DraftCount", "Sampling", "Speculator", "Statistics", "Turn", "require_same_vocabulary"]
+__all__ = ["DecodeEngine", "DraftCount", "Sampling", "Speculator", "Statistics", "Turn", "require_suitable_draft"]

@@ -127,22 +127,32 @@ class FusedStep:
                 mix = _RECURRENT[type(block.mixer)](block, state, self.product, at_once)
             self._blocks.append((mix, _feed_forward(block, self.product)))
 
-    def read(self, token_ST: Tensor, place: RingPlace, *, logits: bool = True) -> Tensor | None:
-        """As :meth:`mambify.engine.tower.Tower.read`."""
-        core, T = self._model.model, token_ST.shape[1]
-        x_MD: Tensor = core.embed_tokens(token_ST.flatten())
+    def stream(self, token_ST: Tensor, place: RingPlace, features_STD: Tensor | None = None) -> Tensor:
+        """As :meth:`mambify.engine.tower.Tower.stream`."""
+        T = token_ST.shape[1]
+        x_MD = self._begin(token_ST, features_STD)
         plans = ReadPlans(place, self._lengths_S, T) if self._plans else None
         reading = Reading(tuple(token_ST.shape), place, self._lengths_S + T, self._contexts(x_MD, token_ST), plans)  # type: ignore[arg-type]
         for mix, feed_forward in self._blocks:
             x_MD = feed_forward(mix(x_MD, reading))
-        if not logits:
-            return None
-        head = self._model.lm_head
+        return x_MD.view(*token_ST.shape, -1)
+
+    def logits(self, x_STD: Tensor) -> Tensor:
+        """As :meth:`mambify.engine.tower.Tower.logits`."""
+        head, norm = self._model.lm_head, self._model.model.norm
         if is_plain(head) or type(head) is TrimmedHead:  # a product with the rows of the words that it knows
-            found = self.product(x_MD, [head], norm=core.norm)
-        else:
-            found = known_logits(head, core.norm(x_MD))
-        return found.view(*token_ST.shape, -1)
+            return self.product(x_STD.flatten(0, 1), [head], norm=norm).view(*x_STD.shape[:2], -1)
+        return known_logits(head, norm(x_STD))
+
+    def _begin(self, token_ST: Tensor, features_STD: Tensor | None) -> Tensor:
+        """Embeddings ``[M, D]``, and in a draft that reads hidden states what these add, as products of this step."""
+        core = self._model.model
+        start = core.feature_input
+        if start is None or features_STD is None or not is_plain(start.embedding_proj, start.feature_proj):
+            return core.embed(token_ST, features_STD).flatten(0, 1)
+        e_MD = core.embed_tokens(token_ST.flatten())
+        x_MD = self.product(e_MD, [start.embedding_proj]).to(e_MD.dtype)
+        return self.product(features_STD.flatten(0, 1), [start.feature_proj], norm=start.norm, add_to=x_MD)
 
     def refresh(self) -> None:
         """Lets go of what was made of weights: for when these have changed where they lie."""

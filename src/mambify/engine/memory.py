@@ -126,6 +126,9 @@ def read_bytes(model: HybridForCausalLM, *, num_slots: int = 1, length: int = 0)
         length: tokens in each slot.
     """
     config, element = model.config, model.dtype.itemsize
-    weights = {id(weight): weight.nbytes for weight in (*model.model.layers.parameters(), model.lm_head.weight)}
+    read = [*model.model.layers.parameters(), model.lm_head.weight]
+    if model.model.feature_input is not None:
+        read += model.model.feature_input.parameters()
+    weights = {id(weight): weight.nbytes for weight in read}
     carried = sum(MIXERS[name].state_bytes(config, length, element) for name in config.layer_mixers or ())
     return sum(weights.values()) + num_slots * carried

@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mambify.config import HybridConfig
+from mambify.engine.drafting import ModelDraft, model_draft, require_suitable_draft
 from mambify.engine.looks import Look, Looks
 from mambify.engine.lookup import look_up
 from mambify.engine.memory import check_memory, read_bytes
@@ -76,8 +76,10 @@ class Speculator:
         counts = (0,) if draft is None else draft_counts(num_draft_tokens)
         if draft is not None and isinstance(target.lm_head, TrimmedHead):
             raise InvalidOptionError("the target is a draft that knows part of the vocabulary: give a whole model")
+        if target.config.draft_features:
+            raise InvalidOptionError("the target is a draft that reads another model's hidden states: give that model")
         if isinstance(draft, HybridForCausalLM):
-            require_same_vocabulary(target.config, draft.config)
+            require_suitable_draft(target.config, draft.config)
         most = counts[-1]
         self.max_length = max_length
         self.sampling = sampling
@@ -106,13 +108,13 @@ class Speculator:
             common = {"num_slots": num_slots, "length": max_length, "active_S": self._active_S}
             common |= {"backend": backend, "overlap": overlap}
             self._target = Tower(target, most_new=most + 1, final=draft is None, **common)  # type: ignore[arg-type]
-            self._draft: Tower | None = None
+            self._draft: ModelDraft | None = None
             if isinstance(draft, HybridForCausalLM):
-                self._draft = Tower(draft, most_new=most + 1, **common)  # type: ignore[arg-type]
+                self._draft = model_draft(draft, self._target, self._history_SL, most_new=most + 1, **common)
             self._looks_up = draft == "lookup"
             #: the words that each of them knows, where that is not all
             self._target_ids_W = known_ids(target.lm_head)
-            self._draft_ids_W = known_ids(draft.lm_head) if isinstance(draft, HybridForCausalLM) else None
+            self._draft_ids_W = None if self._draft is None else self._draft.ids_W
             # No slot is active yet, so the trial runs change none. Of all these graphs one is replayed at a time.
             pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
             self._rounds = {K: recorded(partial(self._step, K), device, pool=pool) for K in counts}
@@ -139,23 +141,22 @@ class Speculator:
 
     def _step(self, K: int) -> None:
         drafted_SK, draft_SKW, num_drafted_S = self._put_forward(K)
-        logits_STV = self._target.read(torch.cat([self._token_S[:, None], drafted_SK], 1))
-        assert logits_STV is not None
+        hidden_STD = self._target.stream(torch.cat([self._token_S[:, None], drafted_SK], 1))
+        logits_STV = self._target.logits(hidden_STD)
         if self._target_ids_W is not None:
             logits_STV = scatter_logits(logits_STV, self._target_ids_W, self._target.model.config.vocab_size)
         if self._seen_SV is not None:
             logits_STV = self._penalised(logits_STV, self._seen_SV, drafted_SK)
         kept_S, next_S = self._accept(logits_STV, draft_SKW, drafted_SK, num_drafted_S)
-        alone_S = self._target.length_S == 0
         count_S, goes_on_S = settle_round(
             drafted_SK, kept_S, next_S, self._stops_E, self._target.length_S, self._active_S, self._token_S,
             self._budget_S, self._history_SL, self._accepted_T,
         )  # fmt: skip
         if self._seen_SV is not None:
             self._see(drafted_SK, next_S, count_S)
-        self._target.keep(count_S, K + 1)
         if self._draft is not None:
-            self._draft.take_back(K + 1 - count_S + alone_S)
+            self._draft.settle(count_S, K, hidden_STD)
+        self._target.keep(count_S, K + 1)
         self._active_S.copy_(goes_on_S)
 
     def _put_forward(self, K: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -168,27 +169,14 @@ class Speculator:
         numbers_SK, tokens, logits = self._numbers(0, K), [self._token_S], []
         seen_SV = None if self._seen_SV is None else self._seen_SV.clone()
         for k in range(K):
-            # The draft is a token behind: the last one that was drafted is read with the token that follows it, if it
-            # stands, and not by a read of its own that each round would need in case it does.
-            read_SX = torch.stack([self._token_before(), tokens[k]], 1) if k == 0 else tokens[k][:, None]
-            found_SXW = self._draft.read(read_SX, fold=k == 0)
-            assert found_SXW is not None
-            self._draft.keep(torch.full_like(tokens[k], read_SX.shape[1]), read_SX.shape[1], fold=k == 0)
-            found_S1W = found_SXW[:, -1:]
+            found_S1W = self._draft.logits_after(tokens[k], k)
             if seen_SV is not None:
                 seen_SV.scatter_(1, tokens[k][:, None], True)
                 found_S1W = self._penalised(found_S1W, _columns(seen_SV, self._draft_ids_W))
             logits.append(found_S1W[:, 0])
             drawn_S = draw_tokens(logits[k], numbers_SK[:, k].contiguous(), **self._settings)
             tokens.append(drawn_S if self._draft_ids_W is None else self._draft_ids_W[drawn_S])
-        # Where there is no token before, as in a text of one token, the draft has read nonsense: for once it drafts
-        # nothing, and then it forgets all of it.
-        num_drafted_S = torch.where(self._target.length_S == 0, 0, K)
-        return torch.stack(tokens[1:], 1), torch.stack(logits, 1), num_drafted_S
-
-    def _token_before(self) -> Tensor:
-        """The token before each slot's last one; of a text of one token that one itself."""
-        return self._history_SL.gather(1, (self._target.length_S - 1).clamp(min=0)[:, None])[:, 0]
+        return torch.stack(tokens[1:], 1), torch.stack(logits, 1), self._draft.num_drafted(K)
 
     def _accept(
         self, logits_STV: Tensor, draft_SKW: Tensor | None, drafted_SK: Tensor, num_drafted_S: Tensor | None
@@ -227,9 +215,9 @@ class Speculator:
         Rounds may follow each other until the slots are full. A later :meth:`run` begins anew.
         """
         with torch.inference_mode():
-            for tower in (self._target, self._draft):
-                if tower is not None:
-                    tower.pretend(length)
+            self._target.pretend(length)
+            if self._draft is not None:
+                self._draft.pretend(length)
             self._active_S.fill_(True)
             self._budget_S.fill_(_ENDLESS)
         return self._rounds[max(self._rounds)]
@@ -280,9 +268,9 @@ class Speculator:
         self._accepted_T.zero_()
         self.statistics = Statistics()
         self._dismissed.clear()
-        for tower in (self._target, self._draft):
-            if tower is not None:
-                tower.refresh()  # weights may have changed since the last run
+        self._target.refresh()  # weights may have changed since the last run
+        if self._draft is not None:
+            self._draft.tower.refresh()
         looks, pace = Looks(self._told_X.device), Pace(self._seconds)
         counted = [0] * len(self._accepted_T)
         under_way: deque[int] = deque()  # K of every look that was not dealt with
@@ -335,7 +323,7 @@ class Speculator:
         """
         found = read_bytes(self._target.model, num_slots=len(self._token_S), length=length)
         if self._draft is not None:
-            found += num_drafted * read_bytes(self._draft.model, num_slots=len(self._token_S), length=length)
+            found += num_drafted * read_bytes(self._draft.tower.model, num_slots=len(self._token_S), length=length)
         return found
 
     def dismiss(self, number: int) -> None:
@@ -343,7 +331,7 @@ class Speculator:
         self._dismissed.add(number)
 
     def _begin(self, begun: Mapping[int, _Prompt], budget: int) -> None:
-        """Reads prompts, all but their last tokens, into slots that are free; a draft stays a token further behind."""
+        """Reads prompts, all but their last tokens, into slots that are free."""
         if not begun:
             return
         width = max(len(prompt.ids) for prompt in begun.values())
@@ -355,9 +343,11 @@ class Speculator:
         if self._token_S.device.type == "cuda":
             packed = packed.pin_memory().to(self._token_S.device, non_blocking=True)
         slot_E, token_E, budget_E, seed_E, heard_E = packed[:, :5].unbind(1)
-        self._target.begin(list(begun), [prompt.ids[:-1] for prompt in begun.values()])
-        if self._draft is not None:
-            self._draft.begin(list(begun), [prompt.ids[:-2] for prompt in begun.values()])
+        prompts = [prompt.ids for prompt in begun.values()]
+        if self._draft is None:
+            self._target.begin(list(begun), [ids[:-1] for ids in prompts])
+        else:
+            self._draft.begin(list(begun), prompts)
         self._token_S[slot_E], self._budget_S[slot_E], self._seed_S[slot_E] = token_E, budget_E, seed_E
         self._heard_S[slot_E] = heard_E
         self._history_SL[slot_E, :width] = packed[:, 5:]
@@ -365,15 +355,6 @@ class Speculator:
             self._seen_SV.index_fill_(0, slot_E, False)
             self._seen_SV[slot_E[:, None], packed[:, 5:]] = True
         self._active_S.index_fill_(0, slot_E, True)
-
-
-def require_same_vocabulary(target: HybridConfig, draft: HybridConfig) -> None:
-    """Raises InvalidOptionError unless both models have as many tokens."""
-    if draft.vocab_size != target.vocab_size:
-        raise InvalidOptionError(
-            f"the draft has a vocabulary of {draft.vocab_size} tokens and the target one of {target.vocab_size}: give "
-            "a draft of the same vocabulary"
-        )
 
 
 def _columns(seen_SV: Tensor, ids_W: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from mambify.engine.fused import FusedStep, can_fuse, can_overlap, steps_at_once
 from mambify.engine.fused_parts import Product
 from mambify.engine.memory import packs
-from mambify.engine.prefill import read_prompts
+from mambify.engine.prefill import read_prompts, read_prompts_ahead
 from mambify.errors import InvalidOptionError, did_you_mean
 from mambify.mixers import MixerContext, RecurrentMixer, RecurrentState, ReplayState
 from mambify.mixers.attention import SlotKV
@@ -121,11 +121,20 @@ class Tower:
             fold: recurrent layers take their states over everything that stands, not only where their rings run full.
             logits: ``False`` spares the head; the result is then ``None``.
         """
+        x_STD = self.stream(token_ST, fold=fold)
+        return self.logits(x_STD) if logits else None
+
+    def stream(self, token_ST: Tensor, features_STD: Tensor | None = None, *, fold: bool = False) -> Tensor:
+        """As :meth:`read`, the hidden states ``[S, T, D]`` before the final norm.
+
+        Args:
+            features_STD: for a draft that reads them: of each token the hidden state at the place before it.
+        """
         core = self.model.model
         place = replace(self.place, eager=fold)
         if self._fused is not None:
-            return self._fused.read(token_ST, place, logits=logits)
-        x_STD = core.embed_tokens(token_ST)
+            return self._fused.stream(token_ST, place, features_STD)
+        x_STD = core.embed(token_ST, features_STD)
         position_ST = self.length_S[:, None] + torch.arange(token_ST.shape[1], device=token_ST.device)
         with_positions = MixerContext()
         if self.model.config.attention_layers:
@@ -142,9 +151,13 @@ class Tower:
                 else:
                     self._states[index] = stepped
             x_STD = block.feed_forward(x_STD + y_STD)
-        if not logits:
-            return None
-        return known_logits(self.model.lm_head, core.norm(x_STD))
+        return x_STD
+
+    def logits(self, x_STD: Tensor) -> Tensor:
+        """Of hidden states that :meth:`stream` gave."""
+        if self._fused is not None:
+            return self._fused.logits(x_STD)
+        return known_logits(self.model.lm_head, self.model.model.norm(x_STD))
 
     def keep(self, count_S: Tensor, read: int, *, fold: bool = False) -> None:
         """After a read of ``read`` tokens: the first ``count_S`` of them stand, in active slots.
@@ -232,11 +245,26 @@ class Tower:
 
     def begin(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
         """Empties slots and reads a prompt into each, which may be empty; they are not active meanwhile."""
+        self._empty(slots, prompts)
+        read_prompts(self.model, self._states, slots, prompts)
+
+    def begin_with(self, draft: Tower, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
+        """As :meth:`begin`, prompts without their last tokens; and into the same slots of a draft that reads hidden
+        states the whole prompts.
+
+        Returns:
+            The draft's own hidden states after the prompts, one for each slot, ``[E, D]``.
+        """
+        self._empty(slots, [ids[:-1] for ids in prompts])
+        draft._empty(slots, prompts)
+        both = (self.model, self._states), (draft.model, draft._states)
+        return read_prompts_ahead(*both, slots, prompts)
+
+    def _empty(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
         for slot, ids in zip(slots, prompts, strict=True):
             self.length_S[slot] = len(ids)
             self.place.head_S[slot] = 0
             self.place.pending_S[slot] = 0
-        read_prompts(self.model, self._states, slots, prompts)
 
 
 def _stepped(before: RecurrentState, after: RecurrentState, active_S: Tensor) -> RecurrentState:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mambify.engine import Sampling, Speculator
 from mambify.errors import InvalidOptionError
+from mambify.feature_input import shifted
 from mambify.model import HybridForCausalLM
 from mambify.trimmed_head import TrimmedHead
 
@@ -62,12 +63,19 @@ def expected_acceptance(
 
     Args:
         input_ids, labels: ``[N, T]``; a round may begin where K labels in a row are not -100.
+        num_draft_tokens: K; 1 of a draft that reads its target's hidden states, for it guesses what follows from its
+            own, which no pass over a text has.
         temperature: of both distributions; at 0 a token is accepted where both have the same likeliest one.
 
     Raises:
-        InvalidOptionError: blocks too short for K tokens, or none of their tokens counted.
+        InvalidOptionError: blocks too short for K tokens, none of their tokens counted, or such a draft and another K.
     """
     K = num_draft_tokens
+    if draft.config.draft_features and K != 1:
+        raise InvalidOptionError(
+            f"of a draft that reads hidden states a text tells about the first token of a round, not about {K}: take "
+            "num_draft_tokens=1, or measured_acceptance"
+        )
     if input_ids.shape[1] <= K:
         raise InvalidOptionError(f"blocks of {input_ids.shape[1]} tokens are too short for {K} drafted tokens")
     reached_K = torch.zeros(K, dtype=torch.float64)
@@ -95,8 +103,10 @@ def _compared(
     target: HybridForCausalLM, draft: HybridForCausalLM, ids_BT: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of each token but the first: Σ min(p, q), min(1, q/p) of the token itself, Σ p over known words; float64."""
-    hidden = [model.model(input_ids=ids_BT, use_cache=False).last_hidden_state[:, :-1] for model in (target, draft)]
-    target_MD, draft_MD = (x.flatten(0, 1) for x in hidden)
+    theirs_BTD = target.model.stream(ids_BT)
+    features_BTD = shifted(theirs_BTD) if draft.config.draft_features else None
+    states = ((target, theirs_BTD), (draft, draft.model.stream(ids_BT, features_BTD)))
+    target_MD, draft_MD = (model.model.norm(x_BTD[:, :-1]).flatten(0, 1) for model, x_BTD in states)
     known_W = draft.lm_head.token_ids if isinstance(draft.lm_head, TrimmedHead) else None
     columns: list[Tensor] = []
     for target_CD, draft_CD, token_C in zip(

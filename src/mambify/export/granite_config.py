@@ -58,6 +58,11 @@ def _require_mixers(config: HybridConfig) -> None:
             f"the head knows {config.draft_vocabulary} of {config.vocab_size} words, and GraniteMoeHybrid's knows all: "
             "train a draft without --vocabulary to export it"
         )
+    if config.draft_features:
+        raise UnsupportedError(
+            "this draft reads its target's hidden states, which GraniteMoeHybrid does not: train a draft without "
+            "--features to export it"
+        )
     others = [i for i, mixer in enumerate(config.layer_mixers or ()) if mixer not in (ATTENTION, "mamba2")]
     if others:
         name = (config.layer_mixers or [])[others[0]]

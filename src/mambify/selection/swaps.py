@@ -62,7 +62,7 @@ def swapped_divergences(
     for done, ids_BT in enumerate(batches, start=1):
         ids_BT = ids_BT.to(teacher.device)
         walk = _Walk(teacher, ids_BT)
-        start_BTD = teacher.model.embed_tokens(ids_BT)
+        start_BTD = teacher.model.embed(ids_BT)
         theirs_BTD = start_BTD
         for index in range(len(mixers)):
             theirs_BTD = walk.layer(theirs_BTD, index, _block(teacher, index).mixer)

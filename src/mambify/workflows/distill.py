@@ -98,19 +98,22 @@ def check_plan(recipe: Recipe, teacher: LoadedModel | None = None) -> None:
     Raises:
         UsageError: the teacher is unknown, or the student section does not fit it.
     """
-    config = teacher.model.config if teacher is not None else load_config(recipe.teacher)
+    config = teacher_config = teacher.model.config if teacher is not None else load_config(recipe.teacher)
     if recipe.student.base is not None:
-        bigger, config = config, load_config(recipe.student.base)
-        if bigger.vocab_size != config.vocab_size:
+        config = load_config(recipe.student.base)
+        if teacher_config.vocab_size != config.vocab_size:
             raise TokenizerMismatchError(
-                f"the teacher has a vocabulary of {bigger.vocab_size} tokens and student.base one of "
+                f"the teacher has a vocabulary of {teacher_config.vocab_size} tokens and student.base one of "
                 f"{config.vocab_size}: distillation compares probabilities token by token"
             )
     if recipe.student.vocabulary is not None:
         _check_vocabulary(recipe)
     if is_cut(recipe):
         layers = _layers_of(recipe, config)
-        config = cut_config(config, layers, vocabulary=recipe.student.vocabulary)
+        features = recipe.student.features
+        config = cut_config(config, layers, vocabulary=recipe.student.vocabulary, features=features)
+    if config.draft_features:
+        _check_features(recipe, teacher_config, config)
     steps = steps_of(recipe, config)
     for kept in schedule(recipe.student, config):
         planned = plan(config, mixer=recipe.student.mixer, attention_layers=kept, init=recipe.student.init)
@@ -129,8 +132,9 @@ def check_plan(recipe: Recipe, teacher: LoadedModel | None = None) -> None:
 
 
 def is_cut(recipe: Recipe) -> bool:
-    """Whether the student has fewer layers, or fewer words, than what it is made from."""
-    return recipe.student.layers is not None or recipe.student.vocabulary is not None
+    """Whether the student is a draft: of fewer layers or words than what it is made from, or a reader of features."""
+    student = recipe.student
+    return student.layers is not None or student.vocabulary is not None or student.features
 
 
 def _layers_of(recipe: Recipe, config: HybridConfig) -> list[int]:
@@ -150,6 +154,22 @@ def _check_vocabulary(recipe: Recipe) -> None:
             )
 
 
+def _check_features(recipe: Recipe, teacher: HybridConfig, student: HybridConfig) -> None:
+    other = next((stage for stage in recipe.stages if not isinstance(stage, Kd)), None)
+    if other is not None:
+        raise RecipeError(
+            f"stage {other.kind}: a draft that reads hidden states is trained by stage kd only: leave student.features "
+            "out, or the stage"
+        )
+    if teacher.draft_features:
+        raise InvalidOptionError("the teacher is a draft that reads another model's hidden states: give that model")
+    if teacher.hidden_size != student.hidden_size:
+        raise InvalidOptionError(
+            f"the student has a hidden size of {student.hidden_size} and is to read hidden states of "
+            f"{teacher.hidden_size}: make it from the teacher, without student.base"
+        )
+
+
 def _cut(base: LoadedModel, recipe: Recipe, texts: Texts) -> LoadedModel:
     """What the student is made from, where that is part of the base only."""
     if not is_cut(recipe):
@@ -159,5 +179,6 @@ def _cut(base: LoadedModel, recipe: Recipe, texts: Texts) -> LoadedModel:
         tokenizer, size = require_tokenizer(base), base.model.config.vocab_size
         special = [i for i in tokenizer.all_special_ids if i < size]
         token_ids = most_frequent(texts.token_ids(recipe.stages[0]), wanted, size, always=special)
-    shallow = cut(base, _layers_of(recipe, base.model.config), token_ids=token_ids)
+    layers = _layers_of(recipe, base.model.config)
+    shallow = cut(base, layers, token_ids=token_ids, features=recipe.student.features)
     return LoadedModel(shallow, base.tokenizer, base.source, base.family)

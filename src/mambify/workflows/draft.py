@@ -56,6 +56,7 @@ class Settings:
         data: text of the target; the first of it also gives the held-out text.
         tokens: those of all stages together.
         vocabulary: how many words the head knows.
+        features: whether the draft reads its target's hidden states.
         overrides: further changes, ``key.path=value``.
     """
 
@@ -65,6 +66,7 @@ class Settings:
     data: Sequence[str] = ()
     tokens: int | None = None
     vocabulary: int | None = None
+    features: bool | None = None
     overrides: Sequence[str] = ()
 
 
@@ -73,7 +75,8 @@ class Measure:
     """How acceptance is measured after training.
 
     Attributes:
-        num_draft_tokens: K, of a run each; the expectation is for the largest.
+        num_draft_tokens: K, of a run each; the expectation is for the largest, and for 1 where a draft reads hidden
+            states.
         temperatures: of a run each.
         num_prompts: of held-out text, which the target answers with the draft.
         max_new_tokens: of each answer.
@@ -99,7 +102,7 @@ def draft_recipe(target: str, settings: Settings, *, recipe: str | Path | None, 
     if settings.mixer is not None and settings.mixer not in MIXERS:
         raise InvalidOptionError(f"unknown mixer '{settings.mixer}': {did_you_mean(settings.mixer, MIXERS)}")
     changes: dict[str, Any] = {"teacher": target, "output": f"{out}.run"}
-    for key in ("layers", "spread", "vocabulary"):
+    for key in ("layers", "spread", "vocabulary", "features"):
         if (value := getattr(settings, key)) is not None:
             changes[f"student.{key}"] = value
     if settings.mixer is not None:
@@ -249,13 +252,15 @@ def acceptance_report(
     Raises:
         InvalidOptionError: no answer in the text is as long as a round.
     """
-    K = max(measure.num_draft_tokens)
+    # What follows the first token of a round is guessed from the draft's own states, which only rounds have.
+    K = 1 if draft.config.draft_features else max(measure.num_draft_tokens)
     expected = expected_acceptance(target.model, draft, text.input_ids, text.labels, num_draft_tokens=K)
     stops = sorted(stop_ids(target.model, require_tokenizer(target)))
     return {
         "target": target.source,
         "layers": draft.config.cut_from,
         "vocabulary": draft.config.draft_vocabulary,
+        "features": draft.config.draft_features,
         "dtype": str(target.model.dtype).removeprefix("torch."),
         "device": str(target.model.device),
         "expected": {

@@ -48,6 +48,8 @@ def _reasons(config: HybridConfig) -> Iterator[str]:
         yield "it is a pure Mamba model; llama.cpp's own converter reads it as it is published"
     if config.draft_vocabulary is not None:
         yield f"its head knows {config.draft_vocabulary} words of {config.vocab_size}: train it without --vocabulary"
+    if config.draft_features:
+        yield "it is a draft that reads its target's hidden states: train it without --features"
     others = sorted(set(config.layer_mixers or ()) - {ATTENTION, "mamba2"})
     if others:
         layers = [i for i, mixer in enumerate(config.layer_mixers or ()) if mixer == others[0]]

@@ -24,11 +24,11 @@ def served_layout(config: HybridConfig) -> GraniteLayout:
     Raises:
         UnsupportedError: the plugin does not serve such a model; says what does.
     """
-    if config.draft_vocabulary is not None:
-        raise UnsupportedError(
-            "a draft whose head knows part of the words is not served by the vLLM plugin: `mambify generate --draft` "
-            "takes it"
+    if config.draft_vocabulary is not None or config.draft_features:
+        kind = (
+            "that reads its target's hidden states" if config.draft_features else "whose head knows part of the words"
         )
+        raise UnsupportedError(f"a draft {kind} is not served by the vLLM plugin: `mambify generate --draft` takes it")
     mixers = config.layer_mixers or []
     others = [i for i, mixer in enumerate(mixers) if mixer not in (ATTENTION, "mamba2")]
     if others:

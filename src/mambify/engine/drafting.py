@@ -1,0 +1,144 @@
+"""What a model that drafts does in a round: gives logits for one token after the other, and is told which stood.
+
+Letters: S slots, K drafted tokens, T = K + 1 tokens that the target reads, D hidden size, W words of the draft's head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambify.config import HybridConfig
+from mambify.engine.tower import Tower
+from mambify.errors import InvalidOptionError
+from mambify.model import HybridForCausalLM
+from mambify.trimmed_head import known_ids
+
+
+class ModelDraft:
+    """A draft that reads tokens alone.
+
+    It is a token behind: the last one that was drafted is read with the token that follows it, if it stands, and not by
+    a read of its own that each round would need in case it does.
+
+    Args:
+        model: in evaluation mode.
+        target: tells which tokens stand.
+        history_SL: the texts so far, the slots' last tokens included.
+        settings: of its own tower.
+
+    Attributes:
+        tower: its slots.
+        ids_W: the words that it knows, where that is not all.
+    """
+
+    def __init__(self, model: HybridForCausalLM, target: Tower, history_SL: Tensor, **settings: Any) -> None:
+        self.tower, self.ids_W = Tower(model, **settings), known_ids(model.lm_head)
+        self._target, self._history_SL = target, history_SL
+
+    def begin(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+        """Reads prompts into slots of target and draft, all but their last tokens into the target's."""
+        self._target.begin(slots, [ids[:-1] for ids in prompts])
+        self.tower.begin(slots, [ids[:-2] for ids in prompts])
+
+    def logits_after(self, token_S: Tensor, k: int) -> Tensor:
+        """Logits ``[S, 1, W]`` of the k-th drafted token, from 0 on, given the token before it."""
+        read_SX = torch.stack([self._token_before(), token_S], 1) if k == 0 else token_S[:, None]
+        found_SXW = self.tower.read(read_SX, fold=k == 0)
+        assert found_SXW is not None
+        self.tower.keep(torch.full_like(token_S, read_SX.shape[1]), read_SX.shape[1], fold=k == 0)
+        return found_SXW[:, -1:]
+
+    def _token_before(self) -> Tensor:
+        """The token before each slot's last one; of a text of one token that one itself."""
+        return self._history_SL.gather(1, (self._target.length_S - 1).clamp(min=0)[:, None])[:, 0]
+
+    def num_drafted(self, K: int) -> Tensor | None:
+        """How many of the K tokens count in each slot; ``None`` for all.
+
+        Where there is no token before, as in a text of one token, nonsense was read: for once nothing is drafted, and
+        then :meth:`settle` forgets all of it.
+        """
+        return torch.where(self._target.length_S == 0, 0, K)
+
+    def settle(self, count_S: Tensor, K: int, hidden_STD: Tensor) -> None:
+        """After a round, before the target is told: ``count_S`` of the T tokens that it has read stand.
+
+        Args:
+            hidden_STD: what the target made of them, before its final norm.
+        """
+        self.tower.take_back(K + 1 - count_S + (self._target.length_S == 0))
+
+    def pretend(self, length: int) -> None:
+        """As :meth:`Tower.pretend`, of a target that holds ``length`` tokens."""
+        self.tower.pretend(length)
+
+
+class FeatureDraft(ModelDraft):
+    """A draft that reads the target's hidden states (:class:`mambify.feature_input.FeatureInput`).
+
+    It has read all tokens, the slot's last one too, and keeps its own hidden state after that: the first logits of a
+    round. Tokens that it drafts are read with its own hidden states in place of the target's. When the target has read
+    them these reads are taken back, and those that stand are read once more as they should be, all at once. So a round
+    is K reads here as well, and nothing is special about texts of one token.
+    """
+
+    def __init__(self, model: HybridForCausalLM, target: Tower, history_SL: Tensor, **settings: Any) -> None:
+        super().__init__(model, target, history_SL, **settings)
+        core, S = model.model, len(history_SL)
+        dtype = core.embed_tokens(history_SL[:1, :1]).dtype
+        self._after_SD = torch.zeros(S, model.config.hidden_size, dtype=dtype, device=model.device)
+        self._own_S1D = self._after_SD[:, None]
+
+    def begin(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
+        slot_E = torch.tensor(list(slots), device=self._after_SD.device)
+        after_ED = self._target.begin_with(self.tower, slots, prompts)
+        self._after_SD[slot_E] = after_ED.to(self._after_SD.dtype)
+
+    def logits_after(self, token_S: Tensor, k: int) -> Tensor:
+        if k == 0:
+            self._own_S1D = self._after_SD[:, None]
+        else:
+            # What is pending before the first of these stands for good; none of these may get into a state.
+            self._own_S1D = self.tower.stream(token_S[:, None], self._own_S1D, fold=k == 1)
+            self.tower.keep(torch.ones_like(token_S), 1, fold=k == 1)
+        return self.tower.logits(self._own_S1D)
+
+    def num_drafted(self, K: int) -> Tensor | None:
+        return None
+
+    def settle(self, count_S: Tensor, K: int, hidden_STD: Tensor) -> None:
+        if K > 1:
+            self.tower.take_back(torch.full_like(count_S, K - 1))
+        place_ST = self._target.length_S[:, None] + torch.arange(1, K + 2, device=count_S.device)
+        own_STD = self.tower.stream(self._history_SL.gather(1, place_ST), hidden_STD)
+        self.tower.keep(count_S, K + 1)
+        last_S11 = (count_S - 1).clamp(min=0)[:, None, None]
+        self._after_SD.copy_(own_STD.gather(1, last_S11.expand(-1, 1, own_STD.shape[-1]))[:, 0])
+
+    def pretend(self, length: int) -> None:
+        self.tower.pretend(length + 1)
+
+
+def model_draft(model: HybridForCausalLM, target: Tower, history_SL: Tensor, **settings: Any) -> ModelDraft:
+    """The draft that ``model`` is."""
+    kind = FeatureDraft if model.config.draft_features else ModelDraft
+    return kind(model, target, history_SL, **settings)
+
+
+def require_suitable_draft(target: HybridConfig, draft: HybridConfig) -> None:
+    """Raises InvalidOptionError unless a draft has as many tokens as its target, and can read its hidden states if it
+    wants to."""
+    if draft.vocab_size != target.vocab_size:
+        raise InvalidOptionError(
+            f"the draft has a vocabulary of {draft.vocab_size} tokens and the target one of {target.vocab_size}: give "
+            "a draft of the same vocabulary"
+        )
+    if draft.draft_features and draft.hidden_size != target.hidden_size:
+        raise InvalidOptionError(
+            f"the draft reads hidden states of {draft.hidden_size} numbers and the target's have {target.hidden_size}: "
+            "give the target that it was trained for, or one made from that"
+        )
