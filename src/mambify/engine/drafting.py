@@ -76,6 +76,10 @@ class ModelDraft:
         """As :meth:`Tower.pretend`, of a target that holds ``length`` tokens."""
         self.tower.pretend(length)
 
+    def rewind(self, length: int) -> None:
+        """As :meth:`Tower.rewind`, of a target that holds ``length`` tokens."""
+        self.tower.rewind(length)
+
 
 class FeatureDraft(ModelDraft):
     """A draft that reads the target's hidden states (:class:`mambify.feature_input.FeatureInput`).
@@ -121,6 +125,9 @@ class FeatureDraft(ModelDraft):
 
     def pretend(self, length: int) -> None:
         self.tower.pretend(length + 1)
+
+    def rewind(self, length: int) -> None:
+        self.tower.rewind(length + 1)
 
 
 def model_draft(model: HybridForCausalLM, target: Tower, history_SL: Tensor, **settings: Any) -> ModelDraft:

@@ -123,11 +123,11 @@ class Speculator:
 
     def _timed(self, device: torch.device) -> dict[int, float]:
         """K → what a round takes with every slot at work at the beginning of a text."""
-        towers = [tower for tower in (self._target, self._draft) if tower is not None]
+        models = [model for model in (self._target, self._draft) if model is not None]
 
         def once(step: Callable[[], object]) -> None:
-            for tower in towers:
-                tower.rewind(1)
+            for model in models:
+                model.rewind(1)
             step()
 
         self._active_S.fill_(True)
