@@ -419,6 +419,7 @@ def test_recorded_steps_are_the_steps(
     for graphs in (True, False):
         stage = _of_kind(kind, pairs_file, 6, ema=0.5)
         stage["tokens"] = 6 * stage["batch_tokens"]
+        stage |= {"rest_learning_rate": 1e-3} if changes else {}
         recipe = make_chat_recipe(**changes, stages=[stage], output=str(tmp_path / str(graphs)), cuda_graphs=graphs)
         _, run = distill(recipe, device="cuda")
         assert summaries(run)[0]["cuda_graphs"] is graphs

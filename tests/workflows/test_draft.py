@@ -204,6 +204,7 @@ def test_what_cannot_be_is_refused_and_nothing_written(target: Path, hybrid: Pat
         ({"vocabulary": 4000}, InvalidOptionError, "can know 1 to"),
         ({"vocabulary": 90, "overrides": ("stages.0.ce_weight=0.5",)}, RecipeError, "leaves words without"),
         ({"features": True, "overrides": ("stages.0.kind=on_policy",)}, RecipeError, "trained by stage kd only"),
+        ({"features": True, "overrides": ("stages.0.rest_learning_rate=0",)}, RecipeError, "at rest_learning_rate"),
     ):
         with pytest.raises(error, match=words):
             draft(recipe_of(target, text, out, **settings), out, measure=QUICK, device="cpu")

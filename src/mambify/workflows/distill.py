@@ -161,6 +161,8 @@ def _check_features(recipe: Recipe, teacher: HybridConfig, student: HybridConfig
             f"stage {other.kind}: a draft that reads hidden states is trained by stage kd only: leave student.features "
             "out, or the stage"
         )
+    if not any("rest" in stage.learning_rates for stage in recipe.stages):
+        raise RecipeError("what reads hidden states in a draft trains at rest_learning_rate: set it in stage kd")
     if teacher.draft_features:
         raise InvalidOptionError("the teacher is a draft that reads another model's hidden states: give that model")
     if teacher.hidden_size != student.hidden_size:
