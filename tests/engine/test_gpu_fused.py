@@ -108,7 +108,6 @@ def test_logits_of_the_modules(
             for turn in range(40):
                 token_ST = torch.randint(3, 90, (slots, read), generator=torch.Generator().manual_seed(turn)).cuda()
                 logits_STV = tower.read(token_ST)
-                assert logits_STV is not None
                 found.append(logits_STV.float().clone())
                 tower.keep(torch.full((slots,), read // 2 + 1, device="cuda"), read)
         if dtype == torch.float32:

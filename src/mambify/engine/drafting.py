@@ -48,7 +48,6 @@ class ModelDraft:
         """Logits ``[S, 1, W]`` of the k-th drafted token, from 0 on, given the token before it."""
         read_SX = torch.stack([self._token_before(), token_S], 1) if k == 0 else token_S[:, None]
         found_SXW = self.tower.read(read_SX, fold=k == 0)
-        assert found_SXW is not None
         self.tower.keep(torch.full_like(token_S, read_SX.shape[1]), read_SX.shape[1], fold=k == 0)
         return found_SXW[:, -1:]
 

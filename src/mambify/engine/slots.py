@@ -110,7 +110,6 @@ class Slots:
         """Reads each slot's token and finds its next one, in place, for the first ``slots`` of them."""
         c, tower = self.control.first(slots), self._towers[slots]
         logits_S1V = tower.read(c.token_S[:, None])
-        assert logits_S1V is not None
         logits_SV = logits_S1V[:, 0]
         if self._known_ids_W is not None:
             logits_SV = scatter_logits(logits_SV, self._known_ids_W, self._vocab_size)

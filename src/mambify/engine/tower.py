@@ -112,17 +112,15 @@ class Tower:
             part._fused = part._fused_step(self._fused.product)
         return part
 
-    def read(self, token_ST: Tensor, *, fold: bool = False, logits: bool = True) -> Tensor | None:
+    def read(self, token_ST: Tensor, *, fold: bool = False) -> Tensor:
         """Logits ``[S, T, V]`` after each of T tokens, put behind those that stand in each slot.
 
         Of a trimmed head, those of the words that it knows.
 
         Args:
             fold: recurrent layers take their states over everything that stands, not only where their rings run full.
-            logits: ``False`` spares the head; the result is then ``None``.
         """
-        x_STD = self.stream(token_ST, fold=fold)
-        return self.logits(x_STD) if logits else None
+        return self.logits(self.stream(token_ST, fold=fold))
 
     def stream(self, token_ST: Tensor, features_STD: Tensor | None = None, *, fold: bool = False) -> Tensor:
         """As :meth:`read`, the hidden states ``[S, T, D]`` before the final norm.
