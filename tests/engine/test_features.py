@@ -150,7 +150,7 @@ def test_the_fused_step(
 
         monkeypatch.setattr("mambify.engine.fused_parts.decode_linear", by_its_kernel)
         monkeypatch.setattr("mambify.ops.decode_linear.triton.block_of", lambda *_, gated: 64)
-        monkeypatch.setattr("mambify.engine.fused.packs", lambda _: False)
+        monkeypatch.setattr("mambify.engine.tower.packs", lambda _: False)
     active_S = torch.ones(2, dtype=torch.bool)
     towers = [
         Tower(draft, num_slots=2, length=20, most_new=2, active_S=active_S, backend=backend)

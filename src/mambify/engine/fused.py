@@ -8,20 +8,20 @@ kernel of its own. For up to sixteen rows (S·T; eight in float32) a layer is
     attention  norm + q, k, v | rotation, new keys and values | attention | its parts | o + sum | the MLP's two
 
 with one kernel between bars: five, five and seven. Where tokens may yet be rejected, Mamba1's middle replays its rings
-in the same kernel; Mamba2's is the replay and the gated norm, and the convolution is part of in_proj. Layers of pure
-Mamba models, which have no MLP, are four:
+in the same kernel; Mamba2's is the replay and the gated norm, and the convolution is part of in_proj (of up to three
+rows, eight in float32; of more a kernel of its own). Layers of pure Mamba models, which have no MLP, are four:
 
     stock Mamba1  norm + in_proj + conv | x_proj | dt_proj, state or replay, gate | out_proj + sum
     stock Mamba2  norm + in_proj + conv | replay | gated norm | out_proj + sum
 
-For more rows products are PyTorch's own (cuBLAS), norm, gate and convolution are kernels beside them, the sums are
-still part of the products, and Mamba1 layers run as they are.
+For more rows products are PyTorch's own (cuBLAS), norm, gate and convolution are kernels beside them, and the sums are
+still part of the products. Mamba1 layers run as they are from nine rows on.
 
 Nothing is copied or moved: kernels take the parameters of the modules where they lie, so that saving, moving and
 training a model are as before, and to let go of a step is to forget it. What is made of parameters beforehand is A =
 −exp(A_log), which lies with the states, and on a CPU another layout of all weights
-(:meth:`mambify.engine.tower.Tower.refresh`). Modules that have no such form (a
-projection that is not a plain linear layer, another activation, stock Mamba2 with limits of Δ) run as they are.
+(:meth:`mambify.engine.tower.Tower.refresh`). Modules that have no such form (a projection that is not a plain linear
+layer, another activation, stock Mamba2 with limits of Δ) run as they are.
 
 Letters: S slots, T tokens read at once, M = S·T rows, D hidden size, E outputs of a projection, H query heads, G
 key/value heads, P head dimension, V vocabulary.
@@ -36,8 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from mambify.engine.fused_mamba import FusedMamba1, FusedStockMamba1, FusedStockMamba2
-from mambify.engine.fused_parts import MOST_FUSED, Mix, Product, Reading, State, Unfused, is_hooked, is_plain
-from mambify.engine.memory import packs
+from mambify.engine.fused_parts import Mix, Product, Reading, State, Unfused, is_hooked, is_plain
 from mambify.engine.on_cpu import AttentionMiddle, Mamba2Middle, ReadPlans
 from mambify.mixers import AttentionMixer, MixerContext, ReplayState
 from mambify.mixers.attention import SlotKV
@@ -47,7 +46,6 @@ from mambify.mixers.stock_mamba1 import StockMamba1Mixer
 from mambify.mixers.stock_mamba2 import StockMamba2Mixer
 from mambify.model import GatedMLP, HybridBlock, HybridForCausalLM
 from mambify.norm import RMSNorm
-from mambify.ops.conv_replay import conv_replay
 from mambify.ops.decode_attention import decode_attention
 from mambify.ops.decode_linear import Convolution
 from mambify.ops.gated_norm import gated_rms_norm
@@ -66,7 +64,7 @@ def steps_at_once(model: HybridForCausalLM, slots: int) -> bool:
     mixers = [block.mixer for block in model.model.layers if isinstance(block, HybridBlock)]
     recurrent = [mixer for mixer in mixers if not isinstance(mixer, AttentionMixer)]
     stepped = all(_is_fusible(mixer) and type(mixer) is not StockMamba2Mixer for mixer in recurrent)
-    return slots <= _MOST_STEPPED and stepped and not packs(model)
+    return slots <= _MOST_STEPPED and stepped
 
 
 def can_fuse(model: HybridForCausalLM) -> bool:
@@ -94,6 +92,7 @@ class FusedStep:
         at_once: recurrent layers take their states on with every token; see :func:`steps_at_once`.
         overlap: products begin to read weights while the kernel before them ends; on a GPU of compute capability 9.0
             or later.
+        packs: weights are laid out for a CPU's products; not with ``at_once``.
         product: of another step of the same model, for one that is part of it.
     """
 
@@ -106,11 +105,11 @@ class FusedStep:
         places: int,
         at_once: bool = False,
         overlap: bool = False,
+        packs: bool = False,
         product: Product | None = None,
     ) -> None:
         self._model, self._lengths_S = model, lengths_S
-        self._plans = packs(model) and not at_once
-        self.product = product or Product(model.config.ops_backend, overlap, packs=self._plans)
+        self.product = product or Product(model.config.ops_backend, overlap, packs=packs)
         self._blocks: list[tuple[Mix, Callable[[Tensor], Tensor]]] = []
         self._needs_positions = False
         table = None
@@ -131,7 +130,7 @@ class FusedStep:
         """As :meth:`mambify.engine.tower.Tower.stream`."""
         T = token_ST.shape[1]
         x_MD = self._begin(token_ST, features_STD)
-        plans = ReadPlans(place, self._lengths_S, T) if self._plans else None
+        plans = ReadPlans(place, self._lengths_S, T) if self.product.packs else None
         reading = Reading(tuple(token_ST.shape), place, self._lengths_S + T, self._contexts(x_MD, token_ST), plans)  # type: ignore[arg-type]
         for mix, feed_forward in self._blocks:
             x_MD = feed_forward(mix(x_MD, reading))
@@ -188,27 +187,23 @@ class _Mamba2:
             zxBCdt_ME = self._product(x_MD, [mixer.in_proj], norm=self._block.input_layernorm)
             y_MI = self._middle(zxBCdt_ME.unflatten(0, reading.shape), reading.plans.ring(self._middle.width))
             return self._product(y_MI, [mixer.out_proj], add_to=x_MD)
-        backend, place, few = mixer.ops_backend, reading.place, len(x_MD) <= MOST_FUSED and not self._at_once
-        channels = Convolution(
-            mixer.num_heads * mixer.head_dim, weights.conv_CK, weights.conv_bias_C, self._state.conv, place
-        )
-        zxBCdt_ME = self._product(
-            x_MD, [mixer.in_proj], norm=self._block.input_layernorm, convolution=channels if few else None
-        )
+        backend, place, conv = mixer.ops_backend, reading.place, self._state.conv
         if self._at_once:
-            y_MHP = mamba2_step(zxBCdt_ME, weights, self._state.ssm, self._state.conv, place, backend=backend)
+            zxBCdt_ME = self._product(x_MD, [mixer.in_proj], norm=self._block.input_layernorm)
+            y_MHP = mamba2_step(zxBCdt_ME, weights, self._state.ssm, conv, place, backend=backend)
         else:
-            y_MHP = self._replay(zxBCdt_ME.unflatten(0, reading.shape), place, backend, convolved=few).flatten(0, 1)
+            inner = mixer.num_heads * mixer.head_dim
+            channels = Convolution(inner, weights.conv_CK, weights.conv_bias_C, conv, place)
+            both = self._product.convolved(x_MD, mixer.in_proj, channels, norm=self._block.input_layernorm)
+            zxBCdt_STE, xBC_STC = (part.unflatten(0, reading.shape) for part in both)
+            y_MHP = self._replay(zxBCdt_STE, xBC_STC, place, backend).flatten(0, 1)
         return self._product(y_MHP.flatten(1), [mixer.out_proj], add_to=x_MD)
 
-    def _replay(self, zxBCdt_STE: Tensor, place: RingPlace, backend: str, *, convolved: bool) -> Tensor:
+    def _replay(self, zxBCdt_STE: Tensor, xBC_STC: Tensor, place: RingPlace, backend: str) -> Tensor:
+        """``xBC_STC``: convolved."""
         mixer, weights = self._mixer, self._weights
         H, G, P, N = mixer.num_heads, mixer.num_groups, mixer.head_dim, mixer.state_size
-        z_STI, xBC_STC, dt_STH = zxBCdt_STE.split([H * P, sum(mixer.conv_split), H], dim=-1)
-        if not convolved:
-            xBC_STC = conv_replay(
-                xBC_STC, weights.conv_CK, weights.conv_bias_C, self._state.conv, place, backend=backend
-            )
+        z_STI, _, dt_STH = zxBCdt_STE.split([H * P, sum(mixer.conv_split), H], dim=-1)
         x_STI, B_STI, C_STI = xBC_STC.split(mixer.conv_split, dim=-1)
         y_STHP = ssd_replay(
             x_STI.unflatten(-1, (G, P)),

@@ -14,7 +14,6 @@ from mambify.mixers.mamba1 import Mamba1Mixer
 from mambify.mixers.stock_mamba1 import StockMamba1Mixer
 from mambify.mixers.stock_mamba2 import StockMamba2Mixer
 from mambify.model import HybridBlock
-from mambify.ops.conv_replay import conv_replay
 from mambify.ops.decode_linear import Convolution
 from mambify.ops.gated_norm import gated_rms_norm
 from mambify.ops.mamba1_step import Mamba1Weights, StepConv, mamba1_step
@@ -46,8 +45,8 @@ class FusedStockMamba1:
             return self._as_it_is(x_MD, reading)
         mixer, state, N = self._mixer, self._state, self._mixer.state_size
         convolution = Convolution(0, self._taps_IK, self._conv_bias_I, state.conv, reading.place)
-        xz_ME = self._product(x_MD, [mixer.in_proj], norm=self._block.input_layernorm, convolution=convolution)
-        x_MI, z_MI = xz_ME.chunk(2, dim=-1)
+        xz_ME, x_MI = self._product.convolved(x_MD, mixer.in_proj, convolution, norm=self._block.input_layernorm)
+        z_MI = xz_ME.chunk(2, dim=-1)[1]
         dtBC_STE = self._product(x_MI, [mixer.x_proj]).unflatten(0, reading.shape)
         dt_STE, B_STN, C_STN = dtBC_STE.split([mixer.dt_rank, N, N], dim=-1)
         y_STI = mamba1_step(
@@ -114,10 +113,7 @@ class FusedMamba1:
 
 
 class FusedStockMamba2:
-    """norm + in_proj + convolution | Δ, replay | gated norm | out_proj + sum, whether tokens stand or not.
-
-    For more rows the convolution is a kernel of its own.
-    """
+    """norm + in_proj + convolution | Δ, replay | gated norm | out_proj + sum, whether tokens stand or not."""
 
     def __init__(self, block: HybridBlock, state: State, product: Product, at_once: bool) -> None:
         mixer = block.mixer
@@ -130,16 +126,12 @@ class FusedStockMamba2:
         self._norm_GE = mixer.norm.weight.detach().view(mixer.num_groups, -1)
 
     def __call__(self, x_MD: Tensor, reading: Reading) -> Tensor:
-        mixer, few = self._mixer, len(x_MD) <= MOST_FUSED
+        mixer = self._mixer
         inner, H = mixer.conv_split[0], mixer.num_heads
         channels = Convolution(inner, self._taps_CK, self._conv_bias_C, self._state.conv, reading.place)
-        zxBCdt_ME = self._product(
-            x_MD, [mixer.in_proj], norm=self._block.input_layernorm, convolution=channels if few else None
-        )
-        z_STI, xBC_STC, dt_STH = zxBCdt_ME.unflatten(0, reading.shape).split([inner, sum(mixer.conv_split), H], dim=-1)
-        if not few:
-            xBC_STC = conv_replay(xBC_STC, *channels[1:], backend=mixer.ops_backend)
-        y_STHP = self._replay(xBC_STC, dt_STH, reading.place)
+        zxBCdt_ME, xBC_MC = self._product.convolved(x_MD, mixer.in_proj, channels, norm=self._block.input_layernorm)
+        z_STI, _, dt_STH = zxBCdt_ME.unflatten(0, reading.shape).split([inner, sum(mixer.conv_split), H], dim=-1)
+        y_STHP = self._replay(xBC_MC.unflatten(0, reading.shape), dt_STH, reading.place)
         norms = (mixer.num_groups, -1)
         normed_STGE = gated_rms_norm(
             y_STHP.flatten(2).unflatten(-1, norms), z_STI.unflatten(-1, norms), self._norm_GE, mixer.norm.eps,

@@ -17,12 +17,13 @@ from mambify.mixers.attention import SlotKV
 from mambify.mixers.linear import PaddedLinear
 from mambify.model import HybridBlock
 from mambify.norm import RMSNorm
-from mambify.ops.decode_linear import Convolution, Packed, convolved, decode_linear, decode_packed, pack
+from mambify.ops.conv_replay import conv_replay
+from mambify.ops.decode_linear import Convolution, Packed, convolves, decode_linear, decode_packed, pack
 from mambify.ops.ring import RingPlace
 
 #: puts hooks for hidden states into a model that was once asked for them
 _LOOKING = "transformers.utils.output_capturing"
-MOST_FUSED = 8  # rows up to which a product and what stands around it are one kernel
+MOST_FUSED = 8  # rows up to which Mamba1 layers have kernels of their own
 
 State = SlotKV | ReplayState
 
@@ -81,8 +82,8 @@ class Product:
                 packed = pack([linear.weight for linear in linears], [linear.bias for linear in linears])
                 self._packed[linears[0]] = packed
             norm_D = None if norm is None else norm.weight
-            y_MO = decode_packed(x_MD, packed, norm_D=norm_D, eps=eps, gated=gated, add_to_MO=add_to)
-            return y_MO if convolution is None else convolved(y_MO, convolution)
+            assert convolution is None
+            return decode_packed(x_MD, packed, norm_D=norm_D, eps=eps, gated=gated, add_to_MO=add_to)
         return decode_linear(
             x_MD,
             [linear.weight for linear in linears],
@@ -95,6 +96,22 @@ class Product:
             overlap=self._overlap,
             backend="reference" if self.backend == "reference" else "auto",
         )
+
+    def convolved(
+        self, x_MD: Tensor, linear: nn.Linear, convolution: Convolution, *, norm: RMSNorm
+    ) -> tuple[Tensor, Tensor]:
+        """All outputs of one module, ``[M, O]``, and what its convolution makes of some of them, ``[M, C]``.
+
+        It is part of the product's kernel where that has a place for it; the channels among all outputs are then
+        convolved as well.
+        """
+        first, within = convolution.first, not self.packs and convolves(len(x_MD), linear.weight)
+        y_MO = self(x_MD, [linear], norm=norm, convolution=convolution if within else None)
+        part_MC = y_MO[:, first : first + len(convolution.weight_CK)]
+        if within:
+            return y_MO, part_MC
+        new_STC = part_MC.unflatten(0, (len(convolution.ring_SRC), -1))
+        return y_MO, conv_replay(new_STC, *convolution[1:], backend=self.backend).flatten(0, 1)
 
 
 class Unfused:

@@ -71,7 +71,8 @@ class Tower:
         self.place = replace(RingPlace.empty(num_slots, most_new, device=device), active_S=active_S)
         self._blocks = [block for block in model.model.layers if isinstance(block, HybridBlock)]
         self._states: list[SlotKV | ReplayState | RecurrentState] = []
-        quicker = device.type == "cuda" or packs(model)
+        self._packs = packs(model)
+        quicker = device.type == "cuda" or self._packs
         fuses = backend == "fused" or (backend == "auto" and quicker and "fused" in available)
         # A token that stands whatever comes of it needs no ring. On a CPU the plain step is the quicker one.
         steps = final and most_new == 1 and device.type == "cpu" and not fuses
@@ -88,7 +89,7 @@ class Tower:
         self._in_place = False  # whether states are views that others see as well
         self._overlap = can_overlap(device) if overlap is None else overlap
         self._places = length + most_new
-        self._at_once = fuses and final and most_new == 1 and steps_at_once(model, num_slots)
+        self._at_once = fuses and final and most_new == 1 and not self._packs and steps_at_once(model, num_slots)
         self._fused: FusedStep | None = self._fused_step() if fuses else None
 
     def _fused_step(self, product: Product | None = None) -> FusedStep:
@@ -99,6 +100,7 @@ class Tower:
             places=self._places,
             at_once=self._at_once,
             overlap=self._overlap,
+            packs=self._packs,
             product=product,
         )
 

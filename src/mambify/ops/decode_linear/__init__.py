@@ -25,7 +25,9 @@ from mambify.ops.decode_linear.onednn import supports as can_pack
 if HAS_TRITON:
     from mambify.ops.decode_linear import triton as kernels
 
-__all__ = ["Convolution", "Packed", "can_pack", "convolved", "decode_linear", "decode_packed", "pack"]
+__all__ = ["Convolution", "Packed", "can_pack", "convolves", "decode_linear", "decode_packed", "pack"]
+
+_MOST_CONVOLVED = 8  # rows
 
 
 @torch.no_grad()
@@ -95,7 +97,16 @@ def decode_linear(
         return kernels.decode_linear(*given, convolution, overlap)
     if convolution is None:
         return y_MO
-    return convolved(y_MO, convolution, backend="reference" if backend == "reference" else "auto")
+    return _convolved(y_MO, convolution, "reference" if backend == "reference" else "auto")
+
+
+def convolves(rows: int, weight: Tensor) -> bool:
+    """Whether the kernel for so many rows makes a convolution of its outputs itself.
+
+    Where it does not, :func:`decode_linear` has it made by another kernel and puts it back among the outputs; whoever
+    can read it elsewhere spares that.
+    """
+    return rows <= _MOST_CONVOLVED and not (HAS_TRITON and kernels.on_tensor_cores(rows, [weight]))
 
 
 def _check_convolution(convolution: Convolution, rows: int, outputs: int, *, alone: bool) -> None:
@@ -113,8 +124,7 @@ def _check_convolution(convolution: Convolution, rows: int, outputs: int, *, alo
     check_shape("decode_linear", "ring_SRC", ring_SRC, (slots, place.capacity, channels))
 
 
-def convolved(y_MO: Tensor, convolution: Convolution, *, backend: str = "auto") -> Tensor:
-    """``y_MO`` with some of its columns convolved, in place, by a kernel of its own."""
+def _convolved(y_MO: Tensor, convolution: Convolution, backend: str) -> Tensor:
     first, weight_CK, bias_C, ring_SRC, place = convolution
     part_MC = y_MO[:, first : first + len(weight_CK)]
     new_STC = part_MC.unflatten(0, (len(ring_SRC), -1))
