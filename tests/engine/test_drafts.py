@@ -31,11 +31,6 @@ from speculating import (
 )
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> HybridForCausalLM:
-    return model(tmp_path_factory.mktemp("teacher"))
-
-
 @pytest.fixture
 def every_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mambify.engine.speculate.Pace", EveryNumber)

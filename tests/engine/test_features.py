@@ -40,11 +40,6 @@ from speculating import (
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> HybridForCausalLM:
-    return model(tmp_path_factory.mktemp("teacher"))
-
-
 def stream_of(whole: HybridForCausalLM) -> Callable[..., Tensor]:
     """ids, features → hidden states before the final norm, in one pass over a whole text."""
     bare = copy.deepcopy(whole.model)

@@ -29,11 +29,6 @@ from speculating import (
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> HybridForCausalLM:
-    return model(tmp_path_factory.mktemp("teacher"))
-
-
-@pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> HybridForCausalLM:
     return model(tmp_path_factory.mktemp("small"), seed=1, num_hidden_layers=2)
 

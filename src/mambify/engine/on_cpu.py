@@ -1,12 +1,12 @@
 """What layers of the fused step do between their products on a CPU, in few operations of PyTorch.
 
-A CPU is told one operation after another, at one to three microseconds each however small it is: for a model of a
-hundred million parameters the operations of :mod:`mambify.ops` that are written for clarity (their references, some
-three hundred a layer with all their checks and views) take as long as reading the weights. Here the host knows
-where every slot stands (on a CPU looking waits for nothing), so places are found once a read for all layers, a window
-of pending and new tokens is as long as it must be, and nothing is masked where nothing is hidden. What is computed is
-what :mod:`mambify.ops.conv_replay`, :mod:`mambify.ops.ssd_replay` and :mod:`mambify.ops.gated_norm`, or
-:mod:`mambify.ops.rotate_kv` and :mod:`mambify.ops.decode_attention` compute.
+A CPU is told one operation after another, and each takes its time however small it is: for a model of a hundred
+million parameters the operations of :mod:`mambify.ops` that are written for clarity (their references, with all their
+checks and views) take as long as reading the weights. Here the host knows where every slot stands (on a CPU looking
+waits for nothing), so places are found once a read for all layers, a window of pending and new tokens is as long as
+it must be, and nothing is masked where nothing is hidden. What is computed is what :mod:`mambify.ops.conv_replay`,
+:mod:`mambify.ops.ssd_replay` and :mod:`mambify.ops.gated_norm`, or :mod:`mambify.ops.rotate_kv` and
+:mod:`mambify.ops.decode_attention` compute.
 
 Letters: S slots, T tokens read at once, M = S·T rows, H = G·Q query heads, G key/value heads, P head dimension, N state
 size, K width and C channels of the convolution, R places of a ring, W = pending + T tokens of a window, L length of a
