@@ -176,12 +176,6 @@ class Tower:
         """The last ``count_S`` tokens do not stand after all, in active slots: none that a state was taken over."""
         move_on(self.place, self.length_S, -count_S)
 
-    @property
-    def carried_bytes(self) -> int:
-        """Bytes of keys, values, states and rings of all slots."""
-        parts = [(*state[:2], *(state.ring if isinstance(state, ReplayState) else ())) for state in self._states]
-        return sum(part.nbytes for each in parts for part in each)
-
     def pretend(self, length: int) -> None:
         """Every slot goes on as if it held ``length`` tokens, of random contents: to measure what reading then costs.
 
