@@ -334,7 +334,7 @@ def _stages(teacher_directory: Path) -> list[DistillationStage]:
     kinds = [
         {"kind": "align", "tokens": 1},
         {"kind": "align", "tokens": 1, "loss": "l2"},
-        {"kind": "kd", "tokens": 1, "ce_weight": 0.5, "reverse_kl_weight": 0.5, "temperature": 2.0},
+        {"kind": "kd", "tokens": 1, "ce_weight": 0.5, "reverse_kl_weight": 0.5, "tv_weight": 0.5, "temperature": 2.0},
     ]
     return [stage_module(s, student, teacher) for s in parse_recipe(recipe | {"stages": kinds}).stages]
 

@@ -106,6 +106,30 @@ def test_reverse_kl_takes_part(make_recipe: MakeRecipe) -> None:
     assert row["loss"] == pytest.approx(0.5 * row["kl"] + 0.25 * row["reverse_kl"] + row["ce"], rel=1e-4)
 
 
+def test_total_variation_alone_is_a_loss(make_recipe: MakeRecipe) -> None:
+    weights = {"kl_weight": 0.0, "tv_weight": 1.0, "learning_rate": 1e-2}
+    _, run = distill(make_recipe(stages=[_stage("kd", 30, **weights)]), device="cpu")
+    variation = _values(run, "01-kd", "tv")
+    assert variation == pytest.approx(_values(run, "01-kd", "loss"), rel=1e-5)
+    assert _falls(variation)
+    assert 0 < variation[-1] < variation[0] < 1
+    assert len(_values(run, "01-kd", "kl")) == 30  # told all the same
+
+
+@pytest.mark.parametrize(("features", "passes"), [(False, [""]), (True, ["", "_2", "_3"])])
+def test_a_draft_learns_to_be_accepted(make_recipe: MakeRecipe, features: bool, passes: list[str]) -> None:
+    rates = {"mlp_learning_rate": 1e-3, "rest_learning_rate": 1e-3}
+    stages = [_stage("kd", 2, **rates), _stage("kd", 2, kl_weight=0.1, tv_weight=0.5, **rates)]
+    recipe = make_recipe(stages=stages, student={"layers": 1, "features": features, "attention": 1.0})
+    _, run = distill(recipe, device="cpu")
+    rows = read_metrics(run / "metrics.jsonl")
+    first, last = ([row for row in rows if row["stage"] == stage] for stage in ("01-kd", "02-kd"))
+    assert first and not any("tv" in row for row in first)
+    for row in last:
+        parts = [0.1 * row[f"kl{number}"] + 0.5 * row[f"tv{number}"] for number in passes]
+        assert row["loss"] == pytest.approx(sum(0.8**k * part for k, part in enumerate(parts)), rel=1e-4)
+
+
 # ---- what trains ---------------------------------------------------------------------------------------------------
 
 

@@ -17,14 +17,16 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*deterministi
 
 IGNORE = -100
 POSITIONS, WIDTH, VOCABULARY = 300, 64, 49_152
-Weights = tuple[float, float, float, float]  # kl_weight, reverse_kl_weight, ce_weight, temperature
-FORWARD: Weights = (1.0, 0.0, 0.0, 1.0)
+Weights = tuple[float, float, float, float, float]  # kl_weight, reverse_kl_weight, ce_weight, tv_weight, temperature
+FORWARD: Weights = (1.0, 0.0, 0.0, 0.0, 1.0)
 OBJECTIVES: list[Weights] = [
     FORWARD,
-    (0.5, 0.0, 0.5, 1.0),
-    (0.5, 0.0, 0.5, 2.0),
-    (0.0, 1.0, 0.0, 1.0),
-    (0.5, 0.7, 0.3, 2.0),
+    (0.5, 0.0, 0.5, 0.0, 1.0),
+    (0.5, 0.0, 0.5, 0.0, 2.0),
+    (0.0, 1.0, 0.0, 0.0, 1.0),
+    (0.5, 0.7, 0.3, 0.0, 2.0),
+    (0.0, 0.0, 0.0, 1.0, 1.0),
+    (0.5, 0.7, 0.3, 0.6, 2.0),
 ]
 
 
@@ -51,20 +53,21 @@ def inputs(dtype: torch.dtype, one_head: bool, vocabulary: int = VOCABULARY, pos
 
 
 def oracle(
-    given: Inputs, kl_weight: float, reverse_kl_weight: float, ce_weight: float, temperature: float
+    given: Inputs, kl_weight: float, reverse_kl_weight: float, ce_weight: float, tv_weight: float, temperature: float
 ) -> dict[str, Tensor]:
     """Sums and gradients in float64 on the CPU."""
     *floats, labels = (x.cpu() for x in given)
     student, head, teacher, teacher_head = (x.double() for x in floats)
-    objective = reference.Objective(kl_weight, reverse_kl_weight, ce_weight, temperature, IGNORE)
+    objective = reference.Objective(kl_weight, reverse_kl_weight, ce_weight, tv_weight, temperature, IGNORE)
     rows, grad = reference.loss_of_logits(
         student @ head.T, teacher @ teacher_head.T, labels, objective, difference=False, gradient=torch.float64
     )
     assert grad is not None
-    kl, ce, agreement, *reverse = rows.sum(1)
-    reverse_kl = reverse[0] if reverse else torch.zeros_like(kl)
-    total = kl_weight * kl + reverse_kl_weight * reverse_kl + ce_weight * ce
-    found = {"total": total, "kl": kl, "reverse_kl": reverse_kl, "ce": ce, "agreement": agreement}
+    kl, ce, agreement, *others = rows.sum(1)
+    reverse_kl = others[0] if reverse_kl_weight else torch.zeros_like(kl)
+    tv = others[-1] if tv_weight else torch.zeros_like(kl)
+    total = kl_weight * kl + reverse_kl_weight * reverse_kl + ce_weight * ce + tv_weight * tv
+    found = {"total": total, "kl": kl, "reverse_kl": reverse_kl, "ce": ce, "tv": tv, "agreement": agreement}
     return found | {"hidden": grad @ head, "head": grad.T @ student}
 
 
@@ -74,7 +77,7 @@ def measured(given: Inputs, **options: Any) -> dict[str, Tensor]:
     result = linear_kl(*leaves, given.teacher, teacher_head, given.labels, **options)
     grads = torch.autograd.grad(result.total, leaves)
     assert [g.dtype for g in grads] == [x.dtype for x in leaves]
-    parts = ("kl", "reverse_kl", "ce", "agreement")
+    parts = ("kl", "reverse_kl", "ce", "tv", "agreement")
     found = {"total": result.total.detach()} | {k: getattr(result, k) for k in parts}
     return {k: v.cpu().double() for k, v in (found | {"hidden": grads[0], "head": grads[1]}).items()}
 
@@ -89,7 +92,8 @@ def relative_errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> di
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_values_and_gradients(dtype: torch.dtype, one_head: bool, objective: Weights, backend: str) -> None:
     given = inputs(dtype, one_head)
-    options = dict(zip(("kl_weight", "reverse_kl_weight", "ce_weight", "temperature"), objective, strict=True))
+    names = ("kl_weight", "reverse_kl_weight", "ce_weight", "tv_weight", "temperature")
+    options = dict(zip(names, objective, strict=True))
     found = measured(given, **options, chunk_size=128, backend=backend)
     errors = relative_errors(found, oracle(given, *objective))
     agreement = errors.pop("agreement")
@@ -99,19 +103,21 @@ def test_values_and_gradients(dtype: torch.dtype, one_head: bool, objective: Wei
         return
     # Sums: of unrounded logits (two heads) or of a rounded difference. Gradients are rounded themselves.
     unit = torch.finfo(dtype).eps
-    assert max(errors[k] for k in ("total", "kl", "reverse_kl", "ce")) < (unit if one_head else 2e-5), errors
+    assert max(errors[k] for k in ("total", "kl", "reverse_kl", "ce", "tv")) < (unit if one_head else 2e-5), errors
     assert max(errors[k] for k in ("hidden", "head")) < (5 if one_head else 1) * unit, errors
     assert agreement < (0.15 if one_head else 1e-9)  # near ties of the rounded teacher fall either way
 
 
 @pytest.mark.parametrize("vocabulary", [50_257, 128_256, 32_000, 777])
 @pytest.mark.parametrize("one_head", [True, False])
-@pytest.mark.parametrize("reverse_kl_weight", [0.0, 1.0])
-def test_vocabularies_that_leave_part_of_a_block(vocabulary: int, one_head: bool, reverse_kl_weight: float) -> None:
+@pytest.mark.parametrize(("reverse_kl_weight", "tv_weight"), [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0)])
+def test_vocabularies_that_leave_part_of_a_block(
+    vocabulary: int, one_head: bool, reverse_kl_weight: float, tv_weight: float
+) -> None:
     given = inputs(torch.bfloat16, one_head, vocabulary, positions=70)
-    found = measured(given, ce_weight=0.5, reverse_kl_weight=reverse_kl_weight, chunk_size=32)
-    errors = relative_errors(found, oracle(given, 1.0, reverse_kl_weight, 0.5, 1.0))
-    assert max(errors[k] for k in ("total", "kl", "reverse_kl", "ce")) < 8e-3, errors
+    found = measured(given, ce_weight=0.5, reverse_kl_weight=reverse_kl_weight, tv_weight=tv_weight, chunk_size=32)
+    errors = relative_errors(found, oracle(given, 1.0, reverse_kl_weight, 0.5, tv_weight, 1.0))
+    assert max(errors[k] for k in ("total", "kl", "reverse_kl", "ce", "tv")) < 8e-3, errors
     assert max(errors[k] for k in ("hidden", "head")) < 4e-2, errors
 
 
@@ -137,7 +143,7 @@ def test_under_autocast() -> None:
     given = inputs(torch.float32, one_head=True)
     with torch.autocast("cuda", torch.bfloat16):
         found = measured(given, ce_weight=0.5)
-    errors = relative_errors(found, oracle(given, 1.0, 0.0, 0.5, 1.0))
+    errors = relative_errors(found, oracle(given, 1.0, 0.0, 0.5, 0.0, 1.0))
     assert 1e-5 < errors["kl"] < 0.02 and errors["hidden"] < 0.05, errors
 
 
@@ -155,16 +161,16 @@ def test_ignored_positions_have_no_gradient() -> None:
     assert (hidden[~ignored].norm(dim=-1) > 0).all()
 
 
-@pytest.mark.parametrize("reverse_kl_weight", [0.0, 0.5])
+@pytest.mark.parametrize("options", [{}, {"reverse_kl_weight": 0.5}, {"tv_weight": 0.5}], ids=str)
 @pytest.mark.parametrize("one_head", [True, False])
-def test_recorded_as_a_graph(one_head: bool, reverse_kl_weight: float) -> None:
+def test_recorded_as_a_graph(one_head: bool, options: dict[str, float]) -> None:
     """Nothing waits for the device; the replay takes new inputs, and a new set of ignored positions."""
     static = inputs(torch.bfloat16, one_head)
     student = static.student.detach().requires_grad_()
 
     def step() -> list[Tensor]:
         with torch.autocast("cuda", torch.bfloat16):
-            result = linear_kl(student, *static[1:], ce_weight=0.5, reverse_kl_weight=reverse_kl_weight, chunk_size=128)
+            result = linear_kl(student, *static[1:], ce_weight=0.5, chunk_size=128, **options)
             return [*result, *torch.autograd.grad(result.total / 7, student)]
 
     side = torch.cuda.Stream()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import pytest
@@ -24,20 +25,28 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")
 
 IGNORE = -100
-Weights = tuple[float, float, float, float]  # kl_weight, reverse_kl_weight, ce_weight, temperature
-FORWARD: Weights = (1.0, 0.0, 0.0, 1.0)
-OF_ALL: Weights = (0.3, 0.8, 1.0, 0.7)
+Weights = tuple[float, float, float, float, float]  # kl_weight, reverse_kl_weight, ce_weight, tv_weight, temperature
+FORWARD: Weights = (1.0, 0.0, 0.0, 0.0, 1.0)
+OF_TWO: Weights = (0.3, 0.0, 1.0, 0.0, 0.7)
+OF_ALL: Weights = (0.3, 0.8, 1.0, 0.6, 0.7)
 OBJECTIVES: list[Weights] = [
     FORWARD,
-    (1.0, 0.0, 0.0, 2.0),
-    (0.3, 0.0, 1.0, 1.0),
-    (0.3, 0.0, 1.0, 0.7),
-    (0.0, 0.0, 1.0, 1.0),
-    (0.0, 1.0, 0.0, 1.0),
-    (0.0, 1.0, 0.0, 2.0),
-    (0.5, 0.5, 0.0, 1.0),
-    (0.0, 0.7, 0.4, 1.0),
+    (1.0, 0.0, 0.0, 0.0, 2.0),
+    (0.3, 0.0, 1.0, 0.0, 1.0),
+    OF_TWO,
+    (0.0, 0.0, 1.0, 0.0, 1.0),
+    (0.0, 1.0, 0.0, 0.0, 1.0),
+    (0.0, 1.0, 0.0, 0.0, 2.0),
+    (0.5, 0.5, 0.0, 0.0, 1.0),
+    (0.0, 0.7, 0.4, 0.0, 1.0),
+    (0.3, 0.8, 1.0, 0.0, 0.7),
     OF_ALL,
+]
+# the total variation alone and beside every choice of the others, at two temperatures
+OF_VARIATION: list[Weights] = [
+    (*others, 0.6, temperature)
+    for others in itertools.product((0.0, 0.3), (0.0, 0.8), (0.0, 1.0))
+    for temperature in (1.0, 1.7)
 ]
 
 
@@ -61,7 +70,7 @@ def inputs(positions: int = 13, width: int = 8, vocabulary: int = 29, ignored: t
 
 
 def oracle(
-    given: Inputs, kl_weight: float, reverse_kl_weight: float, ce_weight: float, temperature: float
+    given: Inputs, kl_weight: float, reverse_kl_weight: float, ce_weight: float, tv_weight: float, temperature: float
 ) -> dict[str, Tensor]:
     """Sums and gradients, in float64, from the logits of all positions."""
     student, head, teacher, teacher_head, labels = given.to(torch.float64)
@@ -74,11 +83,13 @@ def oracle(
         for of, to in ((logp, logq), (logq, logp))
     )
     ce = F.cross_entropy(s, labels, ignore_index=IGNORE, reduction="sum")
-    total = kl_weight * kl + reverse_kl_weight * reverse + ce_weight * ce
+    tv = (1 - torch.minimum(logp.exp(), logq.exp()).sum(-1))[kept].sum()
+    total = kl_weight * kl + reverse_kl_weight * reverse + ce_weight * ce + tv_weight * tv
     hidden_grad, head_grad = torch.autograd.grad(total, [student, head])
     agreement = (s.argmax(-1) == t.argmax(-1))[kept].sum()
     found = {"total": total, "kl": kl, "agreement": agreement, "count": kept.sum()}
-    found |= {"reverse_kl": reverse if reverse_kl_weight else 0 * reverse, "ce": ce if ce_weight else 0 * ce}
+    asked = {"reverse_kl": (reverse, reverse_kl_weight), "ce": (ce, ce_weight), "tv": (tv, tv_weight)}
+    found |= {name: value if weight else 0 * value for name, (value, weight) in asked.items()}
     return {k: v.detach().double() for k, v in (found | {"hidden": hidden_grad, "head": head_grad}).items()}
 
 
@@ -87,7 +98,7 @@ def measured(given: Inputs, factor: float = 1.0, train_head: bool = True, **opti
     student = given.student.detach().requires_grad_()
     head = given.student_head.detach().requires_grad_(train_head)
     result = linear_kl(student, head, *given[2:], **options)
-    found = dict(zip(("total", "kl", "reverse_kl", "ce", "agreement", "count"), result, strict=True))
+    found = dict(zip(("total", "kl", "reverse_kl", "ce", "tv", "agreement", "count"), result, strict=True))
     wanted = {"hidden": student} | ({"head": head} if train_head else {})
     grads = torch.autograd.grad(factor * result.total, list(wanted.values()))
     for name, grad in zip(wanted, grads, strict=True):
@@ -103,12 +114,13 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: floa
 
 
 def weights(objective: Weights) -> dict[str, float]:
-    return dict(zip(("kl_weight", "reverse_kl_weight", "ce_weight", "temperature"), objective, strict=True))
+    names = ("kl_weight", "reverse_kl_weight", "ce_weight", "tv_weight", "temperature")
+    return dict(zip(names, objective, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("chunk_size", [1, 5, 13, 64])
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+@pytest.mark.parametrize("objective", [*OBJECTIVES, *OF_VARIATION], ids=str)
 def test_values_and_gradients(backend: str, chunk_size: int, objective: Weights) -> None:
     given = inputs()
     options = weights(objective) | {"chunk_size": chunk_size, "backend": backend}
@@ -117,14 +129,14 @@ def test_values_and_gradients(backend: str, chunk_size: int, objective: Weights)
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("vocabulary", [1, 2, 1003, 4096, 4101])
-@pytest.mark.parametrize("objective", [FORWARD, (0.3, 0.0, 1.0, 0.7), OF_ALL], ids=str)
+@pytest.mark.parametrize("objective", [FORWARD, OF_TWO, OF_VARIATION[0], OF_ALL], ids=str)
 def test_any_vocabulary(backend: str, vocabulary: int, objective: Weights) -> None:
     """Kernels work in blocks of up to 2048 columns: less than one, whole ones, and some left over."""
     given = inputs(positions=5, vocabulary=vocabulary, ignored=(2,))
     close(measured(given, **weights(objective), backend=backend), oracle(given, *objective), 5e-6)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+@pytest.mark.parametrize("objective", [*OBJECTIVES, *OF_VARIATION], ids=str)
 def test_reference_in_float64(objective: Weights) -> None:
     given = inputs().to(torch.float64)
     found = measured(given, **weights(objective), chunk_size=4)
@@ -133,7 +145,7 @@ def test_reference_in_float64(objective: Weights) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("objective", [FORWARD, (0.3, 0.0, 1.0, 0.7), OF_ALL], ids=str)
+@pytest.mark.parametrize("objective", [FORWARD, OF_TWO, OF_VARIATION[0], OF_ALL], ids=str)
 def test_ignored_positions_count_nothing(backend: str, objective: Weights) -> None:
     given = inputs()
     kept = given.labels != IGNORE
@@ -169,7 +181,7 @@ def test_only_the_gradients_that_are_wanted(
 
     monkeypatch.setattr(reference if backend == "reference" else kernels, "loss_of_logits", spy)
     given = inputs()
-    expected = oracle(given, 1.0, 0.0, 0.5, 1.0)
+    expected = oracle(given, 1.0, 0.0, 0.5, 0.0, 1.0)
     student, student_head = given.student.requires_grad_(hidden), given.student_head.requires_grad_(head)
     leaves = {k: v for k, v in {"hidden": student, "head": student_head}.items() if v.requires_grad}
     result = linear_kl(student, student_head, *given[2:], ce_weight=0.5, backend=backend)
@@ -197,7 +209,7 @@ def test_inputs_may_be_strided_views(backend: str) -> None:
     labels = torch.stack([given.labels, given.labels], 1)[:, 0]
     assert not wide[0].is_contiguous() and not labels.is_contiguous()
     found = measured(Inputs(*wide, labels), ce_weight=1.0, chunk_size=5, backend=backend)
-    close(found, oracle(given, 1.0, 0.0, 1.0, 1.0), 5e-6)
+    close(found, oracle(given, 1.0, 0.0, 1.0, 0.0, 1.0), 5e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -208,13 +220,38 @@ def test_a_model_agrees_with_itself(backend: str) -> None:
     assert result.agreement == result.num_positions == 10
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_total_variation_of_a_model_and_itself_pulls_nowhere(backend: str) -> None:
+    """Every token is a tie, whichever way its probability is rounded."""
+    student, head, _, _, labels = inputs()
+    hidden = measured(
+        Inputs(student, head, student, head, labels), kl_weight=0.0, tv_weight=1.0, train_head=False, backend=backend
+    )
+    assert hidden["tv"] == hidden["total"] == 0
+    assert not hidden["hidden"].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_distributions_that_share_nothing_vary_totally(backend: str) -> None:
+    student, teacher = torch.full((1, 29), -1e4), torch.full((1, 29), -1e4)
+    student[0, 3], teacher[0, 20] = 1e4, 1e4
+    objective = Objective(0.0, 0.0, 0.0, 1.0, 1.0, IGNORE)
+    labels = torch.zeros(1, dtype=torch.long, device=DEVICE)
+    rows, grad = loss_of_logits(backend)(
+        student.to(DEVICE), teacher.to(DEVICE), labels, objective, difference=False, gradient=torch.float32
+    )
+    assert rows[3].tolist() == [1.0]
+    assert grad is not None and not grad.any()  # a softmax that is sure of one token has no slope
+
+
 def loss_of_logits(backend: str) -> Any:
     return (reference if backend == "reference" else kernels).loss_of_logits
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tv_weight", [0.0, 0.6])
 @pytest.mark.parametrize("reverse_kl_weight", [0.0, 0.7])
-def test_logits_of_any_size_and_order(backend: str, reverse_kl_weight: float) -> None:
+def test_logits_of_any_size_and_order(backend: str, reverse_kl_weight: float, tv_weight: float) -> None:
     """Sums are kept relative to the largest logit so far, which here is met first, last, or far from all others."""
     rising = torch.linspace(-300, 300, 4101)
     spike = torch.zeros(4101)
@@ -222,7 +259,7 @@ def test_logits_of_any_size_and_order(backend: str, reverse_kl_weight: float) ->
     student = torch.stack([rising, rising.flip(0), spike, rising + 3e4, spike, torch.full((4101,), -2e4)])
     teacher = torch.stack([rising.flip(0), rising * 0.9, spike, rising, rising / 100, spike])
     labels = torch.tensor([5, 4100, 0, 4100, 4100, 4100])
-    objective = Objective(1.0, reverse_kl_weight, 0.5, 1.0, IGNORE)
+    objective = Objective(1.0, reverse_kl_weight, 0.5, tv_weight, 1.0, IGNORE)
     expected, wanted = reference.loss_of_logits(
         student.double(), teacher.double(), labels, objective, difference=False, gradient=torch.float64
     )
@@ -260,7 +297,7 @@ def test_of_several_likeliest_tokens_the_first_counts(backend: str) -> None:
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 @pytest.mark.parametrize("difference", [False, True])
-@pytest.mark.parametrize("reverse_kl_weight", [0.0, 0.6])
+@pytest.mark.parametrize(("reverse_kl_weight", "tv_weight"), [(0.0, 0.0), (0.6, 0.0), (0.0, 0.4), (0.6, 0.4)])
 @pytest.mark.parametrize(
     ("student_dtype", "teacher_dtype", "gradient"),
     [
@@ -276,6 +313,7 @@ def test_kernel_on_rounded_logits(
     teacher_dtype: torch.dtype,
     gradient: torch.dtype,
     reverse_kl_weight: float,
+    tv_weight: float,
     difference: bool,
 ) -> None:
     """Rows are of a wider buffer, whose other columns are neither read nor written."""
@@ -285,7 +323,7 @@ def test_kernel_on_rounded_logits(
     student[:, vocabulary:], teacher[:, vocabulary:] = torch.nan, torch.nan
     student_CV, teacher_CV = student[:, :vocabulary], teacher[:, :vocabulary]
     labels = torch.tensor([0, 1002, IGNORE, 7, 500], device=DEVICE)
-    objective = Objective(0.5, reverse_kl_weight, 0.7, 1.0, IGNORE)
+    objective = Objective(0.5, reverse_kl_weight, 0.7, tv_weight, 1.0, IGNORE)
     expected, wanted = reference.loss_of_logits(
         student_CV.double(), teacher_CV.double(), labels, objective, difference=difference, gradient=torch.float64
     )
@@ -344,10 +382,10 @@ def test_under_autocast(backend: str, one_head: bool) -> None:
     given = inputs(width=32)
     if one_head:
         given = given._replace(teacher_head=given.student_head)
-    exact = measured(given, backend=backend, ce_weight=0.5)
+    exact = measured(given, backend=backend, ce_weight=0.5, tv_weight=0.5)
     with torch.autocast(DEVICE, torch.bfloat16):
-        rounded = measured(given, backend=backend, ce_weight=0.5)
-    for name in ("kl", "ce", "hidden", "head"):
+        rounded = measured(given, backend=backend, ce_weight=0.5, tv_weight=0.5)
+    for name in ("kl", "ce", "tv", "hidden", "head"):
         assert rounded[name].dtype == torch.float32
         error = (rounded[name] - exact[name]).norm() / exact[name].norm()
         assert 1e-5 < error < 0.05, name

@@ -17,10 +17,11 @@ from mambify.ops.linear_kl import linear_kl
 
 
 class KnowledgeDistiller(Towers):
-    """kl_weight · KL(teacher ‖ student) + reverse_kl_weight · KL(student ‖ teacher) + ce_weight · cross-entropy.
+    """The weighted sum of KL(teacher ‖ student), KL(student ‖ teacher), cross-entropy and total variation.
 
     Args:
-        temperature: both distributions are softened by it in both divergences.
+        tv_weight: of 1 − Σ_v min(student, teacher), the chance that what the student drafts is refused.
+        temperature: both distributions are softened by it in all but the cross-entropy.
     """
 
     def __init__(
@@ -31,10 +32,11 @@ class KnowledgeDistiller(Towers):
         kl_weight: float = 1.0,
         reverse_kl_weight: float = 0.0,
         ce_weight: float = 0.0,
+        tv_weight: float = 0.0,
         temperature: float = 1.0,
     ) -> None:
         super().__init__(student, teacher)
-        self.weights = {"kl": kl_weight, "reverse_kl": reverse_kl_weight, "ce": ce_weight}
+        self.weights = {"kl": kl_weight, "reverse_kl": reverse_kl_weight, "ce": ce_weight, "tv": tv_weight}
         self.temperature = temperature
 
     def forward(
@@ -67,11 +69,12 @@ class KnowledgeDistiller(Towers):
             kl_weight=self.weights["kl"],
             reverse_kl_weight=self.weights["reverse_kl"],
             ce_weight=self.weights["ce"],
+            tv_weight=self.weights["tv"],
             temperature=self.temperature,
             ignore_index=IGNORE,
         )
         count = parts.num_positions
-        figures = {"kl": parts.kl, "reverse_kl": parts.reverse_kl, "ce": parts.ce}
+        figures = {"kl": parts.kl, "reverse_kl": parts.reverse_kl, "ce": parts.ce, "tv": parts.tv}
         # KL is always told: it is what one student is compared with another by
         sums = {name: torch.stack([x, count]) for name, x in figures.items() if name == "kl" or self.weights[name]}
         sums["top1_agreement"] = torch.stack([parts.agreement, count])

@@ -115,6 +115,8 @@ class Hidden(StageSettings):
 class Kd(EndToEnd):
     """End to end: kl_weight · KL(teacher ‖ student) + reverse_kl_weight · KL(student ‖ teacher) + ce_weight · CE.
 
+    ``tv_weight`` adds the total variation, 1 − Σ min(teacher, student): what a draft's tokens are refused with.
+
     A student with ``student.features`` goes over the text ``unroll`` times, the first time with the teacher's hidden
     states and then with its own of the time before; the loss of each time counts ``unroll_decay`` as much as the last.
     """
@@ -126,11 +128,12 @@ class Kd(EndToEnd):
     kl_weight: Weight = 1.0
     reverse_kl_weight: Weight = 0.0
     ce_weight: Weight = 0.0
+    tv_weight: Weight = 0.0
     temperature: Positive = 1.0
 
     @model_validator(mode="after")
     def _wants_something(self) -> Kd:
-        return _require_one(self, "kl_weight", "reverse_kl_weight", "ce_weight")
+        return _require_one(self, "kl_weight", "reverse_kl_weight", "ce_weight", "tv_weight")
 
 
 class Sft(EndToEnd):
@@ -181,6 +184,7 @@ class OnPolicy(EndToEnd):
     kl_weight: Weight = 0.0
     reverse_kl_weight: Weight = 1.0
     ce_weight: Weight = 0.0
+    tv_weight: Weight = 0.0
     temperature: Positive = 1.0
     sampling_temperature: Positive = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
@@ -189,7 +193,7 @@ class OnPolicy(EndToEnd):
 
     @model_validator(mode="after")
     def _wants_something(self) -> OnPolicy:
-        return _require_one(self, "kl_weight", "reverse_kl_weight", "ce_weight")
+        return _require_one(self, "kl_weight", "reverse_kl_weight", "ce_weight", "tv_weight")
 
 
 Stage = Annotated[Align | Mixing | Hidden | Kd | Sft | Dpo | OnPolicy, Field(discriminator="kind")]

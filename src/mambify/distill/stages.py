@@ -90,7 +90,7 @@ def _hidden(stage: Hidden, student: HybridForCausalLM, base: HybridForCausalLM) 
 
 
 def _distil(stage: Kd | OnPolicy, student: HybridForCausalLM, teacher: HybridForCausalLM) -> DistillationStage:
-    names = ("kl_weight", "reverse_kl_weight", "ce_weight", "temperature")
+    names = ("kl_weight", "reverse_kl_weight", "ce_weight", "tv_weight", "temperature")
     options = {name: getattr(stage, name) for name in names}
     if isinstance(stage, Kd) and student.config.draft_features:
         return FeatureDistiller(student, teacher, unroll=stage.unroll, decay=stage.unroll_decay, **options)

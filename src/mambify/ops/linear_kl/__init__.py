@@ -30,16 +30,22 @@ def linear_kl(
     kl_weight: float = 1.0,
     reverse_kl_weight: float = 0.0,
     ce_weight: float = 0.0,
+    tv_weight: float = 0.0,
     temperature: float = 1.0,
     ignore_index: int = -100,
     chunk_size: int | None = None,
     logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> LinearKL:
-    """The weighted sum of KL(teacher ‖ student), KL(student ‖ teacher) and cross-entropy, over all positions.
+    """The weighted sum of KL(teacher ‖ student), KL(student ‖ teacher), cross-entropy and total variation.
 
-    Of each position, with the temperature τ: kl_weight · τ² · KL(teacher_τ ‖ student_τ)
-    + reverse_kl_weight · τ² · KL(student_τ ‖ teacher_τ) + ce_weight · (−log student(label)).
+    Over all positions, of each with the temperature τ: kl_weight · τ² · KL(teacher_τ ‖ student_τ)
+    + reverse_kl_weight · τ² · KL(student_τ ‖ teacher_τ) + ce_weight · (−log student(label))
+    + tv_weight · ½ Σ_v |student_τ(v) − teacher_τ(v)|.
+
+    The last is the total variation, 1 − Σ_v min(student_τ, teacher_τ): the chance that speculative decoding at
+    temperature τ refuses what the student drafts for the teacher (arXiv 2211.17192), and one of the losses of
+    DistillSpec (arXiv 2310.08461). It is that chance itself, without τ², so its gradient has a factor of 1/τ.
 
     Works through the positions in chunks and makes the gradient on the way forward, so logits are never held for more
     than a chunk. Differentiable are ``total`` with respect to the student's hidden states and head; the teacher is
@@ -58,7 +64,8 @@ def linear_kl(
         student_head_VD, teacher_head_VD: output heads; may be one tensor.
         labels_M: the next token at each position; positions labelled ``ignore_index`` do not count.
         reverse_kl_weight: of the reverse KL, which punishes what the teacher would not say; not computed where 0.
-        temperature: both distributions are softened by it in either KL (Hinton et al., 2015).
+        tv_weight: of the total variation, for a student that is to draft; not computed where 0.
+        temperature: both distributions are softened by it in either KL (Hinton et al., 2015) and in the variation.
         chunk_size: positions worked on at once; by default what keeps a tensor of logits within 256 MiB on a GPU, and
             within 2²⁴ numbers on a CPU.
         logits_dtype: what logits are kept in between the product with the head and the loss: the dtype of that product
@@ -93,7 +100,12 @@ def linear_kl(
     chosen = pick_backend("linear_kl", backend, backends_on(student_MD.device, supported=supported))
     plan = Plan(
         objective=reference.Objective(
-            float(kl_weight), float(reverse_kl_weight), float(ce_weight), float(temperature), ignore_index
+            float(kl_weight),
+            float(reverse_kl_weight),
+            float(ce_weight),
+            float(tv_weight),
+            float(temperature),
+            ignore_index,
         ),
         loss_of_logits=reference.loss_of_logits if chosen == "reference" else kernels.loss_of_logits,
         compute=compute,

@@ -21,10 +21,12 @@ class LinearKL(NamedTuple):
     """Sums over positions, and what they were summed from; float32 (float64 for float64 inputs) scalars.
 
     Attributes:
-        total: kl_weight · KL + reverse_kl_weight · reverse KL + ce_weight · cross-entropy, differentiable.
+        total: kl_weight · KL + reverse_kl_weight · reverse KL + ce_weight · cross-entropy + tv_weight · total
+            variation, differentiable.
         kl: Σ τ² · KL(teacher ‖ student) in nats.
         reverse_kl: Σ τ² · KL(student ‖ teacher) in nats; zero where it was not asked for.
         ce: Σ −log p_student(label); zero where no cross-entropy was asked for.
+        tv: Σ of the total variation, 1 − Σ_v min(student, teacher); zero where it was not asked for.
         agreement: positions at which both models have the same most likely token, the first where several are.
         num_positions: positions that were counted.
     """
@@ -33,6 +35,7 @@ class LinearKL(NamedTuple):
     kl: Tensor
     reverse_kl: Tensor
     ce: Tensor
+    tv: Tensor
     agreement: Tensor
     num_positions: Tensor
 
@@ -132,7 +135,7 @@ def _walk(
     size = min(plan.chunk_size, positions)
     student_logits_CV = logits_buffer(size, vocabulary, plan.student_logits, device)
     teacher_logits_CV = logits_buffer(size, vocabulary, plan.teacher_logits, device)
-    sums = torch.zeros(4 if plan.objective.reverse_kl_weight else 3, device=device, dtype=plan.exact)
+    sums = torch.zeros(plan.objective.num_rows, device=device, dtype=plan.exact)
     for start in range(0, positions, plan.chunk_size):
         part = slice(start, start + plan.chunk_size)
         labels_C = labels_M[part]
@@ -148,10 +151,15 @@ def _walk(
         if grad_CV is not None and grad_head_VD is not None:
             hidden_CD = student_MD[part].to(plan.compute)
             grad_head_VD += product(grad_CV.T, hidden_CD, torch.empty_like(grad_head_VD))
-    kl, ce, agreement, *reverse = sums.unbind()
-    reverse_kl = reverse[0] if reverse else torch.zeros_like(kl)
-    total = plan.objective.kl_weight * kl + plan.objective.ce_weight * ce
-    if reverse:
-        total = total + plan.objective.reverse_kl_weight * reverse_kl
-    count = (labels_M != plan.objective.ignore_index).sum().to(plan.exact)
-    return LinearKL(total, kl, reverse_kl, ce, agreement, count)
+    objective = plan.objective
+    kl, ce, agreement, *others = sums.unbind()
+    total = objective.kl_weight * kl + objective.ce_weight * ce
+    reverse_kl = tv = torch.zeros_like(kl)
+    if objective.reverse_kl_weight:
+        reverse_kl = others[0]
+        total = total + objective.reverse_kl_weight * reverse_kl
+    if objective.tv_weight:
+        tv = others[-1]
+        total = total + objective.tv_weight * tv
+    count = (labels_M != objective.ignore_index).sum().to(plan.exact)
+    return LinearKL(total, kl, reverse_kl, ce, tv, agreement, count)

@@ -14,15 +14,21 @@ from mambify.ops.backends import accumulation_dtype
 class Objective(NamedTuple):
     """What is summed over positions.
 
-    kl_weight · τ² · KL(teacher ‖ student) and reverse_kl_weight · τ² · KL(student ‖ teacher) at temperature τ, and
-    ce_weight · cross-entropy at 1.
+    kl_weight · τ² · KL(teacher ‖ student), reverse_kl_weight · τ² · KL(student ‖ teacher) and tv_weight · their total
+    variation at temperature τ, and ce_weight · cross-entropy at 1.
     """
 
     kl_weight: float
     reverse_kl_weight: float
     ce_weight: float
+    tv_weight: float
     temperature: float
     ignore_index: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of sums of a chunk; see :func:`loss_of_logits`."""
+        return 3 + (self.reverse_kl_weight != 0) + (self.tv_weight != 0)
 
 
 def loss_of_logits(
@@ -39,9 +45,14 @@ def loss_of_logits(
     Per position, with p and q the softmax of the student's and the teacher's logits s and t, and p_τ, q_τ those at
     temperature τ:
 
-        τ² · KL(q_τ ‖ p_τ),   −log p(label),   argmax s = argmax t,   τ² · KL(p_τ ‖ q_τ)
+        τ² · KL(q_τ ‖ p_τ),   −log p(label),   argmax s = argmax t,   τ² · KL(p_τ ‖ q_τ),   ½ Σ |p_τ − q_τ|
         ∂/∂s = kl_weight · τ · (p_τ − q_τ) + ce_weight · (p − onehot(label))
                + reverse_kl_weight · τ · p_τ · (log p_τ − log q_τ − KL(p_τ ‖ q_τ))
+               + tv_weight / τ · p_τ · (S − [p_τ < q_τ])   with S = Σ p_τ [p_τ < q_τ]
+
+    The last one: ½ Σ |p − q| = 1 − Σ min(p, q), and min(p_i, q_i) changes with p_i where p_i < q_i alone. With
+    ∂p_i/∂s_j = p_i · ([i = j] − p_j) / τ, the derivative of Σ min is p_j · ([p_j < q_j] − S) / τ. A tie has none, and
+    counts as not below.
 
     Args:
         student_CV: s, or s − t where ``difference``. Not to be used afterwards: it may be overwritten.
@@ -50,21 +61,27 @@ def loss_of_logits(
         gradient: dtype of the gradient; None where none is wanted.
 
     Returns:
-        ``[3, C]``: KL (unweighted), cross-entropy (0 where ce_weight is), agreement; ``[4, C]``, with the reverse KL
-        (unweighted), where reverse_kl_weight is not 0. And the gradient or None.
+        ``[num_rows, C]``, unweighted: KL, cross-entropy (0 where ce_weight is), agreement; then the reverse KL where
+        reverse_kl_weight is not 0, then the total variation where tv_weight is not 0. And the gradient or None.
     """
-    kl_weight, reverse_kl_weight, ce_weight, temperature, ignore_index = objective
+    kl_weight, reverse_kl_weight, ce_weight, tv_weight, temperature, ignore_index = objective
     exact = accumulation_dtype(student_CV)
     kept_C1 = (labels_C != ignore_index).to(exact)[:, None]
     teacher_CV, student_CV = teacher_CV.to(exact), student_CV.to(exact)
     if difference:
         student_CV = student_CV + teacher_CV
-    rows_C = torch.zeros(4 if reverse_kl_weight else 3, len(labels_C), device=labels_C.device, dtype=exact)
+    rows_C = torch.zeros(objective.num_rows, len(labels_C), device=labels_C.device, dtype=exact)
     rows_C[2] = (student_CV.argmax(-1) == teacher_CV.argmax(-1)).to(exact)
 
     logp_CV = _log_softmax(student_CV, temperature)
     logq_CV = _log_softmax(teacher_CV, temperature)
     q_CV = logq_CV.exp()
+    if tv_weight:
+        p_CV = logp_CV.exp()
+        rows_C[-1] = (p_CV - q_CV).abs_().sum(-1) / 2
+        below_CV = (p_CV < q_CV).to(exact)
+        push_CV = (p_CV * below_CV).sum(-1, keepdim=True).sub(below_CV).mul_(p_CV)
+        del below_CV
     ratio_CV = logq_CV.sub_(logp_CV)
     if reverse_kl_weight:
         p_CV = logp_CV.exp()
@@ -86,6 +103,8 @@ def loss_of_logits(
     grad_CV = q_CV.sub_(p_CV).mul_(kept_C1 * (-kl_weight * temperature))
     if reverse_kl_weight:
         grad_CV.addcmul_(pull_CV, kept_C1, value=reverse_kl_weight * temperature)
+    if tv_weight:
+        grad_CV.addcmul_(push_CV, kept_C1, value=tv_weight / temperature)
     if ce_weight:
         p1_CV = p_CV if temperature == 1 else logp1_CV.exp_()
         grad_CV.addcmul_(p1_CV, kept_C1, value=ce_weight)

@@ -4,7 +4,9 @@ The program reads its row of student and teacher logits once for all sums and on
 the place of the student's logits where the dtypes allow. In bytes a position, for logits of b bytes (2 in bfloat16) and
 a gradient of 2: the products with the heads write 2bV, the sums read 2bV, the gradient reads 2bV and writes 2V, and its
 product with the head reads 2V. In bfloat16 that is 16V, 0.8 MB at V = 49,152, of which up to 4V come from the
-second-level cache: the second reading goes backwards, to meet first what was read last.
+second-level cache: the second reading goes backwards, to meet first what was read last. The gradient of the total
+variation needs one sum more, of what depends on both softmaxes: another reading of 2bV, backwards, after which the
+gradient's goes forwards.
 
 Letters: C positions of a chunk, V vocabulary.
 """
@@ -39,8 +41,7 @@ def loss_of_logits(
     """
     positions, vocabulary = student_CV.shape
     device = student_CV.device
-    reverse = objective.reverse_kl_weight != 0
-    rows_C = torch.empty(4 if reverse else 3, positions, dtype=torch.float32, device=device)
+    rows_C = torch.empty(objective.num_rows, positions, dtype=torch.float32, device=device)
     grad_CV = student_CV
     if gradient not in (None, student_CV.dtype):
         grad_CV = torch.empty_strided(student_CV.shape, student_CV.stride(), dtype=gradient, device=device)
@@ -61,12 +62,14 @@ def loss_of_logits(
         objective.kl_weight,
         objective.reverse_kl_weight,
         objective.ce_weight,
+        objective.tv_weight,
         objective.temperature,
         IGNORE=objective.ignore_index,
         V=vocabulary,
         DIFFERENCE=difference,
-        REVERSE=reverse,
+        REVERSE=objective.reverse_kl_weight != 0,
         CE=objective.ce_weight != 0,
+        TV=objective.tv_weight != 0,
         TEMPERED=objective.temperature != 1,
         GRADIENT=gradient is not None,
         LOG2E=_LOG2E,
@@ -146,12 +149,26 @@ def _first_of(top, at, largest, V: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _add_variation(
+    apart, under, student_ptr, teacher_ptr, block, scale, s_largest, s_bits, t_largest, t_bits, V: tl.constexpr,
+    DIFFERENCE: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Adds a block to Σ |p_τ − q_τ| and Σ p_τ [p_τ < q_τ], of each lane."""
+    student, teacher, _ = _load(student_ptr, teacher_ptr, block, V, DIFFERENCE, MASKED, BLOCK)
+    p = tl.exp2((student - s_largest) * scale - s_bits)
+    q = tl.exp2((teacher - t_largest) * scale - t_bits)
+    return apart + tl.abs(p - q), under + tl.where(p < q, p, 0.0)
+
+
+@triton.jit
 def _store_gradient(
     student_ptr, teacher_ptr, grad_ptr, block, column, scale, s_largest, s_bits, s_bits1, t_largest, t_bits, s_gap,
-    kl_factor, reverse_kl_weight, ce_weight, V: tl.constexpr, DIFFERENCE: tl.constexpr, REVERSE: tl.constexpr,
-    CE: tl.constexpr, BOTH: tl.constexpr, MASKED: tl.constexpr, LOG2E: tl.constexpr, BLOCK: tl.constexpr,
+    s_under, kl_factor, reverse_kl_weight, ce_weight, tv_factor, V: tl.constexpr, DIFFERENCE: tl.constexpr,
+    REVERSE: tl.constexpr, CE: tl.constexpr, TV: tl.constexpr, BOTH: tl.constexpr, MASKED: tl.constexpr,
+    LOG2E: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes kl_factor · (p_τ − q_τ) + reverse_kl_weight · p_τ · (s − t − Σ p_τ (s − t)) + ce_weight · (p − onehot).
+    """Writes kl_factor · (p_τ − q_τ) + reverse_kl_weight · p_τ · (s − t − Σ p_τ (s − t)) + ce_weight · (p − onehot)
+    + tv_factor · p_τ · (Σ p_τ [p_τ < q_τ] − [p_τ < q_τ]).
 
     A probability is 2^(scale · (x − largest) − bits): the subtraction comes first, because it is exact for the tokens
     that matter, however large logits are.
@@ -159,9 +176,12 @@ def _store_gradient(
     student, teacher, gap = _load(student_ptr, teacher_ptr, block, V, DIFFERENCE, MASKED, BLOCK)
     v = block * BLOCK + tl.arange(0, BLOCK)
     p = tl.exp2((student - s_largest) * scale - s_bits)
-    grad = kl_factor * (p - tl.exp2((teacher - t_largest) * scale - t_bits))
+    q = tl.exp2((teacher - t_largest) * scale - t_bits)
+    grad = kl_factor * (p - q)
     if REVERSE:
         grad += reverse_kl_weight * (p * (gap - s_gap))
+    if TV:
+        grad += tv_factor * (p * tl.where(p < q, s_under - 1.0, s_under))
     if CE:
         if BOTH:
             p = tl.exp2((student - s_largest) * LOG2E - s_bits1)
@@ -176,9 +196,9 @@ def _store_gradient(
 @triton.jit
 def _loss_of_logits(
     student_ptr, teacher_ptr, grad_ptr, labels_ptr, rows_ptr, student_stride, teacher_stride, grad_stride, label_stride,
-    positions, kl_weight, reverse_kl_weight, ce_weight, temperature, IGNORE: tl.constexpr, V: tl.constexpr,
-    DIFFERENCE: tl.constexpr, REVERSE: tl.constexpr, CE: tl.constexpr, TEMPERED: tl.constexpr, GRADIENT: tl.constexpr,
-    LOG2E: tl.constexpr, BLOCK: tl.constexpr,
+    positions, kl_weight, reverse_kl_weight, ce_weight, tv_weight, temperature, IGNORE: tl.constexpr, V: tl.constexpr,
+    DIFFERENCE: tl.constexpr, REVERSE: tl.constexpr, CE: tl.constexpr, TV: tl.constexpr, TEMPERED: tl.constexpr,
+    GRADIENT: tl.constexpr, LOG2E: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     student_ptr += row * student_stride
@@ -188,7 +208,7 @@ def _loss_of_logits(
     FULL: tl.constexpr = V // BLOCK  # blocks without columns beyond the vocabulary
     RAGGED: tl.constexpr = V % BLOCK != 0
     BOTH: tl.constexpr = CE and TEMPERED  # the student's softmax at two temperatures
-    kl, reverse_kl, ce, agreement = 0.0, 0.0, 0.0, 0.0
+    kl, reverse_kl, ce, tv, agreement = 0.0, 0.0, 0.0, 0.0, 0.0
     if label != IGNORE:
         scale = LOG2E / temperature
         # Read before the gradient is written over the logits.
@@ -235,20 +255,36 @@ def _loss_of_logits(
         if CE:
             ce = s_largest - at_label + tl.log(s_total1)
 
+        s_bits, s_bits1, t_bits = tl.log2(s_total), tl.log2(s_total1), tl.log2(t_total)
+        s_under = 0.0
+        if TV:
+            apart, under = zero, zero
+            if RAGGED:
+                apart, under = _add_variation(
+                    apart, under, student_ptr, teacher_ptr, FULL, scale, s_largest, s_bits, t_largest, t_bits, V,
+                    DIFFERENCE, True, BLOCK,
+                )  # fmt: skip
+            for done in tl.range(0, FULL, num_stages=3):
+                apart, under = _add_variation(
+                    apart, under, student_ptr, teacher_ptr, FULL - 1 - done, scale, s_largest, s_bits, t_largest,
+                    t_bits, V, DIFFERENCE, False, BLOCK,
+                )  # fmt: skip
+            tv = tl.sum(apart, 0) / 2
+            s_under = tl.sum(under, 0)
+
         if GRADIENT:
-            s_bits, s_bits1, t_bits = tl.log2(s_total), tl.log2(s_total1), tl.log2(t_total)
-            kl_factor = kl_weight * temperature
+            kl_factor, tv_factor = kl_weight * temperature, tv_weight / temperature
             if RAGGED:
                 _store_gradient(
                     student_ptr, teacher_ptr, grad_ptr, FULL, column, scale, s_largest, s_bits, s_bits1, t_largest,
-                    t_bits, s_gap, kl_factor, reverse_kl_weight, ce_weight, V, DIFFERENCE, REVERSE, CE, BOTH, True,
-                    LOG2E, BLOCK,
+                    t_bits, s_gap, s_under, kl_factor, reverse_kl_weight, ce_weight, tv_factor, V, DIFFERENCE, REVERSE,
+                    CE, TV, BOTH, True, LOG2E, BLOCK,
                 )  # fmt: skip
             for done in tl.range(0, FULL, num_stages=3):
                 _store_gradient(
-                    student_ptr, teacher_ptr, grad_ptr, FULL - 1 - done, column, scale, s_largest, s_bits, s_bits1,
-                    t_largest, t_bits, s_gap, kl_factor, reverse_kl_weight, ce_weight, V, DIFFERENCE, REVERSE, CE, BOTH,
-                    False, LOG2E, BLOCK,
+                    student_ptr, teacher_ptr, grad_ptr, done if TV else FULL - 1 - done, column, scale, s_largest,
+                    s_bits, s_bits1, t_largest, t_bits, s_gap, s_under, kl_factor, reverse_kl_weight, ce_weight,
+                    tv_factor, V, DIFFERENCE, REVERSE, CE, TV, BOTH, False, LOG2E, BLOCK,
                 )  # fmt: skip
     elif GRADIENT:
         for block in tl.range(0, tl.cdiv(V, BLOCK)):
@@ -259,3 +295,5 @@ def _loss_of_logits(
     tl.store(rows_ptr + 2 * positions + row, agreement)
     if REVERSE:
         tl.store(rows_ptr + 3 * positions + row, reverse_kl)
+    if TV:
+        tl.store(rows_ptr + (4 if REVERSE else 3) * positions + row, tv)
