@@ -134,7 +134,7 @@ def test_no_time_is_given_for_a_kernel_that_is_wrong(monkeypatch: pytest.MonkeyP
         return right if backend == "reference" else right.detach() + 0 * right + 0.01 * gate.square()
 
     monkeypatch.setattr(model_cases, "swiglu", wrong)
-    rows = ops.run("cpu", lambda *_: None, "swiglu")["results"]
+    rows = run_benchmark("ops", device="cpu", only="swiglu")["results"]
     assert [row["pass"] for row in rows] == ["fwd", "fwd+bwd"]
     for row in rows:
         assert "off by" in row["red"]
@@ -188,10 +188,14 @@ def test_from_the_command_line(
     assert main(["bench", "ops", "--device", "cpu", "--plot", "x.gif"]) == 2
     assert "name it instead of 'all'" in (refused := capsys.readouterr().err) and ".svg, .png" in refused
     for name, benchmark in BENCHMARKS.items():  # each of them has run above
-        monkeypatch.setitem(BENCHMARKS, name, benchmark._replace(run=lambda *_, **__: {"results": [{}]}))
+        monkeypatch.setitem(BENCHMARKS, name, benchmark._replace(run=_one_row, table=lambda _: Table()))
     assert main(["bench", "all", "--device", "cpu", "--json", "-"]) == 0
     every = json.loads(capsys.readouterr().out)["benchmarks"]
     assert [one["benchmark"] for one in every] == list(BENCHMARKS)
+
+
+def _one_row(device: str, sheet: Sheet, only: str | None) -> None:
+    sheet.fill([0], lambda _: {}, about=lambda _: {})
 
 
 def test_names() -> None:
@@ -201,7 +205,7 @@ def test_names() -> None:
 
 
 def test_training_steps_are_measured() -> None:
-    result = train.run("cpu", lambda *_: None)
+    result = run_benchmark("train", device="cpu")
     assert {row["stage"] for row in result["results"]} == {"align", "kd"}
     for row in result["results"]:
         assert row["fits"]
