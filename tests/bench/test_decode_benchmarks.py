@@ -168,7 +168,9 @@ def test_real_models(saved: str, questions: Path) -> None:
 
 
 def test_laws_of_a_given_model(saved: str, questions: Path) -> None:
-    result = run_benchmark("laws", device="cpu", only="greedy", target=saved, draft=["lookup", saved], prompts=[questions])
+    result = run_benchmark(
+        "laws", device="cpu", only="greedy", target=saved, draft=["lookup", saved], prompts=[questions]
+    )
     assert all(row["passes"] for row in result["results"])
     assert [row["damaged"] for row in result["results"]] == [False, False, True]
     assert result["results"][0]["prompts"] == 4
@@ -198,6 +200,8 @@ def test_from_the_command_line(saved: str, tmp_path: Path, capsys: pytest.Captur
         (["speculate", "--only", "temperature-0"], "name one with --target"),
         (["speculate", "--only", "nothing"], "no part 'nothing'"),
         (["speculate", "--only", "8B", "--target", saved], "no part '8B'"),
+        (["speculate", "--target", saved, "--draft", "lookup", "--draft", str(tmp_path / "none")], "none"),
+        (["laws", "--target", saved, "--draft", "lookup", "--draft", str(tmp_path / "none")], "none"),
         (["verify", "--target", saved], "it is for export, speculate, laws"),
         (["laws", "--only", "nothing"], "nothing in 'laws' is called 'nothing'"),
     ):

@@ -27,7 +27,7 @@ from torch import Tensor
 from mambify.bench.questions import read_questions
 from mambify.bench.shapes import model_of_shape
 from mambify.bench.sheet import Row, Sheet, failure
-from mambify.decode.drafts import cut_if_named, is_made_of_target
+from mambify.decode.drafts import cut_if_named, is_made_of_target, require_drafts
 from mambify.engine import Sampling, Speculator
 from mambify.engine.speculate import Draft
 from mambify.families.load import load, require_tokenizer
@@ -97,6 +97,7 @@ def run(
         draft: what drafts for it: models, ``lookup``, or ``cut:2``.
         prompts: files of questions for it; random tokens by default.
     """
+    require_drafts(draft)
     size = SIZES[torch.device(device).type]
     trials: list[Trial] = []
     if only in (None, "greedy"):

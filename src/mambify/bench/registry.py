@@ -106,7 +106,7 @@ def run_benchmark(
     def result(sheet: Sheet, **unfinished: bool) -> dict[str, Any]:
         failed = {"failed_rows": sheet.failed} if sheet.failed else {}
         head = {"benchmark": name, **unfinished, **failed, "machine": machine}
-        return head | sheet.facts | {"results": sheet.rows}
+        return head | sheet.facts | {"results": [*sheet.rows]}
 
     def found(sheet: Sheet) -> None:
         so_far = result(sheet, finished=False)

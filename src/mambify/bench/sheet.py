@@ -85,13 +85,13 @@ class Sheet:
         for case in cases:
             since = time.perf_counter()
             for row, trace in _attempt(measure, case, raises):
-                now = time.perf_counter()
-                self.seconds, since = now - since, now
+                self.seconds = time.perf_counter() - since
                 self.rows.append(about(case) | row)
                 ours = "error" in row and not theirs(case)
                 self.failed += ours
                 self.trace = trace if ours else ""
                 self._found(self)
+                since = time.perf_counter()
             forget(self._device)
             self.done += 1
             self._progress(self.done, self.total)

@@ -19,12 +19,12 @@ from mambify.bench.pace import pace_of
 from mambify.bench.questions import CHAT, CODE_AND_MATH, read_questions
 from mambify.bench.sheet import Row
 from mambify.conversion.plan import state_bytes
-from mambify.decode.drafts import cut_if_named, is_made_of_target
+from mambify.decode.drafts import cut_if_named, is_made_of_target, require_drafts
 from mambify.decode.text import stop_ids
 from mambify.engine import Sampling, Speculator
 from mambify.engine.speculate import Draft
 from mambify.engine.statistics import Statistics
-from mambify.families.load import load, load_config, require_tokenizer
+from mambify.families.load import load, require_tokenizer
 from mambify.model import HybridForCausalLM
 
 _SWEPT = (CHAT, CODE_AND_MATH)
@@ -112,9 +112,7 @@ class Trials:
     """A target, the prompts it answers, and how fast it does by itself."""
 
     def __init__(self, device: str, target: str, drafts: Sequence[str], files: Sequence[Path]) -> None:
-        for name in drafts:
-            if not is_made_of_target(name):
-                load_config(name)  # one that is not there is refused before minutes have gone into the others
+        require_drafts(drafts)
         self._device, self._size = device, SIZES[torch.device(device).type]
         self._dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         loaded = load(target, dtype=self._dtype, device=device)
