@@ -228,6 +228,9 @@ class Trials:
 
     def _step(self, case: Case) -> Iterator[Row]:
         """A plain step after a long context, of the target or another model: tokens a second, and what one holds."""
+        if case.model == TARGET:
+            self._drafts.clear()  # long contexts need the memory
+            forget(self._device)
         model = self.target if case.model == TARGET else self._draft_named(case.model)
         if not isinstance(model, HybridForCausalLM) or model.config.draft_features:  # nothing by itself
             return
