@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from mambify.bench import clock, laws, speculate, speculate_real, speculate_shapes, verify
+from mambify.bench import clock, laws, speculate_real, speculate_shapes, verify
 from mambify.bench.decode_steps import drawn_model, pass_seconds, read_weight_bytes
 from mambify.bench.injected import InjectedSpeculator, rates_for
 from mambify.bench.pace import pace_of
 from mambify.bench.questions import CHAT, CODE_AND_MATH, read_questions
+from mambify.bench.registry import run_benchmark
 from mambify.cli.main import main
 from mambify.engine import Sampling, Speculator
 from mambify.errors import InvalidOptionError
@@ -56,7 +57,7 @@ def test_verification_counts_what_each_way_moves_and_holds(monkeypatch: pytest.M
     monkeypatch.setattr(
         verify, "CASES", {"cpu": [verify.Case("batch", "tiny", 2, 5), verify.Case("pass", "tiny", 2, 3)]}
     )
-    layer, whole = verify.run("cpu", lambda *_: None)["results"]
+    layer, whole = run_benchmark("verify", device="cpu")["results"]
     replay, steps = layer["ways"]["replay"], layer["ways"]["steps"]
     state = 4 * 2 * 4 * 16 * 16
     assert steps["held_bytes"] == 6 * state
@@ -69,7 +70,7 @@ def test_verification_counts_what_each_way_moves_and_holds(monkeypatch: pytest.M
 def test_no_time_is_given_for_a_layer_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "CASES", {"cpu": [verify.Case("batch", "tiny", 2, 5)]})
     monkeypatch.setattr(verify, "largest_difference", lambda *_: 1.0)
-    (row,) = verify.run("cpu", lambda *_: None)["results"]
+    (row,) = run_benchmark("verify", device="cpu")["results"]
     assert "off by" in row["red"] and "ways" not in row
 
 
@@ -118,7 +119,7 @@ def test_bytes_that_a_pass_reads() -> None:
 
 
 def test_shapes() -> None:
-    result = speculate.run("cpu", lambda *_: None)
+    result = run_benchmark("speculate", device="cpu")
     assert [row["part"] for row in result["results"]] == ["8B", "batch", "paper", "K"]
     assert [row["K"] for row in result["results"]] == [4, 2, 3, "auto"]
     assert 1 <= result["results"][-1]["mean_K"] <= 8
@@ -149,7 +150,7 @@ def test_questions_are_grouped_by_what_they_ask_for(questions: Path, tmp_path: P
 
 
 def test_real_models(saved: str, questions: Path) -> None:
-    result = speculate.run("cpu", lambda *_: None, target=saved, draft=["lookup", saved], prompts=[questions])
+    result = run_benchmark("speculate", device="cpu", target=saved, draft=["lookup", saved], prompts=[questions])
     rows = [row for row in result["results"] if "K" in row]
     assert {row["draft"] for row in rows} == {"lookup", saved} and {row["K"] for row in rows} == {2, 4, "auto"}
     assert {row["group"] for row in rows} == {CHAT, CODE_AND_MATH, "rag"}
@@ -167,7 +168,9 @@ def test_real_models(saved: str, questions: Path) -> None:
 
 
 def test_laws_of_a_given_model(saved: str, questions: Path) -> None:
-    result = laws.run("cpu", lambda *_: None, "greedy", target=saved, draft=["lookup", saved], prompts=[questions])
+    result = run_benchmark(
+        "laws", device="cpu", only="greedy", target=saved, draft=["lookup", saved], prompts=[questions]
+    )
     assert all(row["passes"] for row in result["results"])
     assert [row["damaged"] for row in result["results"]] == [False, False, True]
     assert result["results"][0]["prompts"] == 4
@@ -177,9 +180,9 @@ def test_a_draft_that_reads_hidden_states(saved: str, questions: Path, tmp_path:
     """Lawful, and asked for nothing by itself."""
     loaded, reader = load(saved), str(tmp_path / "reader")
     save(feature_draft(loaded.model), reader, tokenizer=loaded.tokenizer)
-    result = laws.run("cpu", lambda *_: None, "greedy", target=saved, draft=[reader], prompts=[questions])
+    result = run_benchmark("laws", device="cpu", only="greedy", target=saved, draft=[reader], prompts=[questions])
     assert all(row["passes"] for row in result["results"])
-    result = speculate.run("cpu", lambda *_: None, "context", target=saved, draft=[reader])
+    result = run_benchmark("speculate", device="cpu", only="context", target=saved, draft=[reader])
     assert {row["model"] for row in result["results"]} == {"target"}
     decoder = Speculator(loaded.model, load(reader).model, num_slots=2, max_length=64, sampling=Sampling(0.0))
     step = decoder.pretend(40)
@@ -197,6 +200,8 @@ def test_from_the_command_line(saved: str, tmp_path: Path, capsys: pytest.Captur
         (["speculate", "--only", "temperature-0"], "name one with --target"),
         (["speculate", "--only", "nothing"], "no part 'nothing'"),
         (["speculate", "--only", "8B", "--target", saved], "no part '8B'"),
+        (["speculate", "--target", saved, "--draft", "lookup", "--draft", str(tmp_path / "none")], "none"),
+        (["laws", "--target", saved, "--draft", "lookup", "--draft", str(tmp_path / "none")], "none"),
         (["verify", "--target", saved], "it is for export, speculate, laws"),
         (["laws", "--only", "nothing"], "nothing in 'laws' is called 'nothing'"),
     ):

@@ -16,7 +16,7 @@ from mambify.bench.decode_steps import drawn_model
 from mambify.bench.registry import BENCHMARKS, run_benchmark
 from mambify.bench.shapes import config_of_shape
 from mambify.cli.main import main
-from mambify.errors import InvalidOptionError, UnsupportedError
+from mambify.errors import InvalidOptionError, MambifyError
 from mambify.export import export_transformers
 from tiny import byte_tokenizer, llama
 
@@ -85,7 +85,7 @@ def test_another_function_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_version_without_norms_for_groups_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exported.stock_code, "GraniteMoeHybridRMSNormGated", lambda hidden_size, eps: None)
     pair = exported._Pair.__new__(exported._Pair)
-    with pytest.raises(UnsupportedError, match=r"before 5\.23\.0 is another function"):
+    with pytest.raises(MambifyError, match=r"before 5\.23\.0 is another function"):
         pair.measure(exported.Case("tiny", "tiny", 1, 16, exported.GENERATE))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.table import Table
 
 import mambify
 from mambify.bench import (
@@ -30,6 +31,7 @@ from mambify.bench import (
 from mambify.bench.case import Case, Inputs, Shape
 from mambify.bench.peers import peer
 from mambify.bench.registry import BENCHMARKS, names_of
+from mambify.bench.sheet import Sheet
 from mambify.cli.main import main
 from mambify.errors import InvalidOptionError
 from mambify.families.load import LoadedModel
@@ -42,13 +44,11 @@ ROUND = Shape("tiny", 2, 5, 6, 2, 16)
 MAKERS = [(SHAPE, maker) for maker in cases.MAKERS.values()]
 MAKERS += [(ROUND, maker) for maker in replay_cases.REPLAY_MAKERS.values()]
 
-INITS = {
-    "teacher": "none",
-    "budget": {"train": 0},
-    "results": [
-        {"init": "paper", "scores": {"untrained": {"kl": 2.0, "perplexity_ratio": 3.0, "top1_agreement": 0.5}}}
-    ],
-}
+
+def _inits(device: str, sheet: Sheet, only: str | None = None) -> None:
+    sheet.facts |= {"teacher": "none", "budget": {"train": 0}}
+    scores = {"untrained": {"kl": 2.0, "perplexity_ratio": 3.0, "top1_agreement": 0.5}}
+    sheet.fill(["paper"], lambda name: {"scores": scores}, about=lambda name: {"init": name})
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, teacher: LoadedModel) -> None:
     monkeypatch.setattr(speculate_shapes, "CASES", {"cpu": speculate_shapes.CASES["cpu"][1:2]})
     monkeypatch.setattr(laws, "SIZES", {"cpu": laws.Size(2, 4, 50, 50)})
     # minutes with the real teacher; test_inits.py runs it with a tiny one
-    monkeypatch.setitem(BENCHMARKS, "inits", BENCHMARKS["inits"]._replace(run=lambda *_, **__: INITS))
+    monkeypatch.setitem(BENCHMARKS, "inits", BENCHMARKS["inits"]._replace(run=_inits))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
@@ -134,7 +134,7 @@ def test_no_time_is_given_for_a_kernel_that_is_wrong(monkeypatch: pytest.MonkeyP
         return right if backend == "reference" else right.detach() + 0 * right + 0.01 * gate.square()
 
     monkeypatch.setattr(model_cases, "swiglu", wrong)
-    rows = ops.run("cpu", lambda *_: None, "swiglu")["results"]
+    rows = run_benchmark("ops", device="cpu", only="swiglu")["results"]
     assert [row["pass"] for row in rows] == ["fwd", "fwd+bwd"]
     for row in rows:
         assert "off by" in row["red"]
@@ -188,10 +188,14 @@ def test_from_the_command_line(
     assert main(["bench", "ops", "--device", "cpu", "--plot", "x.gif"]) == 2
     assert "name it instead of 'all'" in (refused := capsys.readouterr().err) and ".svg, .png" in refused
     for name, benchmark in BENCHMARKS.items():  # each of them has run above
-        monkeypatch.setitem(BENCHMARKS, name, benchmark._replace(run=lambda *_, **__: {"results": [{}]}))
+        monkeypatch.setitem(BENCHMARKS, name, benchmark._replace(run=_one_row, table=lambda _: Table()))
     assert main(["bench", "all", "--device", "cpu", "--json", "-"]) == 0
     every = json.loads(capsys.readouterr().out)["benchmarks"]
     assert [one["benchmark"] for one in every] == list(BENCHMARKS)
+
+
+def _one_row(device: str, sheet: Sheet, only: str | None) -> None:
+    sheet.fill([0], lambda _: {}, about=lambda _: {})
 
 
 def test_names() -> None:
@@ -201,7 +205,7 @@ def test_names() -> None:
 
 
 def test_training_steps_are_measured() -> None:
-    result = train.run("cpu", lambda *_: None)
+    result = run_benchmark("train", device="cpu")
     assert {row["stage"] for row in result["results"]} == {"align", "kd"}
     for row in result["results"]:
         assert row["fits"]

@@ -13,8 +13,8 @@ What fails says so in its row, and the others go on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,14 +26,13 @@ from mambify.bench.decode_linears import linears_of, read_rates
 from mambify.bench.decode_peers import llama, seconds_a_token, seconds_a_token_in_a_loop
 from mambify.bench.decode_steps import drawn_model, forget, read_bandwidth, read_weight_bytes
 from mambify.bench.shapes import SHAPES
+from mambify.bench.sheet import Row, Sheet, failure
 from mambify.conversion import state_bytes
 from mambify.distill.arguments import use_bfloat16
 from mambify.engine import Sampling, Speculator, memory
 from mambify.engine.recording import recorded
 from mambify.engine.tower import Tower
 from mambify.model import HybridForCausalLM
-
-Progress = Callable[[int, int], None]
 
 _ROUNDS = 32  # of which one folds what is pending into the states, where rings are used: one in 31 does in the long run
 _CHUNK = 4096  # tokens of the throughput that is integrated
@@ -102,27 +101,16 @@ CASES: dict[str, list[Case]] = {
 }
 
 
-def run(device: str, progress: Progress, only: str | None = None) -> dict[str, Any]:
+def run(device: str, sheet: Sheet, only: str | None = None) -> None:
     """Measures all parts, or those that ``only`` names, with commas between them; the bound in any case."""
     on_gpu = torch.device(device).type == "cuda"
     parts = None if only is None else only.split(",")
     cases = [case for case in CASES["cuda" if on_gpu else "cpu"] if parts is None or case.part in parts]
     if not cases:
-        return {"results": []}
+        return
     bound = {f"M={rows}": read_bandwidth(device, rows) for rows in (1, 5)}
-    machine = _Machine(device, bound["M=1"])
-    rows: list[dict[str, Any]] = []
-    for done, case in enumerate(cases):
-        progress(done, len(cases))
-        try:
-            found = machine.measure(case)
-        except Exception as error:  # whatever others' code or a small memory come up with: one row of many
-            found = {"error": f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:600]}
-            machine.forget()
-        rows.append(asdict(case) | found)
-        forget(device)
-    progress(len(cases), len(cases))
-    return {"read_bytes_per_second": bound, "results": rows}
+    sheet.facts["read_bytes_per_second"] = bound
+    sheet.fill(cases, _Machine(device, bound["M=1"]).measure, theirs=lambda case: case.way in _PEERS.values())
 
 
 class _Machine:
@@ -137,7 +125,14 @@ class _Machine:
     def forget(self) -> None:
         self._model, self._key = None, None
 
-    def measure(self, case: Case) -> dict[str, Any]:
+    def measure(self, case: Case) -> Row:
+        try:
+            return self._found(case)
+        except Exception:
+            self.forget()  # a small memory may be why: the next case begins with an empty one
+            raise
+
+    def _found(self, case: Case) -> Row:
         if case.part == "linears":
             self.forget()
             forget(self._device)
@@ -170,11 +165,9 @@ class _Machine:
             self._model, self._key = drawn_model(case.shape, self._device, attention=case.attention), key
         return self._model
 
-    def _figures(
-        self, seconds: float, case: Case, weights: int | None = None, carried: int | None = None
-    ) -> dict[str, Any]:
+    def _figures(self, seconds: float, case: Case, weights: int | None = None, carried: int | None = None) -> Row:
         """``carried``: bytes that one slot carries at this context, which a step reads."""
-        found: dict[str, Any] = {"ms": 1e3 * seconds, "tokens_per_second": case.batch * case.tokens / seconds}
+        found: Row = {"ms": 1e3 * seconds, "tokens_per_second": case.batch * case.tokens / seconds}
         if weights is not None and carried is not None:
             bound = weights / self._bandwidth
             moved = (weights + case.batch * carried) / self._bandwidth
@@ -184,7 +177,7 @@ class _Machine:
             }  # fmt: skip
         return found
 
-    def _throughput(self, model: HybridForCausalLM, case: Case) -> dict[str, Any]:
+    def _throughput(self, model: HybridForCausalLM, case: Case) -> Row:
         """Tokens a second of as many slots as fit, each from its first token to the last that is reserved for it."""
         batch = case.batch or most_slots(model, case.context, self._device)
         contexts = [round(share * (case.context - _ROUNDS - 2)) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
@@ -314,7 +307,7 @@ def table(result: dict[str, Any]) -> Table:
         start = [row["part"], row["shape"], f"{row['attention']:.0%}", row["way"], str(row["batch"])]
         start += [f"{row['context']:,}", str(row["tokens"])]
         if "error" in row:
-            shown.add_row(*start, f"failed: {row['error'][:120]}")
+            shown.add_row(*start, failure(row))
             continue
         if "read_bytes_per_second" in row:
             rates = row["read_bytes_per_second"].items()

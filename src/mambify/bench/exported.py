@@ -18,7 +18,7 @@ import inspect
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -32,15 +32,14 @@ from transformers.models.granitemoehybrid import modeling_granitemoehybrid as st
 from mambify.bench.decode_peers import token_times
 from mambify.bench.decode_steps import drawn_model, forget
 from mambify.bench.pace import pace_of
+from mambify.bench.sheet import Row, Sheet, failure
 from mambify.config import HybridConfig
 from mambify.engine import Sampling, Speculator
-from mambify.errors import MambifyError, UnsupportedError
+from mambify.errors import MambifyError
 from mambify.export.granite_config import MINIMUM_TRANSFORMERS, granite_config, granite_layout
 from mambify.export.transformers import stock_weights
 from mambify.families.load import load
 from mambify.model import HybridForCausalLM
-
-Progress = Callable[[int, int], None]
 
 #: what the stock mixer calls while it generates
 FUNCTIONS = ("causal_conv1d_fn", "causal_conv1d_update", "mamba2_chunk_scan", "mamba2_selective_state_update")
@@ -83,7 +82,7 @@ CASES: dict[str, list[Case]] = {
 }
 
 
-def run(device: str, progress: Progress, only: str | None = None, target: str | None = None) -> dict[str, Any]:
+def run(device: str, sheet: Sheet, only: str | None = None, target: str | None = None) -> None:
     """Measures all parts, or those that ``only`` names, with commas between them.
 
     Args:
@@ -101,25 +100,22 @@ def run(device: str, progress: Progress, only: str | None = None, target: str | 
         ]
     cases = [case for case in cases if parts is None or case.part in parts]
     used = kernels_in_use()
-    rows: list[dict[str, Any]] = []
+    sheet.facts["kernels"] = used
     pair: _Pair | None = None
-    for done, case in enumerate(cases):
-        progress(done, len(cases))
+
+    def about(case: Case) -> Row:
         row = asdict(case) | {"model": target or f"{case.shape}, random weights"}
-        if case.way != OURS:
-            row["code"] = code_of(used)
-        try:
-            if pair is None or pair.shape != case.shape:
-                pair = None
-                forget(device)
-                pair = _Pair.of(case.shape, device, target)
-            row |= pair.measure(case)
-        except Exception as error:  # whatever others' code or a small memory come up with: one row of many
-            row["error"] = f"{type(error).__name__}: {str(error).strip() or 'no message'}"[:600]
-        rows.append(row)
-        forget(device)
-    progress(len(cases), len(cases))
-    return {"kernels": used, "results": rows}
+        return row if case.way == OURS else row | {"code": code_of(used)}
+
+    def measure(case: Case) -> Row:
+        nonlocal pair
+        if pair is None or pair.shape != case.shape:
+            pair = None
+            forget(device)
+            pair = _Pair.of(case.shape, device, target)
+        return pair.measure(case)
+
+    sheet.fill(cases, measure, about=about, theirs=lambda case: case.way != OURS)
 
 
 def kernels_in_use() -> dict[str, str | None]:
@@ -183,7 +179,7 @@ class _Pair:
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         return cls(shape, load(target, dtype=dtype, device=device, with_tokenizer=False).model)
 
-    def measure(self, case: Case) -> dict[str, Any]:
+    def measure(self, case: Case) -> Row:
         if case.way != OURS:
             self._require_same_function()
         prompts_BT = self._prompts(case)
@@ -202,13 +198,13 @@ class _Pair:
 
     def _require_same_function(self) -> None:
         if "group_size" not in inspect.signature(stock_code.GraniteMoeHybridRMSNormGated).parameters:
-            raise UnsupportedError(f"the mixer of transformers before {MINIMUM_TRANSFORMERS} is another function")
+            raise MambifyError(f"the mixer of transformers before {MINIMUM_TRANSFORMERS} is another function")
         if self._apart > _FARTHEST[self._ours.dtype]:
             raise MambifyError(
                 f"logits are {self._apart:.3f} of their spread apart from ours: this is another function"
             )
 
-    def _stock_found(self, prompts_BT: Tensor, *, compiled: bool) -> dict[str, Any]:
+    def _stock_found(self, prompts_BT: Tensor, *, compiled: bool) -> Row:
         times, found_BT = token_times(self._stock, prompts_BT, compiled=compiled, new_tokens=_NEW)
         B, T = prompts_BT.shape
         if not compiled:
@@ -222,7 +218,7 @@ class _Pair:
             "logits_apart": self._apart,
         }
 
-    def _ours_found(self, prompts_BT: Tensor) -> dict[str, Any]:
+    def _ours_found(self, prompts_BT: Tensor) -> Row:
         B, T = prompts_BT.shape
         engine = Speculator(self._ours, None, num_slots=B, max_length=T + _NEW, sampling=Sampling(temperature=0.0))
         for _ in range(2):  # the first time kernels are compiled
@@ -283,7 +279,7 @@ def table(result: dict[str, Any]) -> Table:
         way = f"{row['way']} ({row['code']})" if "code" in row else row["way"]
         start = [row["model"], way, str(row["batch"]), f"{row['context']:,}"]
         if "error" in row:
-            shown.add_row(*start, f"failed: {row['error'][:160]}")
+            shown.add_row(*start, failure(row))
             continue
         first = plain.get((row["model"], row["batch"], row["context"]))
         times = f"{first / row['ms']:.2f}" if first else ""

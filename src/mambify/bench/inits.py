@@ -12,7 +12,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 from torch import Tensor
 
+from mambify.bench.sheet import Row, Sheet, failure
 from mambify.conversion import CALIBRATION_TOKENS, INITIALISATIONS, calibrate, convert
 from mambify.data.calibration import calibration_blocks, calibration_documents
 from mambify.data.documents import read_documents
@@ -38,7 +39,6 @@ from mambify.families.load import LoadedModel, load, require_tokenizer
 from mambify.io import read_json, write_json
 from mambify.model import HybridForCausalLM
 
-Progress = Callable[[int, int], None]
 _TEACHER, _CONTEXT, _SEED = "smollm2", 512, 0
 
 
@@ -57,13 +57,13 @@ BUDGETS = {"cpu": Budget(train=0, score=4096), "cuda": Budget(train=1_000_000, s
 
 def run(
     device: str,
-    progress: Progress,
+    sheet: Sheet,
     only: str | None = None,
     *,
     text: str | None = None,
     tokens: int | None = None,
     out: Path | None = None,
-) -> dict[str, Any]:
+) -> None:
     """Scores every initialisation, or some.
 
     Args:
@@ -82,17 +82,20 @@ def run(
         raise InvalidOptionError("--out keeps what was measured on one text: give --text too")
     names = _names(only)
     files = {} if out is None else {name: out / f"{name}-{_key(text, budget)}.json" for name in names}
-    rows = {name: read_json(file) for name, file in files.items() if file.is_file()}
-    missing = [name for name in names if name not in rows]
-    if missing:
-        for name, row in _measured(missing, device, progress, text, budget):
-            rows[name] = row
+    kept: dict[str, Row] = {name: read_json(file) for name, file in files.items() if file.is_file()}
+    sheet.facts |= {"teacher": _TEACHER, "text": text or "sampled from the teacher", "budget": asdict(budget)}
+    with tempfile.TemporaryDirectory() as folder:
+        trial = _trial(device, text, budget, Path(folder)) if len(kept) < len(names) else kept.__getitem__
+
+        def measure(name: str) -> Row:
+            if name in kept:
+                return kept[name]
+            row = trial(name)
             if name in files:
                 write_json(files[name], row)
-    return {
-        "teacher": _TEACHER, "text": text or "sampled from the teacher", "budget": asdict(budget),
-        "results": [rows[name] for name in names],
-    }  # fmt: skip
+            return row
+
+        sheet.fill(names, measure, about=lambda name: {"init": name})
 
 
 def _names(only: str | None) -> list[str]:
@@ -110,30 +113,27 @@ def _key(text: str | None, budget: Budget) -> str:
     return hashlib.sha256(json.dumps([_TEACHER, text, asdict(budget)]).encode()).hexdigest()[:10]
 
 
-def _measured(
-    names: Sequence[str], device: str, progress: Progress, text: str | None, budget: Budget
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name → row, one after another."""
+def _trial(device: str, text: str | None, budget: Budget, folder: Path) -> Callable[[str], Row]:
+    """How the row of an initialisation is measured; loads the teacher and the text that they all share."""
     dtype = torch.bfloat16 if use_bfloat16("auto", device) else torch.float32
     loaded = load(_TEACHER, dtype=dtype, device=device)
-    with tempfile.TemporaryDirectory() as folder:
-        source = text or _sampled(loaded, Path(folder) / "data", budget)
-        calibration_NT, heldout_NT = _blocks(loaded, source, budget)
-        for done, name in enumerate(names):
-            progress(done, len(names))
-            yield name, _row(name, loaded, source, calibration_NT, heldout_NT, budget, Path(folder) / name)
-    progress(len(names), len(names))
+    source = text or _sampled(loaded, folder / "data", budget)
+    calibration_NT, heldout_NT = _blocks(loaded, source, budget)
+    return lambda name: _row(name, loaded, source, calibration_NT, heldout_NT, budget, folder / name)
 
 
 def table(result: dict[str, Any]) -> Table:
     """The rows of :func:`run` for people."""
     shown = Table(title=result["machine"]["device"], title_justify="left", box=SIMPLE, pad_edge=False)
-    stages = list(result["results"][0]["scores"])
+    stages = next((list(row["scores"]) for row in result["results"] if "scores" in row), ["untrained"])
     shown.add_column("init")
     for stage in stages:
         for heading in ("KL", "ratio", "agreement"):
             shown.add_column(f"{stage}\n{heading}", justify="right")
     for row in result["results"]:
+        if "error" in row:
+            shown.add_row(row["init"], failure(row))
+            continue
         cells = [row["init"]]
         for stage in stages:
             score = row["scores"][stage]
@@ -150,7 +150,7 @@ def _row(
     heldout_NT: Tensor,
     budget: Budget,
     folder: Path,
-) -> dict[str, Any]:
+) -> Row:
     start = time.perf_counter()
     student = convert(teacher, init=name, calibration=calibration_NT, seed=_SEED)
     seconds = time.perf_counter() - start

@@ -15,18 +15,19 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.box import SIMPLE
 from rich.table import Table
 from torch import Tensor
 
-from mambify.bench.decode_steps import forget
 from mambify.bench.questions import read_questions
 from mambify.bench.shapes import model_of_shape
-from mambify.decode.drafts import cut_if_named, is_made_of_target
+from mambify.bench.sheet import Row, Sheet, failure
+from mambify.decode.drafts import cut_if_named, is_made_of_target, require_drafts
 from mambify.engine import Sampling, Speculator
 from mambify.engine.speculate import Draft
 from mambify.families.load import load, require_tokenizer
@@ -72,15 +73,22 @@ class Damaged(Speculator):
         super()._step(K)
 
 
+class Trial(NamedTuple):
+    """One row: what is tried, and trying it."""
+
+    facts: Row
+    run: Callable[[], Row]
+
+
 def run(
     device: str,
-    progress: Callable[[int, int], None],
+    sheet: Sheet,
     only: str | None = None,
     *,
     target: str | None = None,
     draft: Sequence[str] = (),
     prompts: Sequence[Path] = (),
-) -> dict[str, Any]:
+) -> None:
     """Tries every law, or one of them.
 
     Args:
@@ -89,19 +97,14 @@ def run(
         draft: what drafts for it: models, ``lookup``, or ``cut:2``.
         prompts: files of questions for it; random tokens by default.
     """
+    require_drafts(draft)
     size = SIZES[torch.device(device).type]
-    trials: list[Callable[[], dict[str, Any]]] = []
+    trials: list[Trial] = []
     if only in (None, "greedy"):
         trials += greedy_trials(device, size, target, draft, prompts)
     if only in (None, "distribution"):
         trials += distribution_trials(device, size)
-    rows = []
-    for done, trial in enumerate(trials):
-        progress(done, len(trials))
-        rows.append(trial())
-        forget(device)
-    progress(len(trials), len(trials))
-    return {"results": rows}
+    sheet.fill(trials, lambda trial: trial.run(), about=lambda trial: trial.facts)
 
 
 # ---- the likeliest tokens --------------------------------------------------------------------------------------------
@@ -109,10 +112,10 @@ def run(
 
 def greedy_trials(
     device: str, size: Size, target: str | None, drafts: Sequence[str], files: Sequence[Path]
-) -> list[Callable[[], dict[str, Any]]]:
+) -> list[Trial]:
     """One for each dtype and draft, and a damaged one."""
     named = list(drafts) or ["lookup"]
-    trials: list[Callable[[], dict[str, Any]]] = []
+    trials: list[Trial] = []
     for dtype in (torch.float32, torch.bfloat16) if torch.device(device).type == "cuda" else (torch.float32,):
 
         def whole(dtype: torch.dtype = dtype) -> tuple[HybridForCausalLM, list[list[int]]]:
@@ -128,18 +131,23 @@ def greedy_trials(
 
         for name in named:
 
-            def trial(name: str = name, dtype: torch.dtype = dtype, whole: Any = whole) -> dict[str, Any]:
+            def trial(name: str = name, dtype: torch.dtype = dtype, whole: Any = whole) -> Row:
                 model, prompts = whole()
                 other: Any = cut_if_named(name, model)
                 if not is_made_of_target(name):
                     other = load(name, dtype=dtype, device=device).model
                 return greedy(model, other, prompts, new=size.new) | {"draft": name}
 
-            trials.append(trial)
-    trials.append(
-        lambda: greedy(_small(device, torch.float32, 512, 0.0), "lookup", [[5, 6, 7], [9, 8]], new=48, damaged=True)
-    )
-    return trials
+            trials.append(Trial(_greedy_facts(dtype, name), trial))
+
+    def damaged() -> Row:
+        return greedy(_small(device, torch.float32, 512, 0.0), "lookup", [[5, 6, 7], [9, 8]], new=48, damaged=True)
+
+    return [*trials, Trial(_greedy_facts(torch.float32, "lookup", damaged=True), damaged)]
+
+
+def _greedy_facts(dtype: torch.dtype, draft: str, *, damaged: bool = False) -> Row:
+    return {"law": "greedy", "dtype": str(dtype).removeprefix("torch."), "draft": draft, "damaged": damaged}
 
 
 def _small(
@@ -153,7 +161,7 @@ def _small(
 @torch.inference_mode()
 def greedy(
     target: HybridForCausalLM, draft: Draft, prompts: Sequence[Sequence[int]], *, new: int, damaged: bool = False
-) -> dict[str, Any]:
+) -> Row:
     """Tokens with the draft beside those without, and both beside passes over whole texts."""
     slots = min(len(prompts), 64)
     settings: dict[str, Any] = {
@@ -176,10 +184,7 @@ def greedy(
             gaps.append(float((logits_TV[at, answer[at]] - logits_TV[at, other[at]]).abs()))
     exact = target.dtype == torch.float32
     return {
-        "law": "greedy",
-        "dtype": str(target.dtype).removeprefix("torch."),
-        "draft": draft if isinstance(draft, str) else "model",
-        "damaged": damaged,
+        **_greedy_facts(target.dtype, draft if isinstance(draft, str) else "model", damaged=damaged),
         "prompts": len(prompts),
         "tokens": sum(map(len, plain)),
         "tokens_per_round": decoder.statistics.tokens_per_round,
@@ -216,13 +221,13 @@ TRIALS: dict[str, tuple[Sampling, str, bool]] = {
 }
 
 
-def distribution_trials(device: str, size: Size) -> list[Callable[[], dict[str, Any]]]:
+def distribution_trials(device: str, size: Size) -> list[Trial]:
     """Every row of :data:`TRIALS`."""
-    return [lambda name=name: distribution(name, device, size) for name in TRIALS]  # type: ignore[misc]
+    return [Trial({"law": "distribution", "trial": name}, partial(distribution, name, device, size)) for name in TRIALS]
 
 
 @torch.inference_mode()
-def distribution(name: str, device: str, size: Size) -> dict[str, Any]:
+def distribution(name: str, device: str, size: Size) -> Row:
     """Draws answers and compares every pair of neighbouring tokens in them with its exact probability."""
     sampling, kind, stops = TRIALS[name]
     mixer = "mamba1" if name == "Mamba1" else "mamba2"
@@ -303,6 +308,10 @@ def table(result: dict[str, Any]) -> Table:
     for heading in ("law", "tried", "found", "tokens/round", ""):
         shown.add_column(heading)
     for row in result["results"]:
+        if "error" in row:
+            tried = row["trial"] if "trial" in row else f"{row['dtype']}, {row['draft']}"
+            shown.add_row(row["law"], tried, failure(row))
+            continue
         if row["law"] == "greedy":
             tried = f"{row['dtype']}, {row['draft']}{', damaged' if row['damaged'] else ''}: {row['prompts']} prompts"
             found = f"{row['differing_prompts']} of them differ"

@@ -16,40 +16,41 @@ from rich.box import SIMPLE
 from rich.table import Table
 from torch import Tensor
 
-from mambify.bench.case import Case, Inputs, Operation
+from mambify.bench.case import Case, Inputs, Operation, Random, Shape
 from mambify.bench.cases import MAKERS, SCANS, SHAPES
 from mambify.bench.clock import device_seconds_of, seconds_of
 from mambify.bench.peers import PeerMissingError
 from mambify.bench.replay_cases import REPLAY_MAKERS, REPLAY_SHAPES
+from mambify.bench.sheet import Row, Sheet, failure
 from mambify.evaluate.report.quantities import significant
 
 #: largest difference from the reference, over the largest value, that passes
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 4e-2}
 
 
-def run(device: str, progress: Callable[[int, int], None], only: str | None = None) -> dict[str, Any]:
+def run(device: str, sheet: Sheet, only: str | None = None) -> None:
     """Checks and times every case, or those of one operation."""
     kind = torch.device(device).type
     dtype = torch.bfloat16 if kind == "cuda" else torch.float32
-    makers = [
-        (shape, maker)
+    cases = [
+        (name, shape, maker)
         for shapes, named in ((SHAPES, MAKERS), (REPLAY_SHAPES, REPLAY_MAKERS))
         for shape in shapes[kind]
         for name, maker in named.items()
         # Long rows matter to scans only.
         if (name in SCANS or not shape.name.startswith("16k")) and only in (None, name)
     ]
-    rows = []
-    for done, (shape, maker) in enumerate(makers):
-        progress(done, len(makers))
+
+    def measure(case: tuple[str, Shape, Callable[[Shape, Random], Case]]) -> Iterator[Row]:
+        _, shape, maker = case
         generator = torch.Generator(device).manual_seed(0)
 
-        def random(*sizes: int, generator: torch.Generator = generator) -> Tensor:
+        def random(*sizes: int) -> Tensor:
             return torch.randn(*sizes, device=device, dtype=dtype, generator=generator)
 
-        rows += list(_rows(maker(shape, random), device, dtype))
-    progress(len(makers), len(makers))
-    return {"results": rows}
+        return _rows(maker(shape, random), device, dtype)
+
+    sheet.fill(cases, measure, about=lambda case: {"operation": case[0], "shape": case[1].name})
 
 
 def table(result: dict[str, Any]) -> Table:
@@ -69,6 +70,9 @@ def table(result: dict[str, Any]) -> Table:
         shown.add_column(heading, justify="right")
     shown.add_column("others, ms")
     for row in result["results"]:
+        if "error" in row:
+            shown.add_row(row["operation"], row["shape"], "", failure(row))
+            continue
         if "red" in row:
             shown.add_row(row["operation"], row["shape"], row["pass"], "red", "", row["red"])
             continue
@@ -84,7 +88,7 @@ def table(result: dict[str, Any]) -> Table:
     return shown
 
 
-def _rows(case: Case, device: str, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+def _rows(case: Case, device: str, dtype: torch.dtype) -> Iterator[Row]:
     facts: dict[str, Any] = {"operation": case.operation, "shape": case.shape}
     facts["dtype"] = str(dtype).removeprefix("torch.")
     error = largest_difference(case, dtype)

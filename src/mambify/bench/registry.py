@@ -13,24 +13,24 @@ from mambify.bench import decode, exported, inits, laws, ops, speculate, synthes
 from mambify.bench.clock import copy_bandwidth
 from mambify.bench.decode_plots import plot_decode, plot_export, plot_laws, plot_speculate, plot_verify
 from mambify.bench.plot import plot_inits, plot_ops, plot_recipes, plot_synthesize, plot_train
-from mambify.errors import InvalidOptionError, did_you_mean
+from mambify.bench.sheet import Progress, Sheet, last_row, no_progress
+from mambify.errors import InvalidOptionError, MambifyError, did_you_mean
+from mambify.experiments.jobs import Report, Say, no_report
 from mambify.experiments.registry import EXPERIMENTS
 from mambify.machine import environment
-
-Progress = Callable[[int, int], None]
 
 
 class Benchmark(NamedTuple):
     """What can be asked of a benchmark.
 
     Attributes:
-        run: (device, progress, only) → result as plain JSON values; by name also those of ``options`` that are given.
+        run: (device, sheet, only): fills the sheet; by name also takes those of ``options`` that are given.
         table: the result for people.
         plot: draws the result into a file.
         options: what else it can be told.
     """
 
-    run: Callable[..., dict[str, Any]]
+    run: Callable[..., None]
     table: Callable[[dict[str, Any]], Table]
     plot: Callable[[dict[str, Any], Path], None]
     options: tuple[str, ...] = ()
@@ -67,11 +67,25 @@ def names_of(name: str) -> list[str]:
 
 
 def run_benchmark(
-    name: str, *, device: str, progress: Progress | None = None, only: str | None = None, **options: Any
+    name: str,
+    *,
+    device: str,
+    progress: Progress = no_progress,
+    say: Say | None = None,
+    report: Report = no_report,
+    only: str | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Runs one benchmark; the result says on which machine and which versions.
 
+    A case that fails has ``error`` in its row, and the others go on. ``failed_rows`` says how many such rows there are
+    of our own code; where there are none, it is left out.
+
     Args:
+        progress: told how many cases are done, of how many.
+        say: told every row in words as it is found, and where our own code fails.
+        report: given the result as far as it goes after every row; ``finished`` is false in it, and in the last one,
+            which is returned, left out.
         only: leaves out what is not called so: an operation (``ops``), a curve (``train``), a way (``synthesize``),
             a part (``verify``, ``speculate``), parts or initialisations with commas between them (``decode``,
             ``export``, ``inits``).
@@ -88,7 +102,35 @@ def run_benchmark(
         "load_average": os.getloadavg()[0],  # of the minute before: what else was running
         "copy_bytes_per_second": copy_bandwidth(device),
     }
-    result = BENCHMARKS[name].run(device, progress or (lambda _, __: None), only, **options)
-    if not result["results"]:
+
+    def result(sheet: Sheet, **unfinished: bool) -> dict[str, Any]:
+        failed = {"failed_rows": sheet.failed} if sheet.failed else {}
+        head = {"benchmark": name, **unfinished, **failed, "machine": machine}
+        return head | sheet.facts | {"results": [*sheet.rows]}
+
+    def found(sheet: Sheet) -> None:
+        so_far = result(sheet, finished=False)
+        report(so_far)
+        if say is not None:
+            row = last_row(BENCHMARKS[name].table(so_far))
+            say(f"{name} {sheet.done + 1}/{sheet.total}, {sheet.seconds:.1f} s: {row}")
+            if sheet.trace:
+                say(sheet.trace)
+
+    sheet = Sheet(device, progress=progress, found=found)
+    BENCHMARKS[name].run(device, sheet, only, **options)
+    if not sheet.rows:
         raise InvalidOptionError(f"nothing in '{name}' is called '{only}'")
-    return {"benchmark": name, "machine": machine} | result
+    return result(sheet)
+
+
+def plot_benchmark(result: dict[str, Any], path: Path) -> None:
+    """Draws what was measured; rows that failed are left out.
+
+    Raises:
+        MambifyError: all of them failed.
+    """
+    rows = [row for row in result["results"] if "error" not in row]
+    if not rows:
+        raise MambifyError(f"every row of '{result['benchmark']}' failed: there is nothing to draw")
+    BENCHMARKS[result["benchmark"]].plot(result | {"results": rows}, path)

@@ -6,31 +6,32 @@ Without a target: the sizes of large models with random weights, their acceptanc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.box import SIMPLE
 from rich.table import Table
+from rich.text import Text
 
 from mambify.bench import speculate_shapes
-from mambify.bench.decode_steps import forget
-from mambify.bench.speculate_real import TEMPERATURES, Trials
+from mambify.bench.sheet import Sheet, failure
+from mambify.bench.speculate_real import CONTEXT, TEMPERATURES, Case, Trials, cases_of
 from mambify.errors import InvalidOptionError, did_you_mean
 
-REAL = (*TEMPERATURES, "context")
+REAL = (*TEMPERATURES, CONTEXT)
 
 
 def run(
     device: str,
-    progress: Callable[[int, int], None],
+    sheet: Sheet,
     only: str | None = None,
     *,
     target: str | None = None,
     draft: Sequence[str] = ("lookup",),
     prompts: Sequence[Path] = (),
-) -> dict[str, Any]:
+) -> None:
     """Measures every part, or one.
 
     Args:
@@ -49,21 +50,15 @@ def run(
             raise InvalidOptionError(f"'{only}' is about models that are given: name one with --target")
         raise InvalidOptionError(f"no part '{only}' of speculate here: {did_you_mean(only, parts)}")
     if target is None:
-        bench, rows = speculate_shapes.Bench(device), []
+        bench = speculate_shapes.Bench(device)
+        sheet.facts["read_bytes_per_second"] = bench.bandwidth
         chosen = [case for case in cases if only in (None, case.part)]
-        for done, case in enumerate(chosen):
-            progress(done, len(chosen))
-            rows.append(bench.measure(case))
-            forget(device)
-        progress(len(chosen), len(chosen))
-        return {"read_bytes_per_second": bench.bandwidth, "results": rows}
-    trials, rows = Trials(device, target, prompts), []
-    for part in TEMPERATURES:
-        if only in (None, part):
-            rows += trials.measure(part, draft, progress)
-    if only in (None, "context"):
-        rows += trials.contexts(draft)
-    return {"target": target, "results": rows}
+        sheet.fill(chosen, bench.measure, about=speculate_shapes.about)
+        return
+    sheet.facts["target"] = target
+    trials = Trials(device, target, draft, prompts)
+    wanted = [case for case in cases_of(draft, torch.device(device).type) if only in (None, case.part)]
+    sheet.fill(wanted, trials.measure, about=Case.about)
 
 
 def table(result: dict[str, Any]) -> Table:
@@ -84,12 +79,22 @@ def table(result: dict[str, Any]) -> Table:
     return shown
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _cells(row: dict[str, Any]) -> Sequence[str | Text]:
+    if "error" in row:
+        return _failed_cells(row)
     if "peer" in row:
         return _peer_cells(row)
     if "context" in row and "model" in row:
         return _context_cells(row)
     return _real_cells(row) if "group" in row else _shape_cells(row)
+
+
+def _failed_cells(row: dict[str, Any]) -> list[str | Text]:
+    if "model" in row:
+        of = f"after {row['context']:,} tokens"
+    else:
+        of = f"temperature {row['temperature']:g}" if "temperature" in row else f"{row['target']} × {row['batch']}"
+    return [row["part"], row.get("draft") or row["model"], of, str(row.get("K", "")), failure(row)]
 
 
 def _shape_cells(row: dict[str, Any]) -> list[str]:

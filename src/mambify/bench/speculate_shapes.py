@@ -18,6 +18,7 @@ from mambify.bench.clock import seconds_of
 from mambify.bench.decode_steps import drawn_model, forget, read_bandwidth, read_weight_bytes
 from mambify.bench.injected import InjectedSpeculator, rates_for
 from mambify.bench.pace import pace_of
+from mambify.bench.sheet import Row
 from mambify.engine import Sampling, Speculator
 from mambify.engine.pace import AUTO
 from mambify.engine.recording import recorded
@@ -137,6 +138,12 @@ CASES: dict[str, list[Case]] = {
 }
 
 
+def about(case: Case) -> Row:
+    """What a row says of its case, measured or not."""
+    named = {"K": "auto" if case.adaptive else case.K, "target": str(case.target), "draft": str(case.draft)}
+    return asdict(case) | named
+
+
 class Bench:
     """Measures cases one after another; a target and its plain decoding are kept for those that share them."""
 
@@ -147,7 +154,7 @@ class Bench:
         self._target: Any = None
         self._plain: dict[tuple[int, int], float] = {}
 
-    def measure(self, case: Case) -> dict[str, Any]:
+    def measure(self, case: Case) -> Row:
         """Tokens a second beside plain decoding's, share of the bound, and what a round spends its time on."""
         if case.target != self._sizes:
             self._target = None
@@ -182,12 +189,8 @@ class Bench:
         drafting, reading = _parts_of_a_round(decoder, max(passes, key=lambda k: passes[k]), self._device)
         read = read_weight_bytes(target) + K * read_weight_bytes(draft)
         return {
-            **asdict(case),
-            "K": "auto" if case.adaptive else case.K,
             "mean_K": K,
             "tokens_per_round": tokens_per_round,
-            "target": str(case.target),
-            "draft": str(case.draft),
             "acceptance": "injected",
             "drawn_tokens_per_round": decoder.statistics.tokens_per_round,
             "drawn_tokens_per_second": pace.tokens_per_second,

@@ -18,6 +18,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from mambify.bench.sheet import Row, Sheet, failure
 from mambify.data.sampler import Sampler, Settings
 from mambify.families.load import load, require_tokenizer
 from mambify.model import HybridForCausalLM
@@ -49,25 +50,23 @@ CASES = {
 }
 
 
-def run(device: str, progress: Callable[[int, int], None], only: str | None = None) -> dict[str, Any]:
+def run(device: str, sheet: Sheet, only: str | None = None) -> None:
     """Samples with every case, or with one way."""
     cases = [case for case in CASES[torch.device(device).type] if only in (None, case.way)]
     on_gpu = torch.device(device).type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     loaded = load("smollm2", dtype=dtype, device=device)
     tokenizer = require_tokenizer(loaded)
-    rows = []
-    for done, case in enumerate(cases):
-        progress(done, len(cases))
+    sheet.facts |= {"teacher": "smollm2", "top_k": _TOP_K}
+
+    def measure(case: Case) -> Row:
         if on_gpu:
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
         tokens, seconds = _WAYS[case.way](case, loaded.model, tokenizer)
         memory = torch.cuda.max_memory_allocated(device) if on_gpu else None
-        rows.append(vars(case) | {"tokens": tokens, "seconds": seconds, "peak_bytes": memory})
-        rows[-1]["tokens_per_second"] = tokens / seconds
-    progress(len(cases), len(cases))
-    return {"teacher": "smollm2", "top_k": _TOP_K, "results": rows}
+        return {"tokens": tokens, "seconds": seconds, "peak_bytes": memory, "tokens_per_second": tokens / seconds}
+
+    sheet.fill(cases, measure)
 
 
 def table(result: dict[str, Any]) -> Table:
@@ -76,6 +75,9 @@ def table(result: dict[str, Any]) -> Table:
     for heading in ("way", "at once", "documents", "tokens", "seconds", "tokens/s", "peak memory"):
         shown.add_column(heading, justify="left" if heading == "way" else "right")
     for row in result["results"]:
+        if "error" in row:
+            shown.add_row(row["way"], f"{row['batch']}", f"{row['rows']}", failure(row))
+            continue
         memory = f"{row['peak_bytes'] / 1e9:.1f} GB" if row["peak_bytes"] else ""
         shown.add_row(
             row["way"], f"{row['batch']}", f"{row['rows']}", f"{row['tokens']:,}", f"{row['seconds']:.1f}",

@@ -17,21 +17,22 @@ products run in kernels the counter does not see and are left out, so the share 
 from __future__ import annotations
 
 import copy
-import gc
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from rich.box import SIMPLE
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from mambify.bench.clock import matmul_peak, seconds_of
 from mambify.bench.shapes import SHAPES, model_of_shape
+from mambify.bench.sheet import Sheet, failure
 from mambify.conversion import apply_plan, plan
 from mambify.distill.arguments import use_bfloat16
 from mambify.distill.checkpoints import trained_parameters
@@ -89,21 +90,15 @@ CASES: dict[str, list[Case]] = {
 }
 
 
-def run(device: str, progress: Callable[[int, int], None], only: str | None = None) -> dict[str, Any]:
+def run(device: str, sheet: Sheet, only: str | None = None) -> None:
     """Measures every case, or those of one curve; one that does not fit the memory says so instead of figures."""
     cases = [case for case in CASES[torch.device(device).type] if only in (None, case.curve)]
-    rows = []
     with joined(device) as processes:
-        peak = matmul_peak(processes.device)
-        for done, case in enumerate(cases):
-            progress(done, len(cases))
-            rows.append(asdict(case) | _measure(case, processes, peak))
-            gc.collect()
-            if torch.device(device).type == "cuda":
-                torch.cuda.empty_cache()
-        progress(len(cases), len(cases))
-        facts = {"processes": processes.count, "sharded": processes.sharding is not None}
-    return {"matmul_flops_per_second": peak, **facts, "results": rows}
+        peak, count = matmul_peak(processes.device), processes.count
+        sheet.facts |= {
+            "matmul_flops_per_second": peak, "processes": count, "sharded": processes.sharding is not None
+        }  # fmt: skip
+        sheet.fill(cases, lambda case: _measure(case, processes, peak), go_on=count == 1)
 
 
 def table(result: dict[str, Any]) -> Table:
@@ -124,8 +119,10 @@ def table(result: dict[str, Any]) -> Table:
     for row in result["results"]:
         kind = [row["mixer"] if row["mixer"] != "mamba2" else "", "plain" if row["plain"] else ""]
         kind.append("checkpointing" if row["checkpointing"] else "")
-        figures = ["out of memory", "", "", ""]
-        if row["fits"]:
+        figures: list[str | Text] = ["out of memory"]
+        if "error" in row:
+            figures = [failure(row)]
+        elif row["fits"]:
             share = "" if row["of_matmul_peak"] is None else f"{row['of_matmul_peak']:.0%}"
             memory = f"{row['peak_bytes'] / 1e9:.1f} GB" if row["peak_bytes"] else ""
             figures = [f"{row['ms']:.1f}", f"{row['tokens_per_second']:,.0f}", share, memory]

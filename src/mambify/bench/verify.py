@@ -13,7 +13,7 @@ Letters: S rows, T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from mambify.bench.clock import copy_bandwidth, device_seconds_of
 from mambify.bench.decode_steps import drawn_model, forget, pass_seconds
 from mambify.bench.ops import TOLERANCE, largest_difference
 from mambify.bench.replay_cases import selective_replay_case, ssd_replay_case
+from mambify.bench.sheet import Row, Sheet, failure
 from mambify.evaluate.report.quantities import significant
 from mambify.ops.ring import RingPlace, ring_capacity
 
@@ -76,19 +77,11 @@ CASES: dict[str, list[Case]] = {
 }
 
 
-def run(device: str, progress: Callable[[int, int], None], only: str | None = None) -> dict[str, Any]:
+def run(device: str, sheet: Sheet, only: str | None = None) -> None:
     """Times every case, or those of one part."""
     cases = [case for case in CASES[torch.device(device).type] if only in (None, case.part)]
-    copy = copy_bandwidth(device)
-    rows: list[dict[str, Any]] = []
-    passes = Passes(device)
-    for done, case in enumerate(cases):
-        progress(done, len(cases))
-        facts = passes.measure(case) if case.part == "pass" else _layer(case, device, copy)
-        rows.append(asdict(case) | facts)
-        forget(device)
-    progress(len(cases), len(cases))
-    return {"results": rows}
+    copy, passes = copy_bandwidth(device), Passes(device)
+    sheet.fill(cases, lambda case: passes.measure(case) if case.part == "pass" else _layer(case, device, copy))
 
 
 class Passes:
@@ -100,7 +93,7 @@ class Passes:
         self._shape = ""
         self._steps: dict[tuple[str, int, int], float] = {}
 
-    def measure(self, case: Case) -> dict[str, Any]:
+    def measure(self, case: Case) -> Row:
         """Milliseconds of a pass over T tokens and of a plain step, and their ratio."""
         if self._shape != case.shape:
             self._model, self._shape = drawn_model(case.shape, self._device, attention=0.5), case.shape
@@ -112,7 +105,7 @@ class Passes:
         return {"ms": 1e3 * taken, "plain_ms": 1e3 * one, "over_plain": taken / one}
 
 
-def _layer(case: Case, device: str, copy: float) -> dict[str, Any]:
+def _layer(case: Case, device: str, copy: float) -> Row:
     """Every way to verify in one layer: milliseconds a round, bytes moved and held."""
     H, G, P = _LAYERS[case.shape]
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
@@ -214,7 +207,9 @@ def table(result: dict[str, Any]) -> Table:
     shown.add_column("others, ms (holds)")
     for row in result["results"]:
         first = [row["part"], f"{row['shape']} {row['mixer']}", str(row["S"]), str(row["T"])]
-        if "red" in row:
+        if "error" in row:
+            shown.add_row(*first, failure(row))
+        elif "red" in row:
             shown.add_row(*first, "red", "", "", row["red"])
         elif "ways" in row:
             ours = row["ways"][REPLAY]

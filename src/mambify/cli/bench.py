@@ -8,8 +8,16 @@ from typing import Annotated, Any
 import typer
 
 from mambify.cli import experiments, options
-from mambify.cli.console import print_json, print_table, progress_bar, quiet_libraries, require_writable_file, stdout
-from mambify.errors import InvalidOptionError
+from mambify.cli.console import (
+    announcer,
+    print_json,
+    print_table,
+    progress_bar,
+    quiet_libraries,
+    require_writable_file,
+    stdout,
+)
+from mambify.errors import InvalidOptionError, MambifyError
 from mambify.io import write_json
 
 EXAMPLE = "mambify bench ops --json benchmarks/ops.json"
@@ -148,8 +156,12 @@ def bench(
 def _measure(
     name: str, names: list[str], given: dict[str, Any], *, device: str | None, json: Path | None, plot: Path | None
 ) -> None:
-    """Runs benchmarks of this machine, writes and prints what they gave."""
-    from mambify.bench.registry import BENCHMARKS, run_benchmark
+    """Runs benchmarks of this machine, prints what they gave and writes it, after every row already.
+
+    Raises:
+        MambifyError: rows of our own code failed; all others have been written and printed then.
+    """
+    from mambify.bench.registry import BENCHMARKS, plot_benchmark, run_benchmark
     from mambify.distill.parallel import leave, process_rank
 
     quiet = json == _STDOUT
@@ -161,9 +173,18 @@ def _measure(
     if "tokens" in said:
         said["tokens"] = 0 if said["tokens"].strip() == "0" else options.parse_tokens(said["tokens"])
     place = options.pick_device(device)
-    results = []
+    results: list[dict[str, Any]] = []
     first = process_rank() == 0
+
+    def whole(found: list[dict[str, Any]], **unfinished: bool) -> dict[str, Any]:
+        return {**unfinished, "benchmarks": found} if name == "all" else found[0]
+
+    def report(so_far: dict[str, Any]) -> None:
+        if json is not None and not quiet and first:
+            write_json(json, whole([*results, so_far], finished=False))
+
     with progress_bar(quiet=quiet or not first) as bars:
+        say = announcer(quiet=not first, console=bars.console)
         for each in names:
             task = bars.add_task(each, total=None, note="")
             results.append(
@@ -172,20 +193,25 @@ def _measure(
                     device=place,
                     only=given.get("only"),
                     progress=lambda done, total, task=task: bars.update(task, completed=done, total=total),  # type: ignore[misc]
+                    say=say,
+                    report=report,
                     **said,
                 )
             )
     leave()
     if not first:
         return
-    if plot is not None:
-        BENCHMARKS[name].plot(results[0], plot)
-    report = results[0] if name != "all" else {"benchmarks": results}
+    if json is not None and not quiet:
+        write_json(json, whole(results))
     if quiet:
-        print_json(report)
-        return
-    for each, result in zip(names, results, strict=True):
-        print_table(BENCHMARKS[each].table(result))
-    if json is not None:
-        write_json(json, report)
-        stdout().print(f"figures written to {json}", markup=False)
+        print_json(whole(results))
+    else:
+        for each, result in zip(names, results, strict=True):
+            print_table(BENCHMARKS[each].table(result))
+        if json is not None:
+            stdout().print(f"figures written to {json}", markup=False)
+    if plot is not None:
+        plot_benchmark(results[0], plot)
+    failed = sum(result.get("failed_rows", 0) for result in results)
+    if failed:
+        raise MambifyError(f"{failed} of {sum(len(result['results']) for result in results)} rows failed: see above")

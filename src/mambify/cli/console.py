@@ -60,7 +60,7 @@ def announcer(*, quiet: bool, console: Console | None = None) -> Callable[[str],
 
     def announce(message: str) -> None:
         if not quiet:
-            console.print(message, style="dim", markup=False)
+            console.print(message, style="dim", markup=False, soft_wrap=True)  # a log has lines of any length
 
     return announce
 

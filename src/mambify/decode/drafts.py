@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from mambify.conversion.cut import cut
 from mambify.errors import InvalidOptionError
+from mambify.families.load import load_config
 from mambify.model import HybridForCausalLM
 
 if TYPE_CHECKING:
@@ -36,6 +38,17 @@ def cut_if_named(draft: Draft, target: HybridForCausalLM) -> Draft:
     if not count.isdecimal():
         raise InvalidOptionError(f"'{draft}' does not say how many layers of the target draft: write it like cut:2")
     return cut(target, int(count))
+
+
+def require_drafts(names: Iterable[str]) -> None:
+    """Checks that every draft that is a model is there, before work goes into others.
+
+    Raises:
+        UnknownSourceError, UnsupportedError: as :func:`mambify.families.load.load`.
+    """
+    for name in names:
+        if not is_made_of_target(name):
+            load_config(name)
 
 
 def share_with_target(draft: HybridForCausalLM, target: HybridForCausalLM) -> None:
