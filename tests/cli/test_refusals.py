@@ -221,7 +221,7 @@ class TestRecipes:
             ("teacher=no/such-teacher", "no/such-teacher"),
             ("stages.0.tokens=many", "stages.0.tokens: 'many' is no whole number: write it like 512, 20k"),
             ("stages.0.tokens=1.2.3", "'1.2.3' is no whole number"),
-            ("stages.0.kind=algin", "no kind of stage 'algin': did you mean 'align'?"),
+            ("stages.0.kind=algin", "no kind of stage 'algin': choose align, mixing"),
             ("student.layers=0", "student.layers: "),
             ("data.train=[", "override 'data.train=[': the value is not YAML: line 1: "),
             ("report_to=[none-such]", "none-such is not supported"),

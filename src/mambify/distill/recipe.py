@@ -184,7 +184,7 @@ def _explain(error: ValidationError) -> str:
         return f"unknown key '{'.'.join(shown)}': {did_you_mean(where[-1], section.model_fields)}"
     place = ".".join(part for part in where if part not in STAGES) or "recipe"
     if problem["type"] == "union_tag_invalid":  # of stages alone
-        return f"{place}: no kind of stage '{problem['ctx']['tag']}': {did_you_mean(problem['ctx']['tag'], STAGES)}"
+        return f"{place}: no kind of stage '{problem['ctx']['tag']}': choose {', '.join(STAGES)}"
     if problem["type"] == "int_parsing":
         return f"{place}: '{problem['input']}' is no whole number: write it like 512, 20k, 4M or 1B"
     return f"{place}: {problem['msg']}"
