@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from mambify.io import (
     atomic_file,
     atomic_write_text,
     read_json,
+    require_apart,
     require_new,
     write_json,
 )
@@ -100,6 +102,29 @@ def test_directory_appears_when_the_block_ends(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "a" / "b").stat().st_mode) == 0o755
 
 
+@pytest.mark.parametrize("writing", [atomic_directory, atomic_file])
+def test_an_error_leaves_no_empty_directories(
+    tmp_path: Path, writing: Callable[[Path], AbstractContextManager[Path]]
+) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(Crash), writing(tmp_path / "a" / "b" / "c" / "out"):
+        raise Crash
+    assert names(tmp_path / "a") == []
+
+
+def test_what_is_in_use_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    for path, source in ((tmp_path, "model"), (tmp_path / "model", "model"), (tmp_path / "link", "model")):
+        with pytest.raises(OutputExistsError, match="would be replaced"):
+            require_apart(path, tmp_path / source)
+    require_apart(tmp_path / "model" / "below", tmp_path / "model")
+    require_apart(tmp_path, "owner/name")
+    monkeypatch.chdir(tmp_path / "model")
+    with pytest.raises(OutputExistsError, match="is in use there"):
+        require_new(tmp_path, overwrite=True)
+
+
 @pytest.mark.parametrize("there_before", [False, True])
 @pytest.mark.parametrize("error", [Crash, KeyboardInterrupt, ValueError])
 def test_a_crash_inside_changes_nothing(tmp_path: Path, there_before: bool, error: type[BaseException]) -> None:
@@ -163,9 +188,11 @@ def test_what_counts_as_new(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     require_new(str(tmp_path / "empty"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputExistsError, match=r"file is not empty: choose another path or pass --overwrite"):
+    with pytest.raises(OutputExistsError, match=r"file exists: choose another path or pass --overwrite"):
         require_new(tmp_path / "file")
     require_new(tmp_path / "file", overwrite=True)
+    with pytest.raises(OutputWriteError, match=r"file is no directory that can be written"):
+        require_new(tmp_path / "file" / "below")
     with atomic_directory(tmp_path / "empty") as directory:
         (directory / "x").write_text("")
     assert names(tmp_path / "empty") == ["x"]

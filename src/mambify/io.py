@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,17 @@ def require_new(path: str | Path, *, overwrite: bool = False) -> Path:
     """Checks that ``path`` may be written: absent, an empty directory, or ``overwrite`` is set.
 
     Raises:
-        OutputExistsError: something is there already.
+        OutputExistsError: something is there already, or the current directory is in it, which is never replaced.
+        OutputWriteError: there can be no such path.
     """
     path = Path(path)
     taken = any(path.iterdir()) if path.is_dir() else path.exists()
     if taken and not overwrite:
-        raise OutputExistsError(f"{path} is not empty: choose another path or pass --overwrite")
+        what = "is not empty" if path.is_dir() else "exists"
+        raise OutputExistsError(f"{path} {what}: choose another path or pass --overwrite")
+    if taken:
+        require_apart(path, Path.cwd())
+    require_room(path)
     return path
 
 
@@ -36,13 +41,37 @@ def require_new_file(path: str | Path, *, overwrite: bool = False) -> Path:
 
     Raises:
         OutputExistsError: a file is there already, or a directory, which no file replaces.
+        OutputWriteError: there can be no such path.
     """
     path = Path(path)
     if path.is_dir():
         raise OutputExistsError(f"{path} is a directory: name a file in it, as in {path / 'model'}")
     if path.exists() and not overwrite:
         raise OutputExistsError(f"{path} exists: choose another path or pass --overwrite")
+    require_room(path)
     return path
+
+
+def require_room(path: str | Path) -> None:
+    """Checks before the work that ``path`` can be written after it.
+
+    Raises:
+        OutputWriteError: what it is to be in is no directory, or one that cannot be written.
+    """
+    folder = next(parent for parent in Path(path).absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise OutputWriteError(f"cannot write {path}: {folder} is no directory that can be written")
+
+
+def require_apart(path: str | Path, source: str | Path) -> None:
+    """Checks that ``path`` can be replaced without a loss of ``source``: a file or directory, or any other name.
+
+    Raises:
+        OutputExistsError: ``source`` is there, or in it.
+    """
+    source = Path(source)
+    if source.exists() and source.resolve().is_relative_to(Path(path).resolve()):
+        raise OutputExistsError(f"{path} would be replaced, and {source} is in use there: choose another path")
 
 
 @contextmanager
@@ -101,6 +130,20 @@ def append_jsonl(path: str | Path, row: dict[str, Any]) -> None:
 
 
 @contextmanager
+def _parents(path: Path) -> Iterator[None]:
+    """Makes the directories that ``path`` is in; after an error those that it made are gone again."""
+    missing = [parent for parent in path.absolute().parents if not parent.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # somebody else has put something there
+            for parent in missing:
+                parent.rmdir()
+        raise
+
+
+@contextmanager
 def atomic_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yields a path beside ``path`` to write one file to, which becomes ``path`` when the block ends without an error.
 
@@ -109,8 +152,7 @@ def atomic_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         OutputWriteError: the disk refused a write.
     """
     path = require_new_file(path, overwrite=overwrite)
-    with _disk_errors_named(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _disk_errors_named(path), _parents(path):
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
         temporary = Path(name)
@@ -136,8 +178,7 @@ def atomic_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[P
         OutputWriteError: the disk refused a write.
     """
     path = require_new(path, overwrite=overwrite)
-    with _disk_errors_named(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _disk_errors_named(path), _parents(path):
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
         os.chmod(temporary, 0o755)
         try:
@@ -149,6 +190,19 @@ def atomic_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[P
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a directory with all that is in it; nothing may be there.
+
+    Raises:
+        OutputWriteError: the disk refused.
+    """
+    with _disk_errors_named(path):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _swap(new: Path, path: Path) -> None:
@@ -163,7 +217,4 @@ def _swap(new: Path, path: Path) -> None:
     except BaseException:
         os.rename(aside, path)
         raise
-    if aside.is_dir():
-        shutil.rmtree(aside)
-    else:
-        aside.unlink()
+    remove(aside)

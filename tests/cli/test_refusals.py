@@ -41,6 +41,7 @@ def test_unknown_teacher(run: Run, out: Path) -> None:
 
 def test_unknown_teacher_that_is_no_hub_id_either(run: Run) -> None:
     assert_refused(run("info", "smolm2"), "'smolm2' is no directory", "smollm2")
+    assert_refused(run("info", ""), "no model has an empty name")
 
 
 def test_wrong_family(run: Run, gpt2: Path, out: Path) -> None:
@@ -63,7 +64,7 @@ def test_layer_out_of_range(run: Run, teacher: Path, out: Path) -> None:
     assert not out.parent.exists()
 
 
-@pytest.mark.parametrize("layers", ["1,x", "", "1-", "-1"])
+@pytest.mark.parametrize("layers", ["1,x", "", "1-", "-1", "3-1"])
 def test_layers_that_are_no_list(run: Run, teacher: Path, layers: str) -> None:
     assert_refused(run("convert", teacher, f"--attention-layers={layers}", "--dry-run"), "no list of layers")
 
@@ -97,6 +98,89 @@ def test_output_not_empty(run: Run, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class TestOverwrite:
+    """What a command reads, and where it was started, is never replaced."""
+
+    @pytest.fixture
+    def model(self, student: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A student, from the directory beside it."""
+        (student.parent / "here").mkdir()
+        monkeypatch.chdir(student.parent / "here")
+        return student
+
+    @pytest.mark.parametrize("command", [["convert"], ["export"], ["export", "--format", "gguf"], ["pack"]])
+    def test_the_model_itself(self, run: Run, model: Path, command: list[str]) -> None:
+        before = _contents(model.parent)
+        for out in (model, model.parent):
+            result = run(command[0], model, "--out", out, "--overwrite", *command[1:])
+            assert_refused(result, f"{out} would be replaced", "choose another path")
+        assert _contents(model.parent) == before
+
+    def test_the_target_of_a_draft(self, run: Run, model: Path, text: Path) -> None:
+        before = _contents(model.parent)
+        ask = ["draft", model, "--data", text, "--overwrite", "--out"]
+        assert_refused(run(*ask, model), f"{model} would be replaced, and {model} is in use")
+        assert_refused(run(*ask, text), f"{text} would be replaced, and {text} is in use")
+        assert _contents(model.parent) == before
+
+    def test_a_draft_stays_until_all_is_known_to_be_right(
+        self, run: Run, teacher: Path, text: Path, tmp_path: Path
+    ) -> None:
+        old = tmp_path / "draft" / "old"
+        old.parent.mkdir()
+        old.write_text("mine")
+        ask = ["draft", teacher, "--data", text, "--overwrite", "--out", old.parent]
+        assert_refused(run(*ask, "--layers", 9), "9 layers cannot be cut from a model of 4: choose 1 to 4")
+        assert_refused(run(*ask, "--vocabulary", 10**6), "1 to 299 words")
+        assert_refused(run(*ask, "data.heldout=none.txt"), "none.txt")
+        assert old.read_text() == "mine"
+
+    def test_what_a_recipe_reads(self, run: Run, recipe: Path, teacher: Path, text: Path) -> None:
+        before = _contents(recipe.parent) | _contents(teacher)
+        for read, out in ((teacher, teacher), (text, text), (text, text.parent)):
+            result = run("distill", recipe, f"output={out}", "--overwrite", "--json")
+            assert_refused(result, f"{out} would be replaced, and {read} is in use there")
+        assert _contents(recipe.parent) | _contents(teacher) == before
+
+    def test_the_current_directory(
+        self, run: Run, recipe: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        here = tmp_path / "here" / "inner"
+        here.mkdir(parents=True)
+        monkeypatch.chdir(here)
+        commands = [
+            ["convert", teacher, "--out"],
+            ["synthesize", teacher, "--tokens", "1k", "--out"],
+            ["quickstart", "--out"],
+        ]
+        for command in commands:
+            assert_refused(run(*command, here.parent, "--overwrite"), f"{here.parent} would be replaced")
+        result = run("distill", recipe, f"output={here.parent}", "--overwrite", "--json")
+        assert_refused(result, f"{here.parent} would be replaced")
+        assert here.is_dir()
+
+
+def test_an_output_that_cannot_be(run: Run, teacher: Path, recipe: Path, text: Path) -> None:
+    """Known before the teacher is looked for, where that is not needed to know it."""
+    commands = [
+        ["convert", "no/such-teacher", "--out"],
+        ["export", "no/such-model", "--out"],
+        ["export", "no/such-model", "--format", "gguf", "--out"],
+        ["pack", "no/such-model", "--out"],
+        ["synthesize", "no/such-teacher", "--tokens", "1k", "--out"],
+        ["quickstart", "--out"],
+        ["draft", teacher, "--data", text, "--out"],
+    ]
+    for command in commands:
+        assert_refused(run(*command, text / "x"), f"{text} is no directory that can be written", status=1)
+    result = run("distill", recipe, f"output={text / 'x'}")
+    assert_refused(result, f"{text} is no directory that can be written", status=1)
+
+
 @pytest.fixture
 def recipe(tmp_path: Path, teacher: Path, text: Path) -> Path:
     path = tmp_path / "recipe.yaml"
@@ -115,7 +199,7 @@ class TestRecipes:
         assert_refused(run("distill", tmp_path), "cannot read recipe", "directory")
         broken = tmp_path / "broken.yaml"
         broken.write_text("teacher: [")
-        assert_refused(run("distill", broken), "is not YAML")
+        assert_refused(run("distill", broken), "is not YAML: line 1: ")
         broken.write_bytes(b"\xff\xfe\x00")
         assert_refused(run("distill", broken), "broken.yaml")
 
@@ -135,7 +219,14 @@ class TestRecipes:
             ("student.attention_layers=[9]", "layer 9 is out of range"),
             ("data.train=nowhere.txt", "nowhere.txt"),
             ("teacher=no/such-teacher", "no/such-teacher"),
-            ("stages.0.tokens=many", "tokens"),
+            ("stages.0.tokens=many", "stages.0.tokens: 'many' is no whole number: write it like 512, 20k"),
+            ("stages.0.tokens=1.2.3", "'1.2.3' is no whole number"),
+            ("stages.0.kind=algin", "no kind of stage 'algin': choose align, mixing"),
+            ("student.layers=0", "student.layers: "),
+            ("data.train=[", "override 'data.train=[': the value is not YAML: line 1: "),
+            ("report_to=[none-such]", "none-such is not supported"),
+            ("seed=-1", "seed: "),
+            ("seed=4294967296", "seed: "),
         ],
     )
     def test_wrong_keys_and_values(self, run: Run, recipe: Path, tmp_path: Path, override: str, said: str) -> None:
@@ -145,8 +236,9 @@ class TestRecipes:
     def test_output_that_is_no_run(self, run: Run, recipe: Path, tmp_path: Path) -> None:
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "kept").write_text("mine")
-        assert_refused(run("distill", recipe, "--json"), "is not empty", "--overwrite")
+        assert_refused(run("distill", recipe), "is not empty", "--overwrite")  # before anything is loaded
         assert [path.name for path in (tmp_path / "run").iterdir()] == ["kept"]
+        assert_refused(run("distill", recipe, f"output={recipe}"), f"{recipe} is not empty and no run")
 
 
 class TestCheckpoints:
@@ -259,6 +351,10 @@ class TestEvaluate:
         (tmp_path / "a.txt").write_bytes(b"\xff\xff")
         assert_refused(run("evaluate", student, "--text", tmp_path / "a.txt"), "not UTF-8")
 
+    @pytest.mark.parametrize("option", ["--max-tokens", "--batch-size"])
+    def test_numbers_below_one(self, run: Run, student: Path, text: Path, option: str) -> None:
+        assert_refused(run("evaluate", student, "--text", text, option, 0), f"'{option}'", "1")
+
     def test_figures_that_cannot_be_written(self, run: Run, student: Path, text: Path, tmp_path: Path) -> None:
         result = run("evaluate", student, "--text", text, "--json", tmp_path)
         assert_refused(result, "is a directory", status=1)
@@ -279,6 +375,9 @@ class TestEvaluate:
         (["--stop", ""], "an empty stop string"),
         (["--draft", "no/such/model", "--num-draft-tokens", "17"], "num_draft_tokens must be 1 to 16, not 17"),
         (["--max-new-tokens", "300"], "pass the 256 positions"),
+        (["--seed", "-1"], "'--seed'"),
+        (["--seed", "4294967296"], "'--seed'"),
+        (["--draft", "lokup"], "(a draft may also be lookup or cut:2)"),
     ],
 )
 def test_generate_settings(run: Run, teacher: Path, options: list[str], said: str) -> None:

@@ -23,7 +23,6 @@ from mambify.families.load import LoadedModel, load, save
 from mambify.feature_input import shifted
 from mambify.model import HybridForCausalLM
 from mambify.ops.backends import HAS_TRITON
-from mambify.ops.decode_linear import decode_linear
 from speculating import (
     GREEDY,
     PROMPTS,
@@ -132,20 +131,12 @@ def test_penalties_and_what_knows_everything(teacher: HybridForCausalLM) -> None
 @pytest.mark.parametrize("mix", ["mamba2", "mamba1"])
 @pytest.mark.parametrize("by_kernels", [False, pytest.param(True, marks=needs_triton)])
 def test_the_fused_step(
-    teacher: HybridForCausalLM, mix: str, by_kernels: bool, monkeypatch: pytest.MonkeyPatch
+    teacher: HybridForCausalLM, mix: str, by_kernels: bool, products_by_kernels: Callable[[], None]
 ) -> None:
     """Hidden states in and out, by products of one kernel each, in Triton's interpreter too."""
     draft = feature_draft(converted(teacher, mix), [0, 1])
     if by_kernels:
-        if torch.cuda.is_available():
-            pytest.skip("the interpreter stands in for a GPU")
-
-        def by_its_kernel(*given: Any, **settings: Any) -> Tensor:
-            return decode_linear(*given, **settings | {"backend": "triton"})
-
-        monkeypatch.setattr("mambify.engine.fused_parts.decode_linear", by_its_kernel)
-        monkeypatch.setattr("mambify.ops.decode_linear.triton.block_of", lambda *_, gated: 64)
-        monkeypatch.setattr("mambify.engine.tower.packs", lambda _: False)
+        products_by_kernels()
     active_S = torch.ones(2, dtype=torch.bool)
     towers = [
         Tower(draft, num_slots=2, length=20, most_new=2, active_S=active_S, backend=backend)

@@ -21,7 +21,6 @@ from mambify.families.load import load
 from mambify.mixers import ReplayState
 from mambify.model import HybridForCausalLM
 from mambify.ops.backends import HAS_TRITON
-from mambify.ops.decode_linear import decode_linear
 
 if TYPE_CHECKING:
     from mambify.families.load import LoadedModel
@@ -137,17 +136,10 @@ def test_a_head_that_knows_some_words(tiny_hybrid: Callable[..., HybridForCausal
 @pytest.mark.parametrize("mix", ["halves", "mixed", "mamba-tiny", "mamba2-tiny"])
 @pytest.mark.parametrize("final", [False, True])
 def test_kernels(
-    tiny_hybrid: Callable[..., HybridForCausalLM], mix: str, final: bool, monkeypatch: pytest.MonkeyPatch
+    tiny_hybrid: Callable[..., HybridForCausalLM], mix: str, final: bool, products_by_kernels: Callable[[], None]
 ) -> None:
-    """The same with every operation's kernel, in Triton's interpreter where there is no GPU."""
-    if torch.cuda.is_available():
-        pytest.skip("tests/engine/test_gpu_fused.py runs them on the GPU")
-
-    def by_its_kernel(*given: Any, **settings: Any) -> Tensor:
-        return decode_linear(*given, **settings | {"backend": "triton"})
-
-    monkeypatch.setattr("mambify.engine.fused_parts.decode_linear", by_its_kernel)
-    monkeypatch.setattr("mambify.ops.decode_linear.triton.block_of", lambda *_, gated: 64)  # fewer programs
+    """The same with every operation's kernel, in Triton's interpreter."""
+    products_by_kernels()
     if mix in PURE:
         model = pure(mix, ops_backend="triton")
         model.model.layers = model.model.layers[:1]

@@ -213,3 +213,13 @@ def test_what_cannot_be_is_refused_and_nothing_written(target: Path, hybrid: Pat
     (out / "mine.txt").write_text("x")
     with pytest.raises(OutputExistsError):
         draft(recipe_of(target, text, out), out, measure=QUICK, device="cpu")
+
+
+def test_an_earlier_draft_is_replaced_with_its_run(target: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "draft"
+    for layers in ([0, 3], [0, 1, 3]):
+        recipe = recipe_of(target, text, out, steps=1, layers=layers)
+        draft(recipe, out, measure=QUICK, device="cpu", overwrite=True)
+        assert mambify.load(out).model.config.cut_from == layers
+    with pytest.raises(OutputExistsError, match="a run of another recipe"):
+        draft(recipe_of(target, text, out, steps=1), out, measure=QUICK, device="cpu")

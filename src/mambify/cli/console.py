@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mambify.errors import OutputWriteError
+from mambify.io import require_room
 
 _PIPE_WIDTH = 160
 
@@ -119,6 +120,4 @@ def require_writable_file(path: Path) -> None:
     """
     if path.is_dir():
         raise OutputWriteError(f"cannot write {path}: it is a directory")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise OutputWriteError(f"cannot write {path}: {folder} is no directory that can be written")
+    require_room(path)

@@ -10,7 +10,7 @@ import typer
 from mambify.cli import options
 from mambify.cli.console import print_json, quiet_libraries, stdout, working
 from mambify.errors import InvalidOptionError, UnknownSourceError
-from mambify.io import require_new
+from mambify.io import require_apart, require_new
 
 EXAMPLE = "mambify convert smollm2 --attention 0.5 --out student"
 
@@ -45,6 +45,7 @@ def convert(
         raise InvalidOptionError("say where the student goes: --out DIR (or --dry-run for the plan alone)")
     if out is not None and not dry_run:
         require_new(out, overwrite=overwrite)
+        require_apart(out, teacher)
     quiet_libraries()
     from mambify.cli.plans import describe_plan
     from mambify.conversion import apply_plan, needs_text, plan, require_text

@@ -43,7 +43,7 @@ def evaluate(
     text: Annotated[list[Path] | None, typer.Option(help="A text file; may be given several times.")] = None,
     data: Annotated[list[Path] | None, typer.Option(help="Synthesized text: its held-out side.")] = None,
     context_length: Annotated[int, typer.Option(help="Tokens of a block; the first of each is only context.")] = 512,
-    max_tokens: Annotated[int | None, typer.Option(help="Of each text at most about so many tokens.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Of each text at most about so many tokens.")] = None,
     preferences: Annotated[list[Path] | None, typer.Option(help="Pairs of answers, of which one is preferred.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, by name: arc_easy,piqa,openbookqa.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Read the tasks' questions from jsonl files here.")] = None,
@@ -53,7 +53,8 @@ def evaluate(
     ] = None,
     chat_template: Annotated[bool, typer.Option("--chat-template", help="Ask tasks in the chat template.")] = False,
     batch_size: Annotated[
-        int | None, typer.Option(help="Blocks, or choices of tasks, in a forward pass; else 8, or as many as fit.")
+        int | None,
+        typer.Option(min=1, help="Blocks, or choices of tasks, in a pass; else 8, or as many as fit."),
     ] = None,
     device: options.Device = None,
     dtype: options.Dtype = "auto",

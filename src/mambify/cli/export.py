@@ -10,7 +10,7 @@ import typer
 from mambify.cli import options
 from mambify.cli.console import print_json, quiet_libraries, stdout, working
 from mambify.errors import InvalidOptionError, did_you_mean
-from mambify.io import require_new
+from mambify.io import require_apart, require_new
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,6 +56,7 @@ def export(
     if out is None:
         raise InvalidOptionError("say where the export goes: --out PATH (or --check to write nothing)")
     require_new(out, overwrite=overwrite)
+    require_apart(out, model)
     quiet_libraries()
     from mambify.export import FORMATS
     from mambify.families.load import load, load_config

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mambify.errors import InvalidOptionError
+from mambify.errors import InvalidOptionError, UnknownSourceError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,7 +42,7 @@ Draft = Annotated[
 NumDraftTokens = Annotated[
     str, typer.Option(help="How many tokens are guessed at a time, 1 to 16; 2-6 or auto: as many as pay.")
 ]
-Seed = Annotated[int, typer.Option(help="Of everything drawn at random.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything drawn at random.")]
 
 
 def pick_device(name: str | None) -> str:
@@ -76,6 +76,7 @@ def load_draft(name: str | None, *, target: LoadedModel, device: str, quiet: boo
     What it has of the target is in memory once.
 
     Raises:
+        UnknownSourceError: there is no such model.
         InvalidOptionError: its vocabulary is of another size than the target's.
         TokenizerMismatchError: its tokenizer gives other ids than the target's.
     """
@@ -87,8 +88,11 @@ def load_draft(name: str | None, *, target: LoadedModel, device: str, quiet: boo
 
     if name is None or is_made_of_target(name):
         return name
-    with working(f"loading {name}", quiet=quiet):
-        loaded = load(name, dtype=target.model.dtype, device=device)
+    try:
+        with working(f"loading {name}", quiet=quiet):
+            loaded = load(name, dtype=target.model.dtype, device=device)
+    except UnknownSourceError as error:
+        raise UnknownSourceError(f"{error} (a draft may also be lookup or cut:2)") from error
     require_suitable_draft(target.model.config, loaded.model.config)
     if target.tokenizer is not None and loaded.tokenizer is not None:
         require_same_tokenizer(target.tokenizer, loaded.tokenizer, names=("target", "draft"))
@@ -145,7 +149,7 @@ def parse_layers(text: str | None) -> Sequence[int] | None:
     layers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
             raise InvalidOptionError(f"'{text}' is no list of layers: write it like 1,3,5 or 0-3,7 or none")
         layers += range(int(first), int(last or first) + 1)
     return layers

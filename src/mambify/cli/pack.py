@@ -10,7 +10,7 @@ import typer
 
 from mambify.cli import options
 from mambify.cli.console import print_json, quiet_libraries, stdout, working
-from mambify.io import require_new
+from mambify.io import require_apart, require_new
 
 EXAMPLE = "mambify pack runs/half/student --out half-mixers"
 
@@ -34,6 +34,7 @@ def pack(
     weights are not the very same is refused.
     """
     require_new(out, overwrite=overwrite)
+    require_apart(out, model)
     quiet_libraries()
     from mambify.families import pack as packing
 

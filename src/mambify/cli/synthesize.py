@@ -42,7 +42,7 @@ def synthesize(
 
     Killed and started again, the same command continues where it was.
     """
-    if out.exists() and not (out / "manifest.json").is_file():
+    if not (out / "manifest.json").is_file():
         require_new(out, overwrite=overwrite)
     quiet_libraries()
     from mambify.data.sampler import Settings

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from mambify.distill.muon import Muon
 from mambify.distill.parallel import Processes, process_count, sharding_asked_for, uses_deepspeed
@@ -180,7 +181,7 @@ def check_training_arguments(recipe: Recipe, processes: Processes) -> None:
 
     Raises:
         RecipeError: see :func:`training_arguments`; or a value that TrainingArguments does not take.
-        MissingDependencyError: an optimizer of a package that is not installed.
+        MissingDependencyError: an optimizer or a reporter of a package that is not installed.
     """
     for stage in recipe.stages:
         try:
@@ -192,6 +193,8 @@ def check_training_arguments(recipe: Recipe, processes: Processes) -> None:
                 count=processes.count,
             )
             optimizer_class(stage, arguments)
+            for reporter in get_reporting_integration_callbacks(arguments.report_to):
+                _require_installed(reporter)
         except (TypeError, ValueError) as error:
             raise RecipeError(f"stage {stage.kind}: {str(error).splitlines()[0]}") from error
         except ImportError as error:
@@ -200,6 +203,14 @@ def check_training_arguments(recipe: Recipe, processes: Processes) -> None:
             raise RecipeError("stage on_policy: the student writes its text here: set dataloader_num_workers to 0")
         if arguments.torch_compile and stage.layerwise:
             raise RecipeError(f"stage {stage.kind}: torch_compile is for whole models; a layer leaves it little to do")
+
+
+def _require_installed(reporter: type[TrainerCallback]) -> None:
+    """Raises ImportError where the package that a reporter writes for is missing, as its constructor finds out."""
+    try:
+        reporter()
+    except RuntimeError as error:
+        raise ImportError(str(error)) from error
 
 
 def optimizer_class(stage: Stage, arguments: TrainingArguments) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:

@@ -58,7 +58,7 @@ class Recipe(Section):
     data: Data
     stages: Annotated[list[Stage], Field(min_length=1)]
     output: str
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     cuda_graphs: bool = True
     checkpoint_every: Annotated[int, Field(gt=0)] = 100
@@ -102,7 +102,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read recipe {path}: {getattr(error, 'strerror', None) or error}") from error
     except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {path} is not YAML: {str(error).splitlines()[0]}") from error
+        raise RecipeError(f"recipe {path} is not YAML: {_not_yaml(error)}") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"recipe {path} is not a mapping of keys")
     apply_overrides(raw, overrides)
@@ -150,7 +150,10 @@ def _override(raw: dict[str, Any], override: str) -> None:
         if not isinstance(place, dict | list):
             raise RecipeError(f"override '{override}': '{key}' holds a value, not keys")
     last: Any = _index(place, keys[-1], override) if isinstance(place, list) else keys[-1]
-    place[last] = yaml.safe_load(text)
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override '{override}': the value is not YAML: {_not_yaml(error)}") from error
 
 
 def _index(items: list[Any], key: str, override: str) -> int:
@@ -159,16 +162,29 @@ def _index(items: list[Any], key: str, override: str) -> int:
     return int(key)
 
 
+def _not_yaml(error: yaml.YAMLError) -> str:
+    """What is wrong, and in which line where that is known."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    return str(error).splitlines()[0]
+
+
+#: what pydantic calls the members of a union, which are no keys of a recipe
+_TYPES = frozenset({"str", "int", "float", "bool", "constrained-float", "constrained-int"})
 _SECTIONS: dict[str, type[BaseModel]] = {"student": Student, "data": Data, **STAGES}
 
 
 def _explain(error: ValidationError) -> str:
     """The first problem as one line; an unknown key names the nearest known one."""
     problem = error.errors()[0]
-    where = [str(part) for part in problem["loc"] if not (isinstance(part, str) and "[" in part)]
+    where = [str(part) for part in problem["loc"] if not (isinstance(part, str) and ("[" in part or part in _TYPES))]
     if problem["type"] == "extra_forbidden":
         section = next((_SECTIONS[part] for part in reversed(where[:-1]) if part in _SECTIONS), Recipe)
         shown = [part for part in where if part not in STAGES]
         return f"unknown key '{'.'.join(shown)}': {did_you_mean(where[-1], section.model_fields)}"
     place = ".".join(part for part in where if part not in STAGES) or "recipe"
+    if problem["type"] == "union_tag_invalid":  # of stages alone
+        return f"{place}: no kind of stage '{problem['ctx']['tag']}': choose {', '.join(STAGES)}"
+    if problem["type"] == "int_parsing":
+        return f"{place}: '{problem['input']}' is no whole number: write it like 512, 20k, 4M or 1B"
     return f"{place}: {problem['msg']}"

@@ -41,41 +41,72 @@ from mambify.distill.provenance import provenance_of
 from mambify.distill.recipe import Recipe, dump_recipe, parse_recipe
 from mambify.distill.rounds import FOLDER as ROUNDS
 from mambify.distill.rounds import Rounds, Writer, round_seed, round_sizes
+from mambify.distill.sections import sources_of
 from mambify.distill.settings import Align, OnPolicy, Stage
 from mambify.distill.sharding import lent, shard
 from mambify.distill.stages import build_trainer, frozen_copy, stage_module, train_stage, unshare
 from mambify.distill.steps import Step, steps_of
 from mambify.errors import OutputExistsError, RecipeError
 from mambify.families.load import LoadedModel, save
-from mambify.io import append_jsonl, atomic_write_text, read_json, write_json
+from mambify.io import (
+    append_jsonl,
+    atomic_write_text,
+    read_json,
+    remove,
+    require_apart,
+    require_new,
+    require_room,
+    write_json,
+)
 from mambify.machine import environment
 from mambify.model import HybridForCausalLM
 
 _TRAINED, _SUMMARY = "trained.safetensors", "summary.json"
 
 
-def open_run(recipe: Recipe, processes: Processes, *, overwrite: bool = False) -> Path:
-    """The run directory: new, or that of an earlier run of the same recipe.
+def check_run(recipe: Recipe, *, overwrite: bool = False, save_to: Path | None = None) -> None:
+    """Refuses a run directory that cannot be one, before anything is loaded or written.
+
+    Args:
+        overwrite: what is there will be removed, and what is at ``save_to``.
 
     Raises:
-        OutputExistsError: something else is there.
+        OutputExistsError: something else is there, or something would be removed that the recipe reads.
+        OutputWriteError: there can be no such directory.
     """
-    processes.first_does(lambda: _open_run(recipe, processes, overwrite=overwrite))
+    run = Path(recipe.output)
+    if overwrite:
+        texts = [text for stage in recipe.stages for text in sources_of(recipe.data_of(stage))]
+        for path in (run, run if save_to is None else save_to):
+            require_new(path, overwrite=True)
+            for source in filter(None, (recipe.teacher, recipe.student.base, *texts)):
+                require_apart(path, source)
+        return
+    existing = run / "recipe.yaml"
+    if existing.is_file():
+        if _as_now_written(existing) != dump_recipe(recipe):
+            raise OutputExistsError(f"{run} holds a run of another recipe: choose another output or pass --overwrite")
+    elif run.is_file() or (run.exists() and any(run.iterdir())):
+        raise OutputExistsError(f"{run} is not empty and no run: choose another output or pass --overwrite")
+    require_room(run)
+
+
+def open_run(recipe: Recipe, processes: Processes, *, overwrite: bool = False, save_to: Path | None = None) -> Path:
+    """The run directory, new or that of an earlier run of the same recipe; see :func:`check_run`."""
+    processes.first_does(lambda: _open_run(recipe, processes, overwrite=overwrite, save_to=save_to))
     return Path(recipe.output)
 
 
-def _open_run(recipe: Recipe, processes: Processes, *, overwrite: bool) -> None:
-    run, text = Path(recipe.output), dump_recipe(recipe)
-    if overwrite and run.exists():
-        shutil.rmtree(run)
-    existing = run / "recipe.yaml"
-    if existing.is_file():
-        if _as_now_written(existing) != text:
-            raise OutputExistsError(f"{run} holds a run of another recipe: choose another output or pass --overwrite")
+def _open_run(recipe: Recipe, processes: Processes, *, overwrite: bool, save_to: Path | None) -> None:
+    check_run(recipe, overwrite=overwrite, save_to=save_to)
+    run = Path(recipe.output)
+    if overwrite:
+        remove(run)
+        if save_to is not None:
+            remove(save_to)
+    if (run / "recipe.yaml").is_file():
         return
-    if run.exists() and any(run.iterdir()):
-        raise OutputExistsError(f"{run} is not empty and no run: choose another output or pass --overwrite")
-    atomic_write_text(existing, text)
+    atomic_write_text(run / "recipe.yaml", dump_recipe(recipe))
     write_json(
         run / "environment.json", {"command": sys.argv} | environment(processes.device) | {"processes": processes.count}
     )

@@ -14,7 +14,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 def parse_count(value: object) -> object:
     """``"1.6M"`` → 1600000; integers pass. (k, M and B are powers of ten.)"""
     if isinstance(value, str):
-        match = re.fullmatch(r"([\d.]+)\s*([kKmMbB]?)", value.strip().replace("_", ""))
+        match = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([kKmMbB]?)", value.strip().replace("_", ""))
         if match:
             return round(float(match[1]) * _UNITS[match[2].lower()])
     return value
@@ -102,6 +102,12 @@ class Data(Section):
     context_length: ContextLength = 512
     packing: Packing = "concat"
     answers_only: bool = False
+
+
+def sources_of(data: Data) -> list[str]:
+    """All that the text is read from."""
+    train = [data.train] if isinstance(data.train, str) else list(data.train)
+    return train if data.heldout is None else [*train, data.heldout]
 
 
 class StageData(Section):

@@ -8,9 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_WIDTH = 2  # W
 
-def look_up(history_SL: Tensor, length_S: Tensor, num_tokens: int, width: int = 2) -> tuple[Tensor, Tensor]:
-    """The tokens that followed the latest earlier occurrence of each slot's last ``width`` tokens.
+
+def look_up(history_SL: Tensor, length_S: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """The tokens that followed the latest earlier occurrence of each slot's last two tokens.
 
     Args:
         history_SL: tokens by position.
@@ -21,10 +23,10 @@ def look_up(history_SL: Tensor, length_S: Tensor, num_tokens: int, width: int = 
     """
     S, L = history_SL.shape
     row_S1 = torch.arange(S, device=history_SL.device)[:, None]
-    place_W = torch.arange(width, device=history_SL.device) - width
+    place_W = torch.arange(-_WIDTH, 0, device=history_SL.device)
     tail_SW = history_SL[row_S1, (length_S[:, None] + place_W).clamp(min=0)]
-    windows_SEW = history_SL.unfold(1, width, 1)
-    end_E = torch.arange(width, L + 1, device=history_SL.device)  # the place after each window
+    windows_SEW = history_SL.unfold(1, _WIDTH, 1)
+    end_E = torch.arange(_WIDTH, L + 1, device=history_SL.device)  # the place after each window
     agrees_SE = (windows_SEW == tail_SW[:, None]).all(-1) & (end_E < length_S[:, None])
     end_S = (agrees_SE * end_E).amax(-1)
     place_SK = end_S[:, None] + torch.arange(num_tokens, device=history_SL.device)

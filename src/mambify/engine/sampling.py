@@ -12,6 +12,7 @@ from mambify.errors import InvalidOptionError
 from mambify.ops.draw import settings_of
 
 _APART = 1_000_003  # between the seeds of neighbouring rows
+_MOST_SEED = 2**40  # so that all of them are int64
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ class Sampling:
             raise InvalidOptionError(f"top_p must be above 0 and at most 1, not {self.top_p}")
         if not 0.0 <= self.min_p <= 1.0:
             raise InvalidOptionError(f"min_p must be 0 to 1, not {self.min_p}")
+        given = self.seed if isinstance(self.seed, Sequence) else [self.seed or 0]
+        if any(not -_MOST_SEED <= seed <= _MOST_SEED for seed in given):
+            raise InvalidOptionError(f"seeds must be between -2^40 and 2^40, not {self.seed}")
         if not 0.0 < self.repetition_penalty < float("inf"):
             raise InvalidOptionError(
                 f"repetition_penalty must be above 0 (1 penalises nothing), not {self.repetition_penalty}"
@@ -83,5 +87,5 @@ class Sampling:
             if len(self.seed) != rows:
                 raise InvalidOptionError(f"{len(self.seed)} seeds for {rows} rows: give one number, or one a row")
             return [seed * _APART for seed in self.seed]
-        first = int(torch.randint(2**40, ())) if self.seed is None else self.seed
+        first = int(torch.randint(_MOST_SEED, ())) if self.seed is None else self.seed
         return [first * _APART + row for row in range(rows)]

@@ -19,7 +19,7 @@ from mambify.experiments.evaluation import Evaluation, check_evaluation
 from mambify.experiments.jobs import Job, Report, Say, check, is_scored, no_report, outcome
 from mambify.experiments.recipes import failures, short
 from mambify.experiments.request import Request
-from mambify.experiments.schedule import run_all
+from mambify.experiments.schedule import run_and_report
 from mambify.experiments.texts import with_texts
 from mambify.workflows.distill import check_plan
 
@@ -135,16 +135,7 @@ def run(spec: PaperTable, request: Request, *, device: str, say: Say, report: Re
             "failed": {job.label: failed[job.key] for job in wanted if job.key in failed},
         }
 
-    failed = run_all(
-        wanted,
-        request.out,
-        evaluation,
-        device=device,
-        parallel=request.parallel,
-        say=say,
-        after_each=lambda: report(result({})),
-    )
-    return result(failed)
+    return run_and_report(wanted, request, evaluation, result, device=device, say=say, report=report)
 
 
 def _origins(jobs: Sequence[Job]) -> list[Job]:

@@ -16,7 +16,7 @@ from mambify.distill.presets import preset_file
 from mambify.experiments.evaluation import Evaluation, check_evaluation
 from mambify.experiments.jobs import Report, Say, check, is_done, no_report, outcome
 from mambify.experiments.request import Request, parse_budget
-from mambify.experiments.schedule import run_all
+from mambify.experiments.schedule import run_and_report
 from mambify.experiments.students import student
 from mambify.experiments.texts import with_texts
 from mambify.workflows.distill import check_plan
@@ -63,16 +63,7 @@ def run(request: Request, *, device: str, say: Say, report: Report = no_report) 
         }
 
     longest_first = [jobs[run] for run in sorted(jobs, key=lambda run: -run[1])]  # processes end at about the same time
-    failed = run_all(
-        longest_first,
-        request.out,
-        evaluation,
-        device=device,
-        parallel=request.parallel,
-        say=say,
-        after_each=lambda: report(result({})),
-    )
-    return result(failed)
+    return run_and_report(longest_first, request, evaluation, result, device=device, say=say, report=report)
 
 
 def runs_of(request: Request) -> list[tuple[str, int]]:

@@ -6,20 +6,48 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 
 from mambify.experiments.evaluation import Evaluation
-from mambify.experiments.jobs import Common, Job, Say, is_done, work, write_job
+from mambify.experiments.jobs import Common, Job, Report, Say, is_done, work, write_job
+from mambify.experiments.request import Request
 from mambify.experiments.worker import DONE, LOG
 
 _WORKER = (sys.executable, "-m", "mambify.experiments.worker")
 _LOOK_EVERY, _TELL_EVERY = 0.2, 30.0  # seconds
+
+
+def run_and_report(
+    jobs: Sequence[Job],
+    request: Request,
+    evaluation: Evaluation,
+    result: Callable[[Mapping[str, str]], dict[str, Any]],
+    *,
+    device: str,
+    say: Say,
+    report: Report,
+) -> dict[str, Any]:
+    """As :func:`run_all`; what ``result`` makes of the runs and of those that failed, by key.
+
+    Args:
+        report: given what it makes of those that are done, whenever one is.
+    """
+    failed = run_all(
+        jobs,
+        request.out,
+        evaluation,
+        device=device,
+        parallel=request.parallel,
+        say=say,
+        after_each=lambda: report(result({})),
+    )
+    return result(failed)
 
 
 def run_all(

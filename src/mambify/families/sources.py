@@ -35,6 +35,8 @@ def resolve(name: str | Path) -> Source:
         CheckpointError: a package declares an alias and lacks the model.
     """
     text, path = str(name), Path(name)
+    if not text:
+        raise UnknownSourceError("no model has an empty name: give a directory, a .gguf file, an alias or a Hub id")
     carried = find_alias(text) if path.name == text else None
     if carried is not None:
         hub_id = KNOWN[text].hub_id if text in KNOWN else None

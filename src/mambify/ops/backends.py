@@ -1,4 +1,4 @@
-"""What every operation shares: the checks of ``backend=`` and of shapes, and the dtype of sums."""
+"""What every operation shares: the checks of ``backend=`` and of shapes, the dtype of sums, the layout of inputs."""
 
 from __future__ import annotations
 
@@ -60,6 +60,11 @@ def check_shape(operation: str, name: str, tensor: Tensor | None, shape: tuple[i
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float32, or float64 where an input is float64: what decays, states and sums are kept in."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def last_adjacent(tensor: Tensor) -> Tensor:
+    """Itself where the last dimension lies together in memory, as in any view of a projection; a copy otherwise."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def documents(seq_idx_BT: Tensor) -> Tensor:

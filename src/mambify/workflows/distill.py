@@ -12,7 +12,7 @@ from mambify.distill.arguments import check_launch, check_training_arguments
 from mambify.distill.logs import Listener
 from mambify.distill.parallel import joined
 from mambify.distill.recipe import Recipe
-from mambify.distill.run import open_run, run_stages
+from mambify.distill.run import check_run, open_run, run_stages
 from mambify.distill.settings import Kd, Mixing
 from mambify.distill.stages import trains_something
 from mambify.distill.steps import schedule, steps_of
@@ -44,6 +44,7 @@ def distill(
         device: ``cpu``, or a GPU; the GPU where there is one by default.
         teacher: already loaded, where the caller has it.
         known: texts that earlier calls with the same tokenizer have read, and what this one reads.
+        overwrite: what is in the run directory, and at ``save_to``, is removed first.
         save_to: where the student is saved; the run directory's ``student`` folder by default.
         listener: told of every step, in the first process.
         announce: told in words what begins, in the first process.
@@ -56,6 +57,7 @@ def distill(
         TrainingDivergedError, OutputWriteError: the run stopped; the same call continues it.
     """
     check_plan(recipe, teacher)
+    check_run(recipe, overwrite=overwrite, save_to=save_to)
     check_launch(recipe)
     with joined(device or default_device()) as processes:
         say = announce if announce is not None and processes.first else lambda _: None
@@ -76,7 +78,7 @@ def distill(
             return loaded, _cut(base, recipe, texts), texts
 
         loaded, base, texts = processes.all_do(read)
-        run = open_run(recipe, processes, overwrite=overwrite)
+        run = open_run(recipe, processes, overwrite=overwrite, save_to=save_to)
         student = run_stages(
             recipe,
             run,

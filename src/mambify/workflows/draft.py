@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +21,15 @@ from mambify.distill.arguments import use_bfloat16
 from mambify.distill.logs import Listener
 from mambify.distill.parallel import process_rank
 from mambify.distill.recipe import Recipe, load_recipe
-from mambify.distill.run import in_dtype
+from mambify.distill.run import check_run, in_dtype
 from mambify.errors import InvalidOptionError, OutputExistsError, RecipeError, did_you_mean
 from mambify.evaluate.acceptance import expected_acceptance, measured_acceptance
 from mambify.families.load import LoadedModel, load, load_config, require_tokenizer
 from mambify.hub import update_card
-from mambify.io import write_json
+from mambify.io import require_room, write_json
 from mambify.machine import default_device
 from mambify.model import HybridForCausalLM
-from mambify.workflows.distill import distill
+from mambify.workflows.distill import check_plan, distill
 
 #: file beside a draft's weights that says what of it is accepted
 REPORT = "acceptance.json"
@@ -169,7 +168,8 @@ def draft(
     """
     out = Path(out)
     if process_rank() == 0:
-        _open(out, Path(recipe.output), overwrite=overwrite)
+        _require_free(out, recipe, overwrite=overwrite)
+    check_plan(recipe, target)
     place, measure = device or default_device(), measure or Measure()
     loaded = target or load(recipe.teacher)
     text = _text_to_measure(recipe, loaded, measure)  # before hours of training
@@ -192,10 +192,12 @@ def draft(
     return report
 
 
-def _open(out: Path, run: Path, *, overwrite: bool) -> None:
-    if overwrite and out.exists():
-        shutil.rmtree(out)
-    if out.exists() and not run.is_dir() and (out.is_file() or any(out.iterdir())):
+def _require_free(out: Path, recipe: Recipe, *, overwrite: bool) -> None:
+    """What is at ``out`` stays until all else is known to be right."""
+    check_run(recipe, overwrite=overwrite, save_to=out)
+    require_room(out)
+    taken = out.is_file() or (out.is_dir() and any(out.iterdir()))
+    if taken and not overwrite and not Path(recipe.output).is_dir():
         raise OutputExistsError(f"{out} is not empty and no draft of a run: choose another --out or pass --overwrite")
 
 

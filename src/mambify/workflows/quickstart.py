@@ -9,7 +9,6 @@ OUT/report.json     every figure       OUT/report.html   the same to look at
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from mambify.evaluate.compare import compare
 from mambify.evaluate.report import render_report
 from mambify.families.load import LoadedModel, load, require_tokenizer
 from mambify.hub import update_card
-from mambify.io import atomic_write_text, read_json, require_new, write_json
+from mambify.io import atomic_write_text, read_json, remove, require_new, write_json
 from mambify.machine import default_device, environment
 from mambify.model import HybridForCausalLM
 from mambify.workflows.distill import distill
@@ -179,8 +178,8 @@ def quickstart(
 
 def _open(out: Path, settings: Settings, *, overwrite: bool) -> Path:
     marker = out / "settings.json"
-    if overwrite and out.exists():
-        shutil.rmtree(out)
+    if overwrite:
+        remove(require_new(out, overwrite=True))
     if marker.is_file():
         if read_json(marker) != asdict(settings):
             raise OutputExistsError(f"{out} holds another quickstart: choose another --out or pass --overwrite")

@@ -20,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mambify.ops.backends import last_adjacent
+
 _TILE, _PER_THREAD = 2048, 16  # elements: two 16-byte loads of bfloat16 from each input are under way at once
 _WIDEST = 16_384
 _PROGRAMS = 132 * 8  # more backward programs would only write more partial sums of the weight's gradient
@@ -41,7 +43,7 @@ class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, stream_ND: Tensor, x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         ctx.dtypes = stream_ND.dtype, x_ND.dtype
-        stream_ND, x_ND, weight_D = _channels_last(stream_ND), _channels_last(x_ND), weight_D.contiguous()
+        stream_ND, x_ND, weight_D = last_adjacent(stream_ND), last_adjacent(x_ND), weight_D.contiguous()
         tokens, width = stream_ND.shape
         total_ND = stream_ND.new_empty(stream_ND.shape, dtype=torch.promote_types(*ctx.dtypes))
         normed_ND = torch.empty_like(total_ND)
@@ -80,11 +82,6 @@ class _AddNorm(torch.autograd.Function):
 
 
 _apply: Callable[..., tuple[Tensor, Tensor]] = _AddNorm.apply
-
-
-def _channels_last(v_ND: Tensor) -> Tensor:
-    """Itself where channels are adjacent in memory, as in any view of a projection; a copy otherwise."""
-    return v_ND if v_ND.stride(1) == 1 else v_ND.contiguous()
 
 
 def _sizes(width: int) -> tuple[int, int, int]:

@@ -24,6 +24,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mambify.ops.backends import last_adjacent
+
 _FULL = 132 * 32  # warps that keep an H100 busy: 132 multiprocessors, half of the 64 warps that each can hold
 
 
@@ -93,7 +95,7 @@ class _CausalConv(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         batch, tokens, channels = x_BTC.shape
         width = weight_CK.shape[1]
-        x_BTC = _channels_last(x_BTC)
+        x_BTC = last_adjacent(x_BTC)
         bias_C = None if bias_C is None else bias_C.contiguous()
         y_BTC = torch.empty_like(x_BTC, memory_format=torch.contiguous_format)
         final_BCL = x_BTC.new_empty((batch, channels, width - 1))
@@ -115,7 +117,7 @@ class _CausalConv(torch.autograd.Function):
         x_BTC, weight_CK, bias_C, initial_BCL, seq_idx_BT = ctx.saved_tensors
         batch, tokens, channels = x_BTC.shape
         width = weight_CK.shape[1]
-        dy_BTC = torch.zeros_like(x_BTC) if dy_BTC is None else _channels_last(dy_BTC)
+        dy_BTC = torch.zeros_like(x_BTC) if dy_BTC is None else last_adjacent(dy_BTC)
         dx_BTC = torch.empty_like(x_BTC, memory_format=torch.contiguous_format)
         dinitial_BCL = None if initial_BCL is None else initial_BCL.new_empty(initial_BCL.shape)
         tiles = _tiles(batch, tokens, channels, backward=True)
@@ -139,11 +141,6 @@ class _CausalConv(torch.autograd.Function):
 
 
 _apply: Callable[..., tuple[Tensor, Tensor]] = _CausalConv.apply
-
-
-def _channels_last(x_BTC: Tensor) -> Tensor:
-    """Itself where channels are adjacent in memory, as in any view of a projection; a copy otherwise."""
-    return x_BTC if x_BTC.stride(2) == 1 or x_BTC.shape[2] == 1 else x_BTC.contiguous()
 
 
 def _strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:

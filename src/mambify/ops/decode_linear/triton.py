@@ -33,6 +33,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mambify.ops.decode_linear import triton_dots
 from mambify.ops.decode_linear.convolution import Convolution
+from mambify.ops.decode_linear.outputs import Outputs
 from mambify.ops.ring import check_contiguous
 
 MOST_ROWS = 8
@@ -94,20 +95,19 @@ def decode_linear(
     if block is None and on_tensor_cores(M, weights):
         assert convolution is None
         return triton_dots.decode_linear(x_MD, weights, biases, norm_D, eps, gated, add_to_MO, overlap)
-    heights = [len(weights[0])] if gated else [*map(len, weights)]
-    y_MO = weights[0].new_empty(M, sum(heights)) if add_to_MO is None else add_to_MO
+    outputs = Outputs.of(M, weights, biases, add_to_MO, gated=gated)
+    y_MO = outputs.y_MO
     if not M:
         return y_MO
-    block = block or block_of(M, sum(heights), gated=gated)
+    block = block or block_of(M, sum(outputs.heights), gated=gated)
     warps, vector = num_warps_of(D), 16 // weights[0].element_size()
-    three = [*weights, None, None][:3], [*biases, None, None][:3], [*heights, 0, 0][:3]
     tensors, sizes = _convolution_of(convolution, M)
     with torch.cuda.device_of(x_MD):  # Triton launches on the current device
-        _stream[(sum(triton.cdiv(height, block) for height in heights),)](
-            x_MD, norm_D, y_MO, *three[0], *three[1], *tensors, eps, x_MD.stride(0), y_MO.stride(0),
-            M=M, D=D, O0=three[2][0], O1=three[2][1], O2=three[2][2], **sizes, GATED=gated,
-            ADD=add_to_MO is not None, OVERLAP=overlap, BLOCK_O=block, BLOCK_D=32 * warps * vector, VEC=vector,
-            num_warps=warps, **({"launch_pdl": True} if overlap else {}),
+        _stream[outputs.grid(block)](
+            x_MD, norm_D, y_MO, *outputs.weights, *outputs.biases, *tensors, eps, x_MD.stride(0), y_MO.stride(0),
+            M=M, D=D, **outputs.sizes, **sizes, GATED=gated, ADD=add_to_MO is not None, OVERLAP=overlap,
+            BLOCK_O=block, BLOCK_D=32 * warps * vector, VEC=vector, num_warps=warps,
+            **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
     return y_MO
 

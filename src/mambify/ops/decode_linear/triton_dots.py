@@ -25,6 +25,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from mambify.ops.decode_linear.outputs import Outputs
+
 FEWEST_ROWS, MOST_ROWS = 4, 16
 _VECTOR = 8  # neighbouring entries of x whose squares are summed in one thread
 
@@ -65,14 +67,12 @@ def decode_linear(
 ) -> Tensor:
     """See :func:`mambify.ops.decode_linear.decode_linear`; ``tiles``: by default what suits."""
     M, D = x_MD.shape
-    heights = [len(weights[0])] if gated else [*map(len, weights)]
-    y_MO = weights[0].new_empty(M, sum(heights)) if add_to_MO is None else add_to_MO
-    tiles = tiles or tiles_of(D, gated=gated)
-    three = [*weights, None, None][:3], [*biases, None, None][:3], [*heights, 0, 0][:3]
+    outputs = Outputs.of(M, weights, biases, add_to_MO, gated=gated)
+    y_MO, tiles = outputs.y_MO, tiles or tiles_of(D, gated=gated)
     with torch.cuda.device_of(x_MD):  # Triton launches on the current device
-        _products[(sum(triton.cdiv(height, tiles.outputs) for height in heights),)](
-            x_MD, norm_D, y_MO, *three[0], *three[1], eps, x_MD.stride(0), y_MO.stride(0),
-            M=M, COLUMNS=8 if M <= 8 else 16, D=D, O0=three[2][0], O1=three[2][1], O2=three[2][2], GATED=gated,
+        _products[outputs.grid(tiles.outputs)](
+            x_MD, norm_D, y_MO, *outputs.weights, *outputs.biases, eps, x_MD.stride(0), y_MO.stride(0),
+            M=M, COLUMNS=8 if M <= 8 else 16, D=D, **outputs.sizes, GATED=gated,
             ADD=add_to_MO is not None, OVERLAP=overlap, BLOCK_O=tiles.outputs, BLOCK_D=tiles.inputs,
             STAGES=tiles.stages, VEC=_VECTOR, num_warps=tiles.warps, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip

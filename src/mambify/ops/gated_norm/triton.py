@@ -20,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mambify.ops.backends import last_adjacent
+
 _TILE = 2048  # elements of a tile, 16 a thread: two 16-byte loads of bfloat16 from each input are under way at once
 _WARPS, _MOST_WARPS = 4, 16
 _WIDEST = 16_384
@@ -40,7 +42,7 @@ def gated_rms_norm(y_BTHP: Tensor, z_BTHP: Tensor, weight_HP: Tensor, eps: float
 class _GatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_BTHP: Tensor, z_BTHP: Tensor, weight_HP: Tensor, eps: float) -> Tensor:
-        y_BTHP, z_BTHP, weight_HP = _channels_last(y_BTHP), _channels_last(z_BTHP), weight_HP.contiguous()
+        y_BTHP, z_BTHP, weight_HP = last_adjacent(y_BTHP), last_adjacent(z_BTHP), weight_HP.contiguous()
         out_BTHP = torch.empty_like(z_BTHP, memory_format=torch.contiguous_format)
         batch, tokens = _merged(y_BTHP, z_BTHP)
         heads, width, block_p, rows = _sizes(y_BTHP)
@@ -80,11 +82,6 @@ class _GatedNorm(torch.autograd.Function):
 
 
 _apply: Callable[..., Tensor] = _GatedNorm.apply
-
-
-def _channels_last(v_BTHP: Tensor) -> Tensor:
-    """Itself where channels are adjacent in memory, as in any view of a projection; a copy otherwise."""
-    return v_BTHP if v_BTHP.stride(3) == 1 or v_BTHP.shape[3] == 1 else v_BTHP.contiguous()
 
 
 def _merged(*tensors_BTHP: Tensor) -> tuple[int, int]:

@@ -33,6 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambify.ops.backends import last_adjacent
 from mambify.ops.ring import RingPlace, check_contiguous
 from mambify.ops.triton_math import softplus
 
@@ -100,7 +101,7 @@ def ssd_replay(
     slots, new, groups, P = x_STGP.shape
     heads, N = dt_STH.shape[2], C_STVN.shape[3]
     check_contiguous("ssd_replay", state_SHPN, *ring)
-    x_STGP, B_STUN, C_STVN = (_columns_adjacent(v) for v in (x_STGP, B_STUN, C_STVN))
+    x_STGP, B_STUN, C_STVN = (last_adjacent(v) for v in (x_STGP, B_STUN, C_STVN))
     plan = _plan(slots * heads, P, N, x_STGP.dtype, new)
     y_STHP = x_STGP.new_empty((slots, new, heads, P))
     kernel, options = _replay_sums, {}
@@ -131,11 +132,6 @@ def ssd_fold(state_LSHPN: Tensor, A_LH: Tensor, ring: _Ring, place: RingPlace) -
             H=heads, G=ring[0].shape[-2], U=ring[1].shape[-2], P=P, N=N, R=place.capacity,
             BLOCK_P=plan.BLOCK_P, BLOCK_N=plan.BLOCK_N, RAGGED=plan.RAGGED, num_warps=4, num_stages=1,
         )  # fmt: skip
-
-
-def _columns_adjacent(tensor: Tensor) -> Tensor:
-    """Itself where the last dimension is adjacent in memory, as in any view of a projection; a copy otherwise."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 @triton.jit

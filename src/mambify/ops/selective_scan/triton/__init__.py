@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mambify.ops.backends import last_adjacent
 from mambify.ops.selective_scan.triton.backward import backward_kernel, reversed_scan_kernel
 from mambify.ops.selective_scan.triton.forward import combine_kernel, scan_kernel
 
@@ -62,7 +63,7 @@ class _SelectiveScan(torch.autograd.Function):
         seq_idx_BT: Tensor | None,
         differentiated: bool,
     ) -> tuple[Tensor, Tensor]:
-        x_BTJM, dt_BTJM, B_BTJN, C_BTJN = (_channels_last(v) for v in (x_BTJM, dt_BTJM, B_BTJN, C_BTJN))
+        x_BTJM, dt_BTJM, B_BTJN, C_BTJN = (last_adjacent(v) for v in (x_BTJM, dt_BTJM, B_BTJN, C_BTJN))
         A_JMN, D_JM = A_JMN.contiguous(), None if D_JM is None else D_JM.contiguous()
         batch, tokens, heads, channels = x_BTJM.shape
         size = A_JMN.shape[-1]
@@ -109,7 +110,7 @@ class _SelectiveScan(torch.autograd.Function):
         x_BTJM, dt_BTJM, A_JMN, B_BTJN, C_BTJN, D_JM, seq_idx_BT, saved = ctx.saved_tensors
         batch, tokens, heads, channels = x_BTJM.shape
         size = A_JMN.shape[-1]
-        dy_BTJM = torch.zeros_like(x_BTJM) if dy_BTJM is None else _channels_last(dy_BTJM)
+        dy_BTJM = torch.zeros_like(x_BTJM) if dy_BTJM is None else last_adjacent(dy_BTJM)
         enter = None if dfinal_BJMN is None else dfinal_BJMN.contiguous()
         tile = _tile(channels, size, _TILE)
         parts = triton.cdiv(channels, tile["BLOCK_M"])
@@ -157,11 +158,6 @@ class _SelectiveScan(torch.autograd.Function):
 
 
 _apply: Callable[..., tuple[Tensor, Tensor]] = _SelectiveScan.apply
-
-
-def _channels_last(v: Tensor) -> Tensor:
-    """Itself where the last dimension is contiguous, as in any view of a projection; a copy otherwise."""
-    return v if v.stride(-1) == 1 or v.shape[-1] == 1 else v.contiguous()
 
 
 def _strides(v: Tensor) -> tuple[int, int]:

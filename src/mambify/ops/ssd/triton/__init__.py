@@ -23,6 +23,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mambify.ops.backends import last_adjacent
 from mambify.ops.head_groups import as_key_values
 from mambify.ops.ssd.triton.gradients import decay_gradient_kernel, gradient_kernel
 from mambify.ops.ssd.triton.outputs import output_kernel
@@ -140,7 +141,7 @@ class _Scan(torch.autograd.Function):
         initial_BHPN: Tensor | None,
         seq_idx_BT: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        x_BTGP, B_BTGN, C_BTHN = (_columns_adjacent(v) for v in (x_BTGP, B_BTGN, C_BTHN))
+        x_BTGP, B_BTGN, C_BTHN = (last_adjacent(v) for v in (x_BTGP, B_BTGN, C_BTHN))
         batch, tokens, heads = dt_BTH.shape
         (groups, P), N = x_BTGP.shape[2:], C_BTHN.shape[-1]
         plan = _plan(x_BTGP, heads, N)
@@ -181,7 +182,7 @@ class _Scan(torch.autograd.Function):
         plan: _Plan = ctx.plan
         batch, chunks, heads, P, N = states_BcHPN.shape
         tokens, groups = x_BTGP.shape[1:3]
-        dy_BTHP = x_BTGP.new_zeros((batch, tokens, heads, P)) if dy_BTHP is None else _columns_adjacent(dy_BTHP)
+        dy_BTHP = x_BTGP.new_zeros((batch, tokens, heads, P)) if dy_BTHP is None else last_adjacent(dy_BTHP)
         dstates_BcHPN = torch.empty_like(states_BcHPN)
         dinitial_BHPN = states_BcHPN.new_empty((batch, heads, P, N), dtype=torch.float32) if want_initial else None
         _state_pass(
@@ -261,8 +262,3 @@ def _state_pass(
         P=P, N=N, RAGGED=plan.ragged, REVERSE=reverse, Q=plan.Q,
         BLOCK_P=plan.state_p, BLOCK_N=plan.state_n, STAGES=3, num_warps=4,
     )  # fmt: skip
-
-
-def _columns_adjacent(tensor: Tensor) -> Tensor:
-    """Itself where the last dimension is adjacent in memory, as in any view of a projection; a copy otherwise."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
