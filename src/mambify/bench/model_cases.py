@@ -74,12 +74,17 @@ def _rope(s: Shape, random: Random) -> Case:
     return Case("rotate", f"B={s.B} T={s.T} H={s.H} P={s.P}", inputs, ours, {"transformers": stock})
 
 
-def _tv(s: Shape, random: Random) -> Case:
+def _two_models(s: Shape, random: Random) -> tuple[int, Inputs, Tensor]:
+    """Number of positions, hidden states of two close models with their head, and labels that all count."""
     M = min(s.B * s.T, 8192)
     head = random(s.V, s.D) / s.D**0.5
     teacher = random(M, s.D)
     inputs = {"student": teacher + 0.3 * random(M, s.D), "teacher": teacher, "head": head}
-    labels = torch.zeros(M, dtype=torch.long, device=head.device)
+    return M, inputs, torch.zeros(M, dtype=torch.long, device=head.device)
+
+
+def _tv(s: Shape, random: Random) -> Case:
+    M, inputs, labels = _two_models(s, random)
 
     def ours(i: Inputs, backend: str) -> Tensor:
         given = (i["student"], i["head"], i["teacher"], i["head"], labels)
@@ -93,11 +98,7 @@ def _tv(s: Shape, random: Random) -> Case:
 
 
 def _kl(s: Shape, random: Random, *, reverse: bool = False) -> Case:
-    M = min(s.B * s.T, 8192)
-    head = random(s.V, s.D) / s.D**0.5
-    teacher = random(M, s.D)
-    inputs = {"student": teacher + 0.3 * random(M, s.D), "teacher": teacher, "head": head}
-    labels = torch.zeros(M, dtype=torch.long, device=head.device)
+    M, inputs, labels = _two_models(s, random)
 
     def ours(i: Inputs, backend: str) -> Tensor:
         given = (i["student"], i["head"], i["teacher"], i["head"], labels)
@@ -117,7 +118,7 @@ def _kl(s: Shape, random: Random, *, reverse: bool = False) -> Case:
         return loss
 
     name = "linear_kl_reverse" if reverse else "linear_kl"
-    peers = {"torch": plain} | ({"liger": liger} if head.is_cuda else {})
+    peers = {"torch": plain} | ({"liger": liger} if inputs["head"].is_cuda else {})
     return Case(name, f"M={M} D={s.D} V={s.V}", inputs, ours, peers, trained=("student",))
 
 
