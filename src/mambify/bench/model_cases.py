@@ -74,31 +74,12 @@ def _rope(s: Shape, random: Random) -> Case:
     return Case("rotate", f"B={s.B} T={s.T} H={s.H} P={s.P}", inputs, ours, {"transformers": stock})
 
 
-def _two_models(s: Shape, random: Random) -> tuple[int, Inputs, Tensor]:
-    """Number of positions, hidden states of two close models with their head, and labels that all count."""
+def _kl(s: Shape, random: Random, *, reverse: bool = False) -> Case:
     M = min(s.B * s.T, 8192)
     head = random(s.V, s.D) / s.D**0.5
     teacher = random(M, s.D)
     inputs = {"student": teacher + 0.3 * random(M, s.D), "teacher": teacher, "head": head}
-    return M, inputs, torch.zeros(M, dtype=torch.long, device=head.device)
-
-
-def _tv(s: Shape, random: Random) -> Case:
-    M, inputs, labels = _two_models(s, random)
-
-    def ours(i: Inputs, backend: str) -> Tensor:
-        given = (i["student"], i["head"], i["teacher"], i["head"], labels)
-        return linear_kl(*given, kl_weight=0.0, tv_weight=1.0, backend=backend).total / M
-
-    def plain(i: Inputs) -> Tensor:
-        p, q = ((i[name] @ i["head"].T).float().softmax(-1) for name in ("student", "teacher"))
-        return (p - q).abs().sum(-1).mean() / 2
-
-    return Case("linear_tv", f"M={M} D={s.D} V={s.V}", inputs, ours, {"torch": plain}, trained=("student",))
-
-
-def _kl(s: Shape, random: Random, *, reverse: bool = False) -> Case:
-    M, inputs, labels = _two_models(s, random)
+    labels = torch.zeros(M, dtype=torch.long, device=head.device)
 
     def ours(i: Inputs, backend: str) -> Tensor:
         given = (i["student"], i["head"], i["teacher"], i["head"], labels)
@@ -118,7 +99,7 @@ def _kl(s: Shape, random: Random, *, reverse: bool = False) -> Case:
         return loss
 
     name = "linear_kl_reverse" if reverse else "linear_kl"
-    peers = {"torch": plain} | ({"liger": liger} if inputs["head"].is_cuda else {})
+    peers = {"torch": plain} | ({"liger": liger} if head.is_cuda else {})
     return Case(name, f"M={M} D={s.D} V={s.V}", inputs, ours, peers, trained=("student",))
 
 
@@ -166,7 +147,6 @@ MODEL_MAKERS: dict[str, Callable[[Shape, Random], Case]] = {
     "rotate": _rope,
     "linear_kl": _kl,
     "linear_kl_reverse": partial(_kl, reverse=True),
-    "linear_tv": _tv,
     "linear_logprob": _logprob,
     "draw_tokens": _draw,
 }
