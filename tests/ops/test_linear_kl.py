@@ -389,7 +389,7 @@ def test_under_autocast(backend: str, one_head: bool) -> None:
         assert rounded[name].dtype == torch.float32
         error = (rounded[name] - exact[name]).norm() / exact[name].norm()
         assert 1e-5 < error < 0.05, name
-    # The total variation's errors of the positions cancel, and its gradient has steps that rounding moves tokens across.
+    # The total variation's errors cancel over positions, and its gradient has steps that rounding moves tokens across.
     exact = measured(given, backend=backend, tv_weight=0.5)
     with torch.autocast(DEVICE, torch.bfloat16):
         rounded = measured(given, backend=backend, tv_weight=0.5)
