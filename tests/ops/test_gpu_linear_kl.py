@@ -97,13 +97,19 @@ def test_values_and_gradients(dtype: torch.dtype, one_head: bool, objective: Wei
     found = measured(given, **options, chunk_size=128, backend=backend)
     errors = relative_errors(found, oracle(given, *objective))
     agreement = errors.pop("agreement")
+    sums, unit = [k for k in errors if k not in ("hidden", "head")], torch.finfo(dtype).eps
+    if objective[3] and (one_head or dtype == torch.float32):
+        # The total variation's gradient has a step where two probabilities meet. Rounding moves a share of the tokens
+        # across it that grows with the last bit, each by all of its gradient: in the norm, the root of that.
+        assert max(errors[k] for k in sums) < max(unit, 2e-5), errors
+        assert max(errors[k] for k in ("hidden", "head")) < unit**0.5, errors
+        return
     if dtype == torch.float32:
         assert max(errors.values()) < 2e-5, errors
         assert agreement == 0
         return
     # Sums: of unrounded logits (two heads) or of a rounded difference. Gradients are rounded themselves.
-    unit = torch.finfo(dtype).eps
-    assert max(errors[k] for k in ("total", "kl", "reverse_kl", "ce", "tv")) < (unit if one_head else 2e-5), errors
+    assert max(errors[k] for k in sums) < (unit if one_head else 2e-5), errors
     assert max(errors[k] for k in ("hidden", "head")) < (5 if one_head else 1) * unit, errors
     assert agreement < (0.15 if one_head else 1e-9)  # near ties of the rounded teacher fall either way
 
@@ -118,7 +124,7 @@ def test_vocabularies_that_leave_part_of_a_block(
     found = measured(given, ce_weight=0.5, reverse_kl_weight=reverse_kl_weight, tv_weight=tv_weight, chunk_size=32)
     errors = relative_errors(found, oracle(given, 1.0, reverse_kl_weight, 0.5, tv_weight, 1.0))
     assert max(errors[k] for k in ("total", "kl", "reverse_kl", "ce", "tv")) < 8e-3, errors
-    assert max(errors[k] for k in ("hidden", "head")) < 4e-2, errors
+    assert max(errors[k] for k in ("hidden", "head")) < (0.09 if tv_weight else 4e-2), errors  # see above, of its steps
 
 
 @pytest.mark.parametrize("logits_dtype", [torch.bfloat16, torch.float32], ids=str)

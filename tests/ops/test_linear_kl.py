@@ -382,13 +382,20 @@ def test_under_autocast(backend: str, one_head: bool) -> None:
     given = inputs(width=32)
     if one_head:
         given = given._replace(teacher_head=given.student_head)
-    exact = measured(given, backend=backend, ce_weight=0.5, tv_weight=0.5)
+    exact = measured(given, backend=backend, ce_weight=0.5)
     with torch.autocast(DEVICE, torch.bfloat16):
-        rounded = measured(given, backend=backend, ce_weight=0.5, tv_weight=0.5)
-    for name in ("kl", "ce", "tv", "hidden", "head"):
+        rounded = measured(given, backend=backend, ce_weight=0.5)
+    for name in ("kl", "ce", "hidden", "head"):
         assert rounded[name].dtype == torch.float32
         error = (rounded[name] - exact[name]).norm() / exact[name].norm()
         assert 1e-5 < error < 0.05, name
+    # The total variation's errors cancel over positions, and its gradient has steps that rounding moves tokens across.
+    exact = measured(given, backend=backend, tv_weight=0.5)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        rounded = measured(given, backend=backend, tv_weight=0.5)
+    assert rounded["tv"].dtype == torch.float32
+    torch.testing.assert_close(rounded["tv"], exact["tv"], rtol=0.01, atol=0.0)
+    assert not rounded["hidden"].equal(exact["hidden"])
 
 
 def test_the_factor_of_the_loss_is_not_rounded() -> None:

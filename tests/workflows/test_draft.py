@@ -127,6 +127,21 @@ def test_training_raises_acceptance(target: Path, text: Path, tmp_path: Path) ->
     assert found[1] > found[0] + 0.1
 
 
+def test_a_draft_goes_on_from_a_draft(target: Path, text: Path, tmp_path: Path) -> None:
+    """With its layers and its words, on the loss that counts."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    draft(recipe_of(target, text, first, layers=[0, 3], vocabulary=90), first, measure=QUICK, device="cpu")
+    overrides = (f"student.base={first}", "stages.0.kl_weight=0", "stages.0.tv_weight=1")
+    report = draft(recipe_of(target, text, second, overrides=overrides), second, measure=QUICK, device="cpu")
+    assert report is not None and (report["layers"], report["vocabulary"]) == ([0, 3], 90)
+    before, after = (mambify.load(path).model for path in (first, second))
+    assert isinstance(before.lm_head, TrimmedHead) and isinstance(after.lm_head, TrimmedHead)
+    assert before.lm_head.token_ids.equal(after.lm_head.token_ids)
+    assert before.lm_head.weight.equal(after.lm_head.weight)
+    rows = [json.loads(line) for line in Path(f"{second}.run/metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["loss"] == pytest.approx(rows[0]["tv"])
+
+
 @pytest.mark.parametrize(("vocabulary", "features"), [(None, None), (90, None), (None, True)])
 def test_a_draft_can_be_stored_without_its_embeddings(
     target: Path, text: Path, tmp_path: Path, vocabulary: int | None, features: bool | None

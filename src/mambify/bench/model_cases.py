@@ -74,24 +74,6 @@ def _rope(s: Shape, random: Random) -> Case:
     return Case("rotate", f"B={s.B} T={s.T} H={s.H} P={s.P}", inputs, ours, {"transformers": stock})
 
 
-def _tv(s: Shape, random: Random) -> Case:
-    M = min(s.B * s.T, 8192)
-    head = random(s.V, s.D) / s.D**0.5
-    teacher = random(M, s.D)
-    inputs = {"student": teacher + 0.3 * random(M, s.D), "teacher": teacher, "head": head}
-    labels = torch.zeros(M, dtype=torch.long, device=head.device)
-
-    def ours(i: Inputs, backend: str) -> Tensor:
-        given = (i["student"], i["head"], i["teacher"], i["head"], labels)
-        return linear_kl(*given, kl_weight=0.0, tv_weight=1.0, backend=backend).total / M
-
-    def plain(i: Inputs) -> Tensor:
-        p, q = ((i[name] @ i["head"].T).float().softmax(-1) for name in ("student", "teacher"))
-        return (p - q).abs().sum(-1).mean() / 2
-
-    return Case("linear_tv", f"M={M} D={s.D} V={s.V}", inputs, ours, {"torch": plain}, trained=("student",))
-
-
 def _kl(s: Shape, random: Random, *, reverse: bool = False) -> Case:
     M = min(s.B * s.T, 8192)
     head = random(s.V, s.D) / s.D**0.5
@@ -165,7 +147,6 @@ MODEL_MAKERS: dict[str, Callable[[Shape, Random], Case]] = {
     "rotate": _rope,
     "linear_kl": _kl,
     "linear_kl_reverse": partial(_kl, reverse=True),
-    "linear_tv": _tv,
     "linear_logprob": _logprob,
     "draw_tokens": _draw,
 }

@@ -115,7 +115,7 @@ class Hidden(StageSettings):
 class Kd(EndToEnd):
     """End to end: kl_weight · KL(teacher ‖ student) + reverse_kl_weight · KL(student ‖ teacher) + ce_weight · CE.
 
-    ``tv_weight`` adds the total variation, 1 − Σ min(teacher, student): what a draft's tokens are refused with.
+    ``tv_weight`` adds the total variation, 1 − Σ min(teacher, student): the chance that a drafted token is refused.
 
     A student with ``student.features`` goes over the text ``unroll`` times, the first time with the teacher's hidden
     states and then with its own of the time before; the loss of each time counts ``unroll_decay`` as much as the last.

@@ -45,7 +45,8 @@ def linear_kl(
 
     The last is the total variation, 1 − Σ_v min(student_τ, teacher_τ): the chance that speculative decoding at
     temperature τ refuses what the student drafts for the teacher (arXiv 2211.17192), and one of the losses of
-    DistillSpec (arXiv 2310.08461). It is that chance itself, without τ², so its gradient has a factor of 1/τ.
+    DistillSpec (arXiv 2310.08461). It is that chance itself, without τ², so its gradient has a factor of 1/τ. This
+    gradient has a step where the two give a token the same probability: rounding can move it by all of the step.
 
     Works through the positions in chunks and makes the gradient on the way forward, so logits are never held for more
     than a chunk. Differentiable are ``total`` with respect to the student's hidden states and head; the teacher is
