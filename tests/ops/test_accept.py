@@ -198,7 +198,7 @@ def test_what_does_not_fit_is_refused() -> None:
     target, drafted, numbers = torch.randn(2, 3, 5), torch.zeros(2, 2, dtype=torch.long), torch.rand(2, 3)
     with pytest.raises(ValueError, match="drafted_SK"):
         accept_drafts(target, None, drafted[:, :1], numbers)
-    with pytest.raises(ValueError, match="draft_SKV"):
+    with pytest.raises(ValueError, match="draft_SKW"):
         accept_drafts(target, target, drafted, numbers)
     with pytest.raises(ValueError, match="top_p"):
         accept_drafts(target, None, drafted, numbers, top_p=torch.ones(3))
