@@ -49,13 +49,23 @@ def test_each_row_attends_to_what_it_has_filled(
                 score[query, :, : max(end - window, 0)] = -torch.inf
         expected.append(torch.einsum("thl,hlp->thp", score.softmax(-1), v))
     given = (t.to(DEVICE) for t in (q, keys, values, torch.tensor(lengths)))
-    actual = decode_attention(*given, scaling=0.3, window=window, backend=backend)
+    q, keys, values, length = given
+    actual = decode_attention(q, keys, values, length, scaling=0.3, window=window, backend=backend)
     assert (actual.cpu() - torch.stack(expected)).abs().max() < 1e-5
+    counts = torch.zeros(len(lengths) * groups + 1, dtype=torch.int32, device=DEVICE)
+    settings = {"scaling": 0.3, "window": window, "more": queries, "counts_X": counts, "backend": backend}
+    for _ in range(1 if parts == 1 else 2):  # in one kernel, which leaves its counts as they were
+        again = decode_attention(q, keys, values, length - queries, **settings)
+        assert (again.cpu() - torch.stack(expected)).abs().max() < 1e-5 and not counts.any()
 
 
 def test_shapes_that_do_not_belong_together_are_refused() -> None:
     q, keys = torch.randn(2, 1, 4, 8), torch.randn(2, 3, 5, 8)
     with pytest.raises(ValueError, match="G dividing H"):
         decode_attention(q, keys, keys, torch.ones(2), scaling=1.0)
+    with pytest.raises(ValueError, match="4 int32 zeros"):
+        decode_attention(
+            q, keys[:, :2], keys[:, :2], torch.ones(2), scaling=1.0, counts_X=torch.zeros(3, dtype=torch.int32)
+        )
     with pytest.raises(ValueError, match="lengths_S"):
         decode_attention(q, keys[:, :2], keys[:, :2], torch.ones(3), scaling=1.0)

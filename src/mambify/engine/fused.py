@@ -113,6 +113,9 @@ class FusedStep:
         self._blocks: list[tuple[Mix, Callable[[Tensor], Tensor]]] = []
         self._needs_positions = False
         table = None
+        counts_X = torch.zeros(
+            len(lengths_S) * (model.config.num_key_value_heads or 0), dtype=torch.int32, device=model.device
+        )
         for block, state in zip(model.model.layers, states, strict=True):
             assert isinstance(block, HybridBlock)
             mix: Mix
@@ -121,17 +124,17 @@ class FusedStep:
                 self._needs_positions |= isinstance(state, SlotKV)
             elif isinstance(state, SlotKV):
                 table = _rotations(model, places) if table is None else table
-                mix = _Attention(block, state, table, self.product)
+                mix = _Attention(block, state, table, counts_X, self.product)
             else:
                 mix = _RECURRENT[type(block.mixer)](block, state, self.product, at_once)
             self._blocks.append((mix, _feed_forward(block, self.product)))
 
     def stream(self, token_ST: Tensor, place: RingPlace, features_STD: Tensor | None = None) -> Tensor:
         """As :meth:`mambify.engine.tower.Tower.stream`."""
-        T = token_ST.shape[1]
+        S, T = token_ST.shape
         x_MD = self._begin(token_ST, features_STD)
         plans = ReadPlans(place, self._lengths_S, T) if self.product.packs else None
-        reading = Reading(tuple(token_ST.shape), place, self._lengths_S + T, self._contexts(x_MD, token_ST), plans)  # type: ignore[arg-type]
+        reading = Reading((S, T), place, self._contexts(x_MD, token_ST), plans)
         for mix, feed_forward in self._blocks:
             x_MD = feed_forward(mix(x_MD, reading))
         return x_MD.view(*token_ST.shape, -1)
@@ -222,10 +225,13 @@ class _Mamba2:
 
 
 class _Attention:
-    def __init__(self, block: HybridBlock, state: State, table: tuple[Tensor, Tensor], product: Product) -> None:
+    def __init__(
+        self, block: HybridBlock, state: State, table: tuple[Tensor, Tensor], counts_X: Tensor, product: Product
+    ) -> None:
         assert isinstance(block.mixer, AttentionMixer) and isinstance(state, SlotKV)
         self._block, self._mixer, self._state, self._product = block, block.mixer, state, product
         self._cos_LJ, self._sin_LJ = table
+        self._counts_X = counts_X  # one for all layers, which follow each other
         self._middle = AttentionMiddle(block.mixer, state)
         self._looks = block.mixer.attend.num_key_value_groups, block.mixer.attend.sliding_window
 
@@ -248,9 +254,11 @@ class _Attention:
             q_STHP,
             state.keys_SGLP,
             state.values_SGLP,
-            reading.ends_S,
+            state.lengths_S,
+            more=reading.shape[1],
             scaling=mixer.attend.scaling,
             window=mixer.attend.sliding_window,
+            counts_X=self._counts_X,
             backend=self._product.backend,
         )
         return self._product(y_STHP.flatten(0, 1).flatten(1), [mixer.o_proj], add_to=x_MD)

@@ -34,14 +34,12 @@ class Reading(NamedTuple):
     Attributes:
         shape: S and T.
         place: where recurrent layers stand in their rings.
-        ends_S: tokens in each slot with the new ones.
         contexts: for mixers that run as they are, attention's and the others'.
         plans: on a CPU, what the host found out for all layers.
     """
 
     shape: tuple[int, int]
     place: RingPlace
-    ends_S: Tensor
     contexts: tuple[MixerContext, MixerContext]
     plans: ReadPlans | None
 

@@ -224,7 +224,8 @@ class AttentionMixer(Mixer):
                 q_BTHP,
                 state.keys_SGLP,
                 state.values_SGLP,
-                state.lengths_S + T,
+                state.lengths_S,
+                more=T,
                 scaling=self.attend.scaling,
                 window=self.attend.sliding_window,
             )

@@ -25,7 +25,9 @@ def decode_attention(
     lengths_S: Tensor,
     *,
     scaling: float,
+    more: int = 0,
     window: int | None = None,
+    counts_X: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """softmax(scaling · q kᵀ) v over the first ``lengths`` entries of each row's buffers, the queries' own the last T.
@@ -34,8 +36,11 @@ def decode_attention(
     and not the length of the buffers. Query head h looks at key/value head h // (H // G).
 
     Args:
-        lengths_S: tokens in each row's buffers, at least T.
+        lengths_S: tokens in each row's buffers; with ``more`` at least T.
+        more: tokens beside these, of each row: T where the new ones are not counted yet.
         window: a query sees only the last ``window`` entries up to its own (sliding attention); ``None`` for all.
+        counts_X: S·G zeros or more, int32, with which a single kernel does all where rows are divided in few parts;
+            zeros again afterwards, so that one call after another may have the same.
         backend: "auto", "reference" or "triton".
 
     Returns:
@@ -54,5 +59,7 @@ def decode_attention(
     check_shape("decode_attention", "keys_SGLP", keys_SGLP, (slots, groups, length, head_dim))
     check_shape("decode_attention", "values_SGLP", values_SGLP, (slots, groups, length, head_dim))
     check_shape("decode_attention", "lengths_S", lengths_S, (slots,))
-    run = reference.decode_attention if chosen == "reference" else kernels.decode_attention
-    return run(q_STHP, keys_SGLP, values_SGLP, lengths_S, scaling, window)
+    if counts_X is not None and (counts_X.dtype != torch.int32 or counts_X.numel() < slots * groups):
+        raise ValueError(f"decode_attention: counts_X must be {slots * groups} int32 zeros or more")
+    given = q_STHP, keys_SGLP, values_SGLP, lengths_S, scaling, window, more
+    return reference.decode_attention(*given) if chosen == "reference" else kernels.decode_attention(*given, counts_X)

@@ -10,7 +10,13 @@ from mambify.ops.backends import accumulation_dtype
 
 
 def decode_attention(
-    q_STHP: Tensor, keys_SGLP: Tensor, values_SGLP: Tensor, lengths_S: Tensor, scaling: float, window: int | None
+    q_STHP: Tensor,
+    keys_SGLP: Tensor,
+    values_SGLP: Tensor,
+    lengths_S: Tensor,
+    scaling: float,
+    window: int | None,
+    more: int,
 ) -> Tensor:
     """See :func:`mambify.ops.decode_attention.decode_attention`."""
     exact = accumulation_dtype(q_STHP, keys_SGLP)
@@ -19,7 +25,7 @@ def decode_attention(
     q_SGNP = q_STHP.unflatten(2, (G, -1)).transpose(1, 2).flatten(2, 3)  # N = T·R queries of a key/value head
     scores_SGTRL = (q_SGNP @ keys_SGLP.transpose(-1, -2)).to(exact).unflatten(2, (T, -1)) * scaling
     place_L = torch.arange(L, device=q_STHP.device)
-    end_ST1 = (lengths_S[:, None] - T + 1 + torch.arange(T, device=q_STHP.device))[..., None]
+    end_ST1 = (lengths_S[:, None] + more - T + 1 + torch.arange(T, device=q_STHP.device))[..., None]
     seen_STL = place_L < end_ST1
     if window is not None:
         seen_STL &= place_L >= end_ST1 - window

@@ -3,8 +3,9 @@ heads, and one part of what the row holds.
 
 Keys and values are read once, however many query heads and queries share them, and only as far as the row has come.
 The running maximum and sum of the softmax are kept in float32. With few rows each one is divided among several
-programs, whose results a second kernel puts together (Dao et al., "Flash-Decoding", 2023); how many depends on the
-shapes alone, so that a recorded step serves rows of any length.
+programs, whose results are put together (Dao et al., "Flash-Decoding", 2023) by a second kernel, or of few parts by the
+program that comes last. How many there are depends on the shapes alone, so that a recorded step serves rows of any
+length.
 
 Letters: S rows, T queries, H = G·R query heads, G key/value heads, P head dimension, L length of the buffers, N parts.
 """
@@ -19,10 +20,18 @@ from torch import Tensor
 _LOG2E = 1.4426950408889634
 _PROGRAMS = 2 * 132  # that keep an H100 busy
 _LEAST = 256  # entries of a part, below which dividing costs more than it gains
+_FEW = 16  # parts up to which one program puts them together sooner than another kernel begins
 
 
 def decode_attention(
-    q_STHP: Tensor, keys_SGLP: Tensor, values_SGLP: Tensor, lengths_S: Tensor, scaling: float, window: int | None
+    q_STHP: Tensor,
+    keys_SGLP: Tensor,
+    values_SGLP: Tensor,
+    lengths_S: Tensor,
+    scaling: float,
+    window: int | None,
+    more: int,
+    counts_X: Tensor | None,
 ) -> Tensor:
     """See :func:`mambify.ops.decode_attention.decode_attention`."""
     slots, queries, heads, head_dim = q_STHP.shape
@@ -37,6 +46,7 @@ def decode_attention(
     shape = {"T": queries, "R": shared, "P": head_dim, "G": groups, "ROWS": rows, "PARTS": parts}
     width = max(16, triton.next_power_of_2(head_dim))
     partial, sums = out_STHP, lengths_S  # not touched where there is one part
+    at_once = counts_X is not None and 1 < parts <= _FEW
     if parts > 1:
         partial = q_STHP.new_empty((slots, groups, parts, rows, head_dim), dtype=torch.float32)
         sums = q_STHP.new_empty((slots, groups, parts, 2, rows), dtype=torch.float32)
@@ -48,19 +58,23 @@ def decode_attention(
         out_STHP,
         partial,
         sums,
+        counts_X,
         scaling * _LOG2E,
         window or 0,
         keys_SGLP.stride(0),
         keys_SGLP.stride(1),
         keys_SGLP.stride(2),
         **shape,
+        MORE=more,
+        AT_ONCE=at_once,
+        MOST=triton.next_power_of_2(parts),
         WIDTH=width,
         BLOCK=64 if head_dim <= 64 and rows <= 32 else 32,  # larger ones do not fit the registers
         PRECISION="ieee" if q_STHP.dtype == torch.float32 else "tf32",
         num_warps=4,
         num_stages=2,
     )
-    if parts > 1:
+    if parts > 1 and not at_once:
         _combine[(slots, groups, queries * shared)](
             partial, sums, out_STHP, **shape, WIDTH=width, TOGETHER=min(64, triton.next_power_of_2(parts)), num_warps=4
         )
@@ -69,12 +83,13 @@ def decode_attention(
 
 @triton.jit
 def _attend(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, out_ptr, partial_ptr, sums_ptr, scale_log2, window, stride_s, stride_g, stride_l,
-    T: tl.constexpr, R: tl.constexpr, P: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, lengths_ptr, out_ptr, partial_ptr, sums_ptr, counts_ptr, scale_log2, window,
+    stride_s, stride_g, stride_l, T: tl.constexpr, R: tl.constexpr, P: tl.constexpr, G: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, MORE: tl.constexpr, AT_ONCE: tl.constexpr, MOST: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     slot, group, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    length = tl.load(lengths_ptr + slot).to(tl.int32)
+    length = tl.load(lengths_ptr + slot).to(tl.int32) + MORE
     n, p, s = tl.arange(0, ROWS), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
     end = length - T + 1 + n // R  # of what each query sees
     first = 0
@@ -116,6 +131,38 @@ def _attend(
         tl.store(partial_ptr + (place + n)[:, None] * P + p[None, :], acc, mask=here)
         tl.store(sums_ptr + 2 * place + n, top, mask=n < T * R)
         tl.store(sums_ptr + 2 * place + ROWS + n, total, mask=n < T * R)
+        if AT_ONCE:  # whoever comes last has all parts before it
+            tl.debug_barrier()
+            if tl.atomic_add(counts_ptr + slot * G + group, 1, sem="acq_rel") == PARTS - 1:
+                tl.store(counts_ptr + slot * G + group, 0)
+                first_part = (slot * G + group) * PARTS
+                acc = _together(partial_ptr, sums_ptr, first_part, n, p, T, R, P, ROWS, PARTS, MOST, WIDTH)
+                tl.store(out_ptr + heads, acc, mask=here)
+
+
+@triton.jit
+def _together(
+    partial_ptr, sums_ptr, first_part, n, p, T: tl.constexpr, R: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr,
+    PARTS: tl.constexpr, MOST: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """All queries of one row and key/value head: the parts, each weighted by what it stands for."""
+    part = tl.arange(0, MOST)
+    at = 2 * (first_part + part)[:, None] * ROWS + n[None, :]
+    known = (part < PARTS)[:, None] & (n < T * R)[None, :]
+    tops = tl.load(sums_ptr + at, mask=known, other=float("-inf"), cache_modifier=".cg")
+    sums = tl.load(sums_ptr + at + ROWS, mask=known, other=0.0, cache_modifier=".cg")
+    top = tl.max(tops, 0)
+    level = tl.where(top == float("-inf"), 0.0, top)  # rows that stand for no query
+    total = tl.sum(sums * tl.exp2(tops - level[None, :]), 0)
+    acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    here = (n < T * R)[:, None] & (p < P)[None, :]
+    for k in tl.static_range(PARTS):
+        place = (first_part + k) * ROWS
+        k_top = tl.load(sums_ptr + 2 * place + n, mask=n < T * R, other=0.0, cache_modifier=".cg")
+        there = (place + n)[:, None] * P + p[None, :]
+        values = tl.load(partial_ptr + there, mask=here, other=0.0, cache_modifier=".cg")
+        acc += tl.exp2(k_top - level)[:, None] * values
+    return acc / tl.where(total > 0, total, 1.0)[:, None]
 
 
 @triton.jit
