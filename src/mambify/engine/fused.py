@@ -48,7 +48,7 @@ from mambify.model import GatedMLP, HybridBlock, HybridForCausalLM
 from mambify.norm import RMSNorm
 from mambify.ops.decode_attention import decode_attention
 from mambify.ops.decode_linear import Convolution
-from mambify.ops.gated_norm import gated_rms_norm
+from mambify.ops.gated_norm import GatedNorm
 from mambify.ops.mamba2_step import Mamba2Weights, mamba2_step
 from mambify.ops.ring import RingPlace
 from mambify.ops.rotate_kv import rotate_kv
@@ -205,7 +205,8 @@ class _Mamba2:
         H, G, P, N = mixer.num_heads, mixer.num_groups, mixer.head_dim, mixer.state_size
         z_STI, _, dt_STH = zxBCdt_STE.split([H * P, sum(mixer.conv_split), H], dim=-1)
         x_STI, B_STI, C_STI = xBC_STC.split(mixer.conv_split, dim=-1)
-        y_STHP = ssd_replay(
+        norm = GatedNorm(z_STI.unflatten(-1, (H, P)), weights.norm_HP, weights.eps)
+        return ssd_replay(
             x_STI.unflatten(-1, (G, P)),
             dt_STH,
             weights.A_H,
@@ -216,9 +217,9 @@ class _Mamba2:
             self._ring,
             place,
             dt_bias_H=weights.dt_bias_H,
+            norm=norm,
             backend=backend,
         )
-        return gated_rms_norm(y_STHP, z_STI.unflatten(-1, (H, P)), weights.norm_HP, weights.eps, backend)
 
 
 class _Attention:
