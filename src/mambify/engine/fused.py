@@ -90,8 +90,8 @@ class FusedStep:
         lengths_S: tokens that stand in each slot; read at each step.
         places: the most tokens a slot may hold, new ones included.
         at_once: recurrent layers take their states on with every token; see :func:`steps_at_once`.
-        overlap: products begin to read weights while the kernel before them ends; on a GPU of compute capability 9.0
-            or later.
+        overlap: kernels start, and products begin to read weights, while the kernel before them ends; on a GPU of
+            compute capability 9.0 or later.
         packs: weights are laid out for a CPU's products; not with ``at_once``.
         product: of another step of the same model, for one that is part of it.
     """
@@ -190,7 +190,9 @@ class _Mamba2:
         backend, place, conv = mixer.ops_backend, reading.place, self._state.conv
         if self._at_once:
             zxBCdt_ME = self._product(x_MD, [mixer.in_proj], norm=self._block.input_layernorm)
-            y_MHP = mamba2_step(zxBCdt_ME, weights, self._state.ssm, conv, place, backend=backend)
+            y_MHP = mamba2_step(
+                zxBCdt_ME, weights, self._state.ssm, conv, place, overlap=self._product.overlap, backend=backend
+            )
         else:
             inner = mixer.num_heads * mixer.head_dim
             channels = Convolution(inner, weights.conv_CK, weights.conv_bias_C, conv, place)
@@ -218,6 +220,7 @@ class _Mamba2:
             place,
             dt_bias_H=weights.dt_bias_H,
             norm=norm,
+            overlap=self._product.overlap,
             backend=backend,
         )
 

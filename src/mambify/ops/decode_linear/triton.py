@@ -29,11 +29,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mambify.ops.decode_linear import triton_dots
 from mambify.ops.decode_linear.convolution import Convolution
 from mambify.ops.decode_linear.outputs import Outputs
+from mambify.ops.overlap import launch_options, wait_for_others
 from mambify.ops.ring import check_contiguous
 
 MOST_ROWS = 8
@@ -113,9 +113,8 @@ def decode_linear(
     with torch.cuda.device_of(x_MD):  # Triton launches on the current device
         _stream[outputs.grid(block)](
             x_MD, norm_D, y_MO, *outputs.weights, *outputs.biases, *tensors, eps, x_MD.stride(0), y_MO.stride(0),
-            M=M, D=D, **outputs.sizes, **sizes, GATED=gated, ADD=add_to_MO is not None, OVERLAP=overlap,
-            BLOCK_O=block, BLOCK_D=32 * warps * vector, VEC=vector, num_warps=warps,
-            **({"launch_pdl": True} if overlap else {}),
+            M=M, D=D, **outputs.sizes, **sizes, GATED=gated, ADD=add_to_MO is not None,
+            BLOCK_O=block, BLOCK_D=32 * warps * vector, VEC=vector, num_warps=warps, **launch_options(overlap),
         )  # fmt: skip
     return y_MO
 
@@ -199,9 +198,7 @@ def _rows_of(
     up = w
     if GATED:
         up = _load(up_ptr, here, d, 0, D, O, BLOCK_O, BLOCK_D)
-    if OVERLAP:  # weights do not depend on the kernel before, all else may
-        gdc_launch_dependents()
-        gdc_wait()
+    wait_for_others(OVERLAP)  # weights have been asked for: they do not depend on the kernel before, all else may
     past, taps = (), ()
     if C > 0:
         past, taps = _asked_for(taps_ptr, ring_ptr, head_ptr, o, FIRST, C, K, R, M // T)

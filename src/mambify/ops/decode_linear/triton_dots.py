@@ -23,9 +23,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mambify.ops.decode_linear.outputs import Outputs
+from mambify.ops.overlap import launch_options, wait_for_others
 
 FEWEST_ROWS, MOST_ROWS = 3, 16
 _OUTPUTS = 16  # of a tile
@@ -79,8 +79,8 @@ def decode_linear(
         _products[outputs.grid(tiles.outputs)](
             x_MD, norm_D, y_MO, *outputs.weights, *outputs.biases, eps, x_MD.stride(0), y_MO.stride(0),
             M=M, COLUMNS=8 if M <= 8 else 16, D=D, **outputs.sizes, GATED=gated,
-            ADD=add_to_MO is not None, OVERLAP=overlap, BLOCK_O=tiles.outputs, BLOCK_D=tiles.inputs,
-            STAGES=tiles.stages, VEC=_VECTOR, num_warps=tiles.warps, **({"launch_pdl": True} if overlap else {}),
+            ADD=add_to_MO is not None, BLOCK_O=tiles.outputs, BLOCK_D=tiles.inputs, STAGES=tiles.stages, VEC=_VECTOR,
+            num_warps=tiles.warps, **launch_options(overlap),
         )  # fmt: skip
     return y_MO
 
@@ -93,9 +93,7 @@ def _products(
     STAGES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
+    wait_for_others(OVERLAP)
     if GATED:
         _outputs(
             x_ptr, norm_ptr, y_ptr, w0_ptr, w1_ptr, b0_ptr, b1_ptr, pid, eps, x_row, y_row,

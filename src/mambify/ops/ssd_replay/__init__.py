@@ -71,6 +71,7 @@ def ssd_replay(
     *,
     dt_bias_H: Tensor | None = None,
     norm: GatedNorm | None = None,
+    overlap: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Outputs of T new tokens after each row's state and its pending tokens, without taking the state over them.
@@ -101,6 +102,7 @@ def ssd_replay(
         place: where each row stands; only read.
         dt_bias_H: Δ = softplus(dt + dt_bias).
         norm: of each head's outputs, gated before it (:mod:`mambify.ops.gated_norm`); what it makes is then the result.
+        overlap: the kernel starts while the one before it ends (:mod:`mambify.ops.overlap`).
         backend: "auto", "reference" or "triton" (P and N up to 128; x, B, C and their rings in one dtype).
 
     Returns:
@@ -128,7 +130,7 @@ def ssd_replay(
         check_shape("ssd_replay", "the norm's weight", norm.weight_HP, (heads, head_dim))
     given = (x_STGP, dt_STH, A_H, B_STUN, C_STVN, D_H, dt_bias_H, state_SHPN, ring, place)
     if chosen == "triton":
-        return kernels.ssd_replay(*given, norm)
+        return kernels.ssd_replay(*given, norm, overlap)
     y_STHP = reference.ssd_replay(*given)
     return y_STHP if norm is None else gated_rms_norm(y_STHP, *norm, backend="reference")
 

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from mambify.ops.backends import last_adjacent
 from mambify.ops.gated_norm import GatedNorm, gated_rms_norm
+from mambify.ops.overlap import launch_options, wait_for_others
 from mambify.ops.ring import RingPlace, check_contiguous
 from mambify.ops.triton_math import softplus
 
@@ -108,12 +109,13 @@ def ssd_replay(
     ring: _Ring,
     place: RingPlace,
     norm: GatedNorm | None,
+    overlap: bool,
 ) -> Tensor:
     """See :func:`mambify.ops.ssd_replay.ssd_replay`."""
     slots, new, groups, P = x_STGP.shape
     if norm is not None and P > _NORMED:
         given = (x_STGP, dt_STH, A_H, B_STUN, C_STVN, D_H, dt_bias_H, state_SHPN, ring, place)
-        return gated_rms_norm(ssd_replay(*given, None), *norm)
+        return gated_rms_norm(ssd_replay(*given, None, overlap), *norm)
     heads, N = dt_STH.shape[2], C_STVN.shape[3]
     check_contiguous("ssd_replay", state_SHPN, *ring)
     x_STGP, B_STUN, C_STVN = (last_adjacent(v) for v in (x_STGP, B_STUN, C_STVN))
@@ -140,7 +142,7 @@ def ssd_replay(
             *x_STGP.stride()[:3], *dt_STH.stride(), *B_STUN.stride()[:3], *C_STVN.stride()[:3],
             H=heads, G=groups, U=B_STUN.shape[2], V=C_STVN.shape[2], P=P, N=N, T=new, R=place.capacity,
             BLOCK_P=plan.BLOCK_P, BLOCK_N=plan.BLOCK_N, RAGGED=plan.RAGGED, **options, num_warps=plan.warps,
-            num_stages=1,
+            num_stages=1, **launch_options(overlap),
         )  # fmt: skip
     return y_STHP
 
@@ -171,7 +173,9 @@ def _replay_products(
     H: tl.constexpr, G: tl.constexpr, U: tl.constexpr, V: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     T: tl.constexpr, R: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr, ROWS: tl.constexpr, INNER_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_others(OVERLAP)
     h, block, p, row = _place(P, BLOCK_P)
     head, pending, active = _counts(head_ptr, pending_ptr, active_ptr, row)
     t = tl.arange(0, ROWS)
@@ -233,8 +237,9 @@ def _replay_sums(
     x_row, x_token, x_group, dt_row, dt_token, dt_head, B_row, B_token, B_group, C_row, C_token, C_head,
     H: tl.constexpr, G: tl.constexpr, U: tl.constexpr, V: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     T: tl.constexpr, R: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_others(OVERLAP)
     h, block, p, row = _place(P, BLOCK_P)
     n = tl.arange(0, BLOCK_N)
     head, pending, active = _counts(head_ptr, pending_ptr, active_ptr, row)
