@@ -245,8 +245,8 @@ class _Attention:
             assert mixer.q_norm.eps is not None
             norms = {"q_norm_P": mixer.q_norm.weight, "k_norm_P": mixer.k_norm.weight, "eps": mixer.q_norm.eps}
         q_STHP = rotate_kv(
-            qkv_ME.unflatten(0, reading.shape), self._cos_LJ, self._sin_LJ, *state, backend=self._product.backend,
-            **norms,
+            qkv_ME.unflatten(0, reading.shape), self._cos_LJ, self._sin_LJ, *state, overlap=self._product.overlap,
+            backend=self._product.backend, **norms,
         )  # fmt: skip
         y_STHP = decode_attention(
             q_STHP,
@@ -255,6 +255,7 @@ class _Attention:
             reading.ends_S,
             scaling=mixer.attend.scaling,
             window=mixer.attend.sliding_window,
+            overlap=self._product.overlap,
             backend=self._product.backend,
         )
         return self._product(y_STHP.flatten(0, 1).flatten(1), [mixer.o_proj], add_to=x_MD)

@@ -26,6 +26,7 @@ def decode_attention(
     *,
     scaling: float,
     window: int | None = None,
+    overlap: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """softmax(scaling · q kᵀ) v over the first ``lengths`` entries of each row's buffers, the queries' own the last T.
@@ -36,6 +37,7 @@ def decode_attention(
     Args:
         lengths_S: tokens in each row's buffers, at least T.
         window: a query sees only the last ``window`` entries up to its own (sliding attention); ``None`` for all.
+        overlap: kernels start while those before them end (:mod:`mambify.ops.overlap`).
         backend: "auto", "reference" or "triton".
 
     Returns:
@@ -54,5 +56,5 @@ def decode_attention(
     check_shape("decode_attention", "keys_SGLP", keys_SGLP, (slots, groups, length, head_dim))
     check_shape("decode_attention", "values_SGLP", values_SGLP, (slots, groups, length, head_dim))
     check_shape("decode_attention", "lengths_S", lengths_S, (slots,))
-    run = reference.decode_attention if chosen == "reference" else kernels.decode_attention
-    return run(q_STHP, keys_SGLP, values_SGLP, lengths_S, scaling, window)
+    given = (q_STHP, keys_SGLP, values_SGLP, lengths_S, scaling, window)
+    return reference.decode_attention(*given) if chosen == "reference" else kernels.decode_attention(*given, overlap)
