@@ -54,6 +54,12 @@ def scatter_logits(known_xW: Tensor, token_ids_W: Tensor, vocab_size: int) -> Te
     return whole_xV.index_copy_(-1, token_ids_W, known_xW)
 
 
+def columns_of(token_ids_W: Tensor, vocab_size: int) -> Tensor:
+    """Of each word its place among ``token_ids_W``, ``[V]`` int64; -1 where it is not among them."""
+    column_V = token_ids_W.new_full((vocab_size,), -1)
+    return column_V.index_copy_(0, token_ids_W, torch.arange(len(token_ids_W), device=token_ids_W.device))
+
+
 def known_ids(head: nn.Module) -> Tensor | None:
     """The words that ``head`` knows, ``[W]``; ``None`` for all."""
     return head.token_ids if isinstance(head, TrimmedHead) else None

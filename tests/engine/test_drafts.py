@@ -16,6 +16,7 @@ from mambify.model import HybridForCausalLM
 from mambify.ops.accept import accept_drafts
 from mambify.ops.draw import draw_tokens, settings_of
 from mambify.ops.draw.reference import weights
+from mambify.trimmed_head import columns_of
 from speculating import (
     GREEDY,
     PROMPTS,
@@ -96,9 +97,9 @@ def test_one_round_with_part_of_the_words_is_exact(settings: dict[str, Any], bac
     target = (2 * torch.randn(1, 2, V, generator=generator)).expand(S, -1, -1)
     draft = (2 * torch.randn(1, 1, 5, generator=generator)).expand(S, -1, -1)
     numbers = torch.rand(S, 3, generator=generator)
-    drafted = known[draw_tokens(draft[:, 0], numbers[:, 0].contiguous(), **settings)][:, None]
+    drafted = draw_tokens(draft[:, 0], numbers[:, 0], ids_V=known, **settings)[:, None]
     kept, after = accept_drafts(
-        target, draft, drafted, numbers[:, 1:].contiguous(), draft_ids_W=known, backend=backend, **settings
+        target, draft, drafted, numbers[:, 1:], draft_columns_V=columns_of(known, V), backend=backend, **settings
     )
     first = torch.where(kept > 0, drafted[:, 0], after)
     found = torch.bincount(first, minlength=V).double() / S

@@ -13,6 +13,7 @@ from mambify.ops.accept import accept_drafts
 from mambify.ops.backends import HAS_TRITON
 from mambify.ops.draw import draw_tokens, settings_of
 from mambify.ops.draw.reference import weights
+from mambify.trimmed_head import columns_of
 
 BACKENDS = ["reference", pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"))]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -194,11 +195,43 @@ def test_the_kernels_decide_as_the_reference(
     assert same.float().mean() >= 0.98  # a uniform number may lie within rounding of a border
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("cuts", [{}, CUTS[-1], {"temperature": 0.0}], ids=["plain", "all", "greedy"])
+def test_a_draft_of_some_words_in_parts_of_larger_buffers(
+    cuts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of fewer chunks than the target's; all that a row holds is put forward."""
+    torch.manual_seed(4)
+    rows, K, V, W = (200, 3, 9000, 5000) if DEVICE == "cuda" else (6, 3, 300, 110)
+    monkeypatch.setattr("mambify.ops.draw.triton._BLOCK", 4096 if DEVICE == "cuda" else 64)
+    known = torch.randperm(V)[:W].sort().values
+    target = 2 * torch.randn(rows, K + 1, V)
+    draft = target[:, :K, known] + 0.5 * torch.randn(rows, K, W)
+    settings = {name: torch.full((rows,), float(value)) for name, value in cuts.items()}
+    read, numbers = torch.zeros(rows, K + 4, dtype=torch.long), torch.rand(rows, 2 * K + 1)
+    for k in range(K):
+        draw_tokens(draft[:, k], torch.rand(rows), ids_V=known, out_S=read[:, k + 1], **settings)
+    arguments = (target, draft, read, numbers, columns_of(known, V))
+
+    def accepted(backend: str, *given: Tensor, **settings: Tensor) -> tuple[Tensor, Tensor]:
+        target, draft, read, numbers, columns = given
+        return accept_drafts(
+            target, draft, read[:, 1 : K + 1], numbers[:, K:], draft_columns_V=columns, backend=backend, **settings
+        )
+
+    wanted = accepted("reference", *arguments, **settings)
+    on_device = {name: value.to(DEVICE) for name, value in settings.items()}
+    found = accepted("triton", *(x.to(DEVICE) for x in arguments), **on_device)
+    assert 0 < wanted[0].float().mean() < K
+    same = (found[0].cpu() == wanted[0]) & (found[1].cpu() == wanted[1])
+    assert same.float().mean() >= 0.98
+
+
 def test_what_does_not_fit_is_refused() -> None:
     target, drafted, numbers = torch.randn(2, 3, 5), torch.zeros(2, 2, dtype=torch.long), torch.rand(2, 3)
     with pytest.raises(ValueError, match="drafted_SK"):
         accept_drafts(target, None, drafted[:, :1], numbers)
-    with pytest.raises(ValueError, match="draft_SKV"):
+    with pytest.raises(ValueError, match="draft_SKW"):
         accept_drafts(target, target, drafted, numbers)
     with pytest.raises(ValueError, match="top_p"):
         accept_drafts(target, None, drafted, numbers, top_p=torch.ones(3))

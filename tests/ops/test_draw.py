@@ -6,7 +6,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from mambify.errors import InvalidOptionError
 from mambify.ops.backends import HAS_TRITON
-from mambify.ops.draw import draw_tokens, uniform
+from mambify.ops.draw import draw_tokens, uniform, uniforms
 
 BACKENDS = ["reference", pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"))]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -94,3 +94,41 @@ def test_uniform_numbers_are_the_same_by_every_backend() -> None:
     for pair in ((seed[:, None], counter), (seed, counter[:5]), (seed[:, None], counter[:5, None] * 64)):
         wanted, found = (uniform(*pair, backend=backend) for backend in ("reference", "triton"))
         assert torch.equal(found, wanted) and found.dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_numbers_of_a_place_are_those_of_its_counters(backend: str) -> None:
+    seed, place = torch.tensor([3, -2, 2**40], device=DEVICE), torch.tensor([0, 5, 99], device=DEVICE)
+    wanted = uniform(seed[:, None], place[:, None] * 64 + torch.arange(7, device=DEVICE), backend="reference")
+    assert torch.equal(uniforms(seed, place, 7, apart=64, backend=backend), wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("words", [97, 300], ids=["one program a row", "chunks"])
+def test_rows_of_every_kind_and_where_tokens_are_put(
+    backend: str, dtype: torch.dtype, words: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy, plain and cut rows in one batch; names of the words, strided numbers and places, and a copy."""
+    monkeypatch.setattr("mambify.ops.draw.triton._BLOCK", 64)
+    generator = torch.Generator().manual_seed(words)
+    rows, ids = 12, torch.randperm(1000, generator=generator)[:words]
+    logits = (3 * torch.randn(rows, words, generator=generator)).to(dtype)
+    logits[:, 64:128] = -torch.inf  # of a whole chunk, nothing
+    numbers = torch.rand(rows, 3, generator=generator)
+    settings = {
+        "temperature": torch.tensor([0.0, 1.0, 0.7, 1.3] * 3), "top_k": torch.tensor([0, 0, 0, 9, 0, 20] * 2),
+        "top_p": torch.tensor([1.0, 1.0, 1.0, 1.0, 0.8] * 2 + [1.0] * 2),
+        "min_p": torch.tensor([0.0] * 9 + [0.2] * 3),
+    }  # fmt: skip
+    plain = draw_tokens(logits, numbers[:, 1].contiguous(), **settings, backend="reference")
+    there = {name: value.to(DEVICE) for name, value in settings.items()}
+    out, copied = torch.zeros(rows, 4, dtype=torch.long, device=DEVICE), torch.zeros(rows, 2, words, dtype=dtype)
+    copied = copied.to(DEVICE)
+    drawn = draw_tokens(
+        logits.to(DEVICE), numbers.to(DEVICE)[:, 1], **there, ids_V=ids.to(DEVICE), out_S=out[:, 2],
+        copy_SV=copied[:, 1], backend=backend,
+    )  # fmt: skip
+    assert torch.equal(drawn.cpu(), ids[plain]) and torch.equal(out[:, 2], drawn)
+    assert (out[:, [0, 1, 3]] == 0).all() and (copied[:, 0] == 0).all()
+    assert torch.equal(copied[:, 1].cpu(), logits)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from mambify.engine import Speculator
-from mambify.engine.speculate import Draft
+from mambify.engine.speculate import NUMBERS, Draft
 from mambify.errors import InvalidOptionError
 from mambify.model import HybridForCausalLM
+from mambify.ops.draw import uniforms
 
 
 class InjectedSpeculator(Speculator):
@@ -34,12 +35,13 @@ class InjectedSpeculator(Speculator):
         super().__init__(target, draft, **{"num_draft_tokens": len(rates)} | settings)
 
     def _accept(
-        self, logits_STV: Tensor, draft_SKW: Tensor | None, drafted_SK: Tensor, num_drafted_S: Tensor | None
+        self, logits_STV: Tensor, draft_SKW: Tensor | None, num_drafted_S: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        _, next_S = super()._accept(logits_STV, draft_SKW, drafted_SK, num_drafted_S)
-        K = drafted_SK.shape[1]
-        # The numbers that the tests used: they decide nothing else.
-        stands_SK = self._numbers(K, K) < self._rates_K[:K]
+        _, next_S = super()._accept(logits_STV, draft_SKW, num_drafted_S)
+        K = logits_STV.shape[1] - 1
+        # The numbers of the tests: they decide nothing else.
+        number_SN = uniforms(self._seed_S, self._target.length_S, 2 * K, apart=NUMBERS)
+        stands_SK = number_SN[:, K:] < self._rates_K[:K]
         kept_S = stands_SK.long().cumprod(1).sum(1)
         return kept_S if num_drafted_S is None else torch.minimum(kept_S, num_drafted_S), next_S
 

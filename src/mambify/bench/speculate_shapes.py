@@ -20,6 +20,7 @@ from mambify.bench.injected import InjectedSpeculator, rates_for
 from mambify.bench.pace import pace_of
 from mambify.bench.sheet import Row
 from mambify.engine import Sampling, Speculator
+from mambify.engine.drafting import ModelDraft
 from mambify.engine.pace import AUTO
 from mambify.engine.recording import recorded
 from mambify.model import HybridForCausalLM
@@ -212,13 +213,13 @@ def _parts_of_a_round(decoder: Speculator, K: int, device: str) -> tuple[float, 
     assert decoder._draft is not None
     draft, target, T = decoder._draft.tower, decoder._target, K + 1
     decoder._active_S.fill_(True)
-    all_S = torch.full_like(draft.length_S, T)
+    kept = K if K > 1 and type(decoder._draft) is ModelDraft else 0  # of what is read to draft
     token_ST = decoder._token_S[:, None].expand(-1, T).contiguous()
 
     @torch.inference_mode()
     def put_forward() -> None:
         decoder._put_forward(K)
-        draft.take_back(all_S)
+        draft.keep(-kept, 1, fold=K == 1)
 
     drafting = seconds_of(recorded(put_forward, device), device)
     reading = seconds_of(recorded(torch.inference_mode()(lambda: target.read(token_ST)), device), device)

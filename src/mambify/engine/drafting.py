@@ -15,6 +15,7 @@ from mambify.config import HybridConfig
 from mambify.engine.tower import Tower
 from mambify.errors import InvalidOptionError
 from mambify.model import HybridForCausalLM
+from mambify.ops.rounds import take_last, tokens_behind
 from mambify.trimmed_head import known_ids
 
 
@@ -38,22 +39,24 @@ class ModelDraft:
     def __init__(self, model: HybridForCausalLM, target: Tower, history_SL: Tensor, **settings: Any) -> None:
         self.tower, self.ids_W = Tower(model, **settings), known_ids(model.lm_head)
         self._target, self._history_SL = target, history_SL
+        self._behind_S = target.length_S  # of a round: 0 where there is no token before the last one, else 1
 
     def begin(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
         """Reads prompts into slots of target and draft, all but their last tokens into the target's."""
         self._target.begin(slots, [ids[:-1] for ids in prompts])
         self.tower.begin(slots, [ids[:-2] for ids in prompts])
 
-    def logits_after(self, token_S: Tensor, k: int) -> Tensor:
-        """Logits ``[S, 1, W]`` of the k-th drafted token, from 0 on, given the token before it."""
-        read_SX = torch.stack([self._token_before(), token_S], 1) if k == 0 else token_S[:, None]
-        found_SXW = self.tower.read(read_SX, fold=k == 0)
-        self.tower.keep(torch.full_like(token_S, read_SX.shape[1]), read_SX.shape[1], fold=k == 0)
-        return found_SXW[:, -1:]
+    def logits_after(self, token_S: Tensor, k: int, K: int) -> Tensor:
+        """Logits ``[S, 1, W]`` of the k-th of K drafted tokens, from 0 on, given the token before it.
 
-    def _token_before(self) -> Tensor:
-        """The token before each slot's last one; of a text of one token that one itself."""
-        return self._history_SL.gather(1, (self._target.length_S - 1).clamp(min=0)[:, None])[:, 0]
+        The last of these reads is not kept: :meth:`settle` says what stands.
+        """
+        # The token before each slot's last one, too; of a text of one token that one itself.
+        read_SX = tokens_behind(self._history_SL, self._target.length_S, -1, 2) if k == 0 else token_S[:, None]
+        found_SXW = self.tower.read(read_SX, fold=k == 0)
+        if k < K - 1:
+            self.tower.keep(read_SX.shape[1], read_SX.shape[1], fold=k == 0)
+        return found_SXW[:, -1:]
 
     def num_drafted(self, K: int) -> Tensor | None:
         """How many of the K tokens count in each slot; ``None`` for all.
@@ -61,7 +64,8 @@ class ModelDraft:
         Where there is no token before, as in a text of one token, nonsense was read: for once nothing is drafted, and
         then :meth:`settle` forgets all of it.
         """
-        return torch.where(self._target.length_S == 0, 0, K)
+        self._behind_S = self._target.length_S.clamp(max=1)
+        return self._behind_S * K
 
     def settle(self, count_S: Tensor, K: int, hidden_STD: Tensor) -> None:
         """After a round, before the target is told: ``count_S`` of the T tokens that it has read stand.
@@ -69,7 +73,8 @@ class ModelDraft:
         Args:
             hidden_STD: what the target made of them, before its final norm.
         """
-        self.tower.take_back(K + 1 - count_S + (self._target.length_S == 0))
+        last = 2 if K == 1 else 1  # tokens of the read that was not kept, of K + 1 in all
+        self.tower.keep(count_S + self._behind_S, last, plus=last - (K + 1) - 1, fold=K == 1)
 
     def pretend(self, length: int) -> None:
         """As :meth:`Tower.pretend`, of a target that holds ``length`` tokens."""
@@ -84,9 +89,9 @@ class FeatureDraft(ModelDraft):
     """A draft that reads the target's hidden states (:class:`mambify.feature_input.FeatureInput`).
 
     It has read all tokens, the slot's last one too, and keeps its own hidden state after that: the first logits of a
-    round. Tokens that it drafts are read with its own hidden states in place of the target's. When the target has read
-    them these reads are taken back, and those that stand are read once more as they should be, all at once. So a round
-    is K reads here as well, and nothing is special about texts of one token.
+    round. Tokens that it drafts are read with its own hidden states in place of the target's. These reads are taken
+    back, and when the target has read the tokens, those that stand are read once more as they should be, all at once.
+    So a round is K reads here as well, and nothing is special about texts of one token.
     """
 
     def __init__(self, model: HybridForCausalLM, target: Tower, history_SL: Tensor, **settings: Any) -> None:
@@ -101,26 +106,24 @@ class FeatureDraft(ModelDraft):
         after_ED = self._target.begin_with(self.tower, slots, prompts)
         self._after_SD[slot_E] = after_ED.to(self._after_SD.dtype)
 
-    def logits_after(self, token_S: Tensor, k: int) -> Tensor:
+    def logits_after(self, token_S: Tensor, k: int, K: int) -> Tensor:
         if k == 0:
             self._own_S1D = self._after_SD[:, None]
         else:
             # What is pending before the first of these stands for good; none of these may get into a state.
             self._own_S1D = self.tower.stream(token_S[:, None], self._own_S1D, fold=k == 1)
-            self.tower.keep(torch.ones_like(token_S), 1, fold=k == 1)
+            kept_before = k - 1
+            self.tower.keep(1 if k < K - 1 else -kept_before, 1, fold=k == 1)
         return self.tower.logits(self._own_S1D)
 
     def num_drafted(self, K: int) -> Tensor | None:
         return None
 
     def settle(self, count_S: Tensor, K: int, hidden_STD: Tensor) -> None:
-        if K > 1:
-            self.tower.take_back(torch.full_like(count_S, K - 1))
-        place_ST = self._target.length_S[:, None] + torch.arange(1, K + 2, device=count_S.device)
-        own_STD = self.tower.stream(self._history_SL.gather(1, place_ST), hidden_STD)
+        read_ST = tokens_behind(self._history_SL, self._target.length_S, 1, K + 1)
+        own_STD = self.tower.stream(read_ST, hidden_STD)
         self.tower.keep(count_S, K + 1)
-        last_S11 = (count_S - 1).clamp(min=0)[:, None, None]
-        self._after_SD.copy_(own_STD.gather(1, last_S11.expand(-1, 1, own_STD.shape[-1]))[:, 0])
+        take_last(own_STD, count_S, self._after_SD)
 
     def pretend(self, length: int) -> None:
         self.tower.pretend(length + 1)

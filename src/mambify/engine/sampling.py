@@ -65,11 +65,7 @@ class Sampling:
         return {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
 
     def row_settings(self, rows: int, device: torch.device) -> dict[str, Any]:
-        """As :meth:`settings`, as tensors of one number a row, which are then not made anew for every token; numbers
-        where the likeliest token is taken.
-        """
-        if self.temperature == 0:
-            return self.settings()
+        """As :meth:`settings`, as tensors of one number a row, which are then not made anew for every token."""
         return settings_of(**self.settings(), rows=rows, device=device).named()
 
     @property

@@ -19,7 +19,7 @@ from mambify.engine.tower import Tower
 from mambify.mixers import RecurrentState
 from mambify.model import HybridForCausalLM
 from mambify.ops.draw import draw_tokens, uniform
-from mambify.trimmed_head import known_ids, scatter_logits
+from mambify.trimmed_head import known_ids
 
 
 @dataclass
@@ -101,19 +101,16 @@ class Slots:
         )
         self._towers = {size: self._tower if size == sizes[0] else self._tower.first(size) for size in sizes}
         self.control = Control.of(self._tower, max(num_forced, 1))
-        self._one_S = torch.ones_like(self.control.token_S)
         self._stops_K = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
-        self._vocab_size, self._known_ids_W = model.config.vocab_size, known_ids(model.lm_head)
+        self._known_ids_W = known_ids(model.lm_head)
         self._settings = {size: sampling.row_settings(size, device) for size in sizes}
 
     def step(self, slots: int) -> None:
         """Reads each slot's token and finds its next one, in place, for the first ``slots`` of them."""
         c, tower = self.control.first(slots), self._towers[slots]
         logits_S1V = tower.read(c.token_S[:, None])
-        logits_SV = logits_S1V[:, 0]
-        if self._known_ids_W is not None:
-            logits_SV = scatter_logits(logits_SV, self._known_ids_W, self._vocab_size)
-        drawn_S = draw_tokens(logits_SV, uniform(c.seed_S, c.length_S), **self._settings[slots])
+        number_S = uniform(c.seed_S, c.length_S)
+        drawn_S = draw_tokens(logits_S1V[:, 0], number_S, ids_V=self._known_ids_W, **self._settings[slots])
         forced_S = c.next_forced_S < c.num_forced_S
         place_S1 = c.next_forced_S.clamp(max=c.forced_SF.shape[1] - 1)[:, None]
         token_S = torch.where(forced_S, c.forced_SF.gather(1, place_S1)[:, 0], drawn_S)
@@ -122,7 +119,7 @@ class Slots:
         c.budget_S -= speaks_S.long()
         stops_S = (token_S[:, None] == self._stops_K).any(1) | (c.budget_S <= 0)
         ends_S = speaks_S & stops_S
-        tower.keep(self._one_S[:slots], 1)
+        tower.keep(1, 1)
         written_S1 = torch.where(c.active_S, c.length_S, self.length)[:, None]
         c.history_SL.scatter_(1, written_S1, token_S[:, None].to(torch.int32))
         c.token_S.copy_(torch.where(c.active_S, token_S, c.token_S))

@@ -30,9 +30,9 @@ from mambify.engine.tower import Tower
 from mambify.errors import InvalidOptionError
 from mambify.model import HybridForCausalLM
 from mambify.ops.accept import accept_drafts
-from mambify.ops.draw import draw_tokens, penalise, uniform
+from mambify.ops.draw import draw_tokens, penalise, uniforms
 from mambify.ops.rounds import settle_round
-from mambify.trimmed_head import TrimmedHead, known_ids, scatter_logits
+from mambify.trimmed_head import TrimmedHead, columns_of, known_ids
 
 Draft = HybridForCausalLM | Literal["lookup"] | None
 
@@ -92,7 +92,12 @@ class Speculator:
             return torch.zeros(num_slots, *sizes, dtype=dtype, device=device)
 
         self._active_S = zeros(dtype=torch.bool)
-        self._token_S, self._budget_S, self._seed_S, self._heard_S = zeros(), zeros(), zeros(), zeros()
+        self._budget_S, self._seed_S, self._heard_S = zeros(), zeros(), zeros()
+        #: what a round reads: each slot's token, and those that are put forward
+        self._read_ST = zeros(most + 1)
+        self._token_S, self._none_S = self._read_ST[:, 0], zeros()
+        #: of a round; the likeliest tokens depend on none
+        self._number_SN = zeros(2 * most + 1, dtype=torch.float32)
         self.statistics = Statistics()
         # Which tokens occurred, where that matters; kept with the drafted ones by whoever looks beyond them.
         self._seen_SV = zeros(target.config.vocab_size, dtype=torch.bool) if sampling.penalises else None
@@ -115,6 +120,9 @@ class Speculator:
             #: the words that each of them knows, where that is not all
             self._target_ids_W = known_ids(target.lm_head)
             self._draft_ids_W = None if self._draft is None else self._draft.ids_W
+            self._draft_columns_V: Tensor | None = None
+            if self._draft_ids_W is not None:
+                self._draft_columns_V = columns_of(self._draft_ids_W, target.config.vocab_size)
             # No slot is active yet, so the trial runs change none. Of all these graphs one is replayed at a time.
             pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
             self._rounds = {K: recorded(partial(self._step, K), device, pool=pool) for K in counts}
@@ -140,61 +148,67 @@ class Speculator:
     # ---- a round, on the device ------------------------------------------------------------------------------------
 
     def _step(self, K: int) -> None:
-        drafted_SK, draft_SKW, num_drafted_S = self._put_forward(K)
-        hidden_STD = self._target.stream(torch.cat([self._token_S[:, None], drafted_SK], 1))
+        if self.sampling.temperature > 0:
+            # They depend on a slot's seed and position alone: K for the draft, K tests, one last draw.
+            self._number_SN = uniforms(self._seed_S, self._target.length_S, 2 * K + 1, apart=NUMBERS)
+        draft_SKW, num_drafted_S = self._put_forward(K)
+        read_ST = self._read_ST[:, : K + 1]
+        hidden_STD = self._target.stream(read_ST)
         logits_STV = self._target.logits(hidden_STD)
-        if self._target_ids_W is not None:
-            logits_STV = scatter_logits(logits_STV, self._target_ids_W, self._target.model.config.vocab_size)
         if self._seen_SV is not None:
-            logits_STV = self._penalised(logits_STV, self._seen_SV, drafted_SK)
-        kept_S, next_S = self._accept(logits_STV, draft_SKW, drafted_SK, num_drafted_S)
+            logits_STV = self._penalised(logits_STV, _columns(self._seen_SV, self._target_ids_W), read_ST[:, 1:])
+        kept_S, next_S = self._accept(logits_STV, draft_SKW, num_drafted_S)
         count_S, goes_on_S = settle_round(
-            drafted_SK, kept_S, next_S, self._stops_E, self._target.length_S, self._active_S, self._token_S,
-            self._budget_S, self._history_SL, self._accepted_T,
+            read_ST, kept_S, next_S, self._stops_E, self._target.length_S, self._active_S, self._budget_S,
+            self._history_SL, self._accepted_T,
         )  # fmt: skip
         if self._seen_SV is not None:
-            self._see(drafted_SK, next_S, count_S)
+            self._see(read_ST[:, 1:], next_S, count_S)
         if self._draft is not None:
             self._draft.settle(count_S, K, hidden_STD)
-        self._target.keep(count_S, K + 1)
-        self._active_S.copy_(goes_on_S)
+        self._target.keep(count_S, K + 1, goes_on_S=goes_on_S)  # the last to ask which slots were active
 
-    def _put_forward(self, K: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Drafted tokens ``[S, K]``, the logits they were drawn from, and how many there are in each slot."""
+    def _put_forward(self, K: int) -> tuple[Tensor | None, Tensor | None]:
+        """Drafts K tokens; returns the logits they were drawn from, and how many there are in each slot."""
         if self._looks_up:
             drafted_SK, found_S = look_up(self._history_SL, self._target.length_S + 1, K)
-            return drafted_SK, None, found_S
+            self._read_ST[:, 1 : K + 1] = drafted_SK
+            return None, found_S
         if self._draft is None:
-            return self._token_S.new_zeros(len(self._token_S), 0), None, None
-        numbers_SK, tokens, logits = self._numbers(0, K), [self._token_S], []
+            return None, None
         seen_SV = None if self._seen_SV is None else self._seen_SV.clone()
+        draft_SKW = None
         for k in range(K):
-            found_S1W = self._draft.logits_after(tokens[k], k)
+            found_S1W = self._draft.logits_after(self._read_ST[:, k], k, K)
             if seen_SV is not None:
-                seen_SV.scatter_(1, tokens[k][:, None], True)
+                seen_SV.scatter_(1, self._read_ST[:, k : k + 1], True)
                 found_S1W = self._penalised(found_S1W, _columns(seen_SV, self._draft_ids_W))
-            logits.append(found_S1W[:, 0])
-            drawn_S = draw_tokens(logits[k], numbers_SK[:, k].contiguous(), **self._settings)
-            tokens.append(drawn_S if self._draft_ids_W is None else self._draft_ids_W[drawn_S])
-        return torch.stack(tokens[1:], 1), torch.stack(logits, 1), self._draft.num_drafted(K)
+            if self.sampling.temperature > 0 and draft_SKW is None:
+                draft_SKW = found_S1W.new_empty(len(found_S1W), K, found_S1W.shape[-1])
+            draw_tokens(
+                found_S1W[:, 0], self._number_SN[:, k], ids_V=self._draft_ids_W, out_S=self._read_ST[:, k + 1],
+                copy_SV=None if draft_SKW is None else draft_SKW[:, k], **self._settings,
+            )  # fmt: skip
+        return draft_SKW, self._draft.num_drafted(K)
 
     def _accept(
-        self, logits_STV: Tensor, draft_SKW: Tensor | None, drafted_SK: Tensor, num_drafted_S: Tensor | None
+        self, logits_STV: Tensor, draft_SKW: Tensor | None, num_drafted_S: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """How many drafted tokens of each slot stand, and the token after them."""
-        K = drafted_SK.shape[1]
+        K = logits_STV.shape[1] - 1
+        if K == 0:
+            token_S = draw_tokens(
+                logits_STV[:, 0], self._number_SN[:, 0], ids_V=self._target_ids_W, **self._settings
+            )  # fmt: skip
+            return self._none_S, token_S
+        # Of the likeliest tokens it does not matter what they were chosen among.
         return accept_drafts(
-            logits_STV, draft_SKW, drafted_SK, self._numbers(K, K + 1), num_drafted_S,
-            draft_ids_W=self._draft_ids_W, **self._settings,
+            logits_STV, draft_SKW, self._read_ST[:, 1 : K + 1], self._number_SN[:, K : 2 * K + 1], num_drafted_S,
+            draft_columns_V=None if draft_SKW is None else self._draft_columns_V, **self._settings,
         )  # fmt: skip
 
     def _penalised(self, logits_SXV: Tensor, seen_SV: Tensor, following_SF: Tensor | None = None) -> Tensor:
         return penalise(logits_SXV, seen_SV, following_SF, penalty=self.sampling.repetition_penalty)
-
-    def _numbers(self, first: int, count: int) -> Tensor:
-        """Uniform numbers ``[S, count]`` of this round: they depend on the slot's seed and position alone."""
-        number = first + torch.arange(count, device=self._seed_S.device)
-        return uniform(self._seed_S[:, None], self._target.length_S[:, None] * NUMBERS + number)
 
     def _tell(self) -> None:
         """Puts what the host is to see into one tensor: of each slot how many tokens are new, whether it goes on, and

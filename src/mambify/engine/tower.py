@@ -159,22 +159,24 @@ class Tower:
             return self._fused.logits(x_STD)
         return known_logits(self.model.lm_head, self.model.model.norm(x_STD))
 
-    def keep(self, count_S: Tensor, read: int, *, fold: bool = False) -> None:
-        """After a read of ``read`` tokens: the first ``count_S`` of them stand, in active slots.
+    def keep(
+        self, count: Tensor | int, read: int, *, plus: int = 0, fold: bool = False, goes_on_S: Tensor | None = None
+    ) -> None:
+        """After a read of ``read`` tokens: the first ``count + plus`` of them stand, in active slots.
 
         Args:
+            count: of each slot, ``[S]``, or of all.
+            plus: may make less than 0 of it: then tokens that were kept before do not stand after all, none that a
+                state was taken over.
             fold: as it was said to :meth:`read`.
+            goes_on_S: which slots are active from then on; the same by default.
         """
-        if self._at_once:
-            self.place.step()
-            self.length_S += torch.where(self.place.active_S, count_S, 0)
-            return
+        count_S, plus = (count, plus) if isinstance(count, Tensor) else (None, count + plus)
         above = replace(self.place, eager=fold).folds_above(read)
-        move_on(self.place, self.length_S, count_S, folds_above=above)
-
-    def take_back(self, count_S: Tensor) -> None:
-        """The last ``count_S`` tokens do not stand after all, in active slots: none that a state was taken over."""
-        move_on(self.place, self.length_S, -count_S)
+        move_on(
+            self.place, self.length_S, count_S, plus=plus, folds_above=above, pends=not self._at_once,
+            goes_on_S=goes_on_S,
+        )  # fmt: skip
 
     def pretend(self, length: int) -> None:
         """Every slot goes on as if it held ``length`` tokens, of random contents: to measure what reading then costs.

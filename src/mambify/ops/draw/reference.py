@@ -11,6 +11,8 @@ from mambify.ops.ring import is_all_false
 
 def draw_tokens(logits_SV: Tensor, uniform_S: Tensor, settings: Settings) -> Tensor:
     """See :func:`mambify.ops.draw.draw_tokens`."""
+    if is_all_false(settings.temperature_S > 0):  # nothing is drawn, so nothing needs to be weighed
+        return logits_SV.argmax(-1)
     return quantiles(weights(logits_SV, settings), uniform_S)
 
 

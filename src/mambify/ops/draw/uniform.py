@@ -1,6 +1,6 @@
 """Uniform numbers that depend on a seed and a counter alone: a row draws the same ones wherever it is batched.
 
-Letters: S rows.
+Letters: S rows, N numbers of each.
 """
 
 from __future__ import annotations
@@ -31,6 +31,20 @@ def uniform(seed_S: Tensor, counter_S: Tensor, *, backend: str = "auto") -> Tens
         return kernels.uniform(seed_S, counter_S)
     z_S = _mixed(_mixed(seed_S + _GOLDEN) + counter_S * _GOLDEN)
     return _shifted(z_S, 40).to(torch.float32) * 2.0**-24
+
+
+def uniforms(seed_S: Tensor, place_S: Tensor, count: int, *, apart: int, backend: str = "auto") -> Tensor:
+    """N = ``count`` numbers ``[S, N]`` a row, as :func:`uniform` gives them for counters from ``apart · place`` on.
+
+    Args:
+        seed_S, place_S: int64.
+        apart: between the counters of neighbouring places.
+        backend: "auto", "reference" or "triton", which give the same numbers.
+    """
+    if pick_backend("uniforms", backend, backends_on(seed_S.device)) == "triton":
+        return kernels.uniform(seed_S[:, None].expand(-1, count), place_S[:, None], apart=apart)
+    number_N = torch.arange(count, device=seed_S.device)
+    return uniform(seed_S[:, None], place_S[:, None] * apart + number_N, backend="reference")
 
 
 def _mixed(z_S: Tensor) -> Tensor:
