@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import mambify
 from mambify import HybridForCausalLM
+from mambify.conversion.cut import cut
 from mambify.errors import (
     CheckpointError,
     InvalidOptionError,
@@ -28,6 +29,7 @@ from mambify.errors import (
 )
 from mambify.families.load import LoadedModel, load_config
 from mambify.families.mixers_only import MIXERS
+from mambify.trimmed_head import TrimmedHead
 
 Teacher = Callable[..., PreTrainedModel]
 IDS = torch.arange(3, 40)[None]
@@ -104,6 +106,39 @@ def test_what_is_stored(base: Path, tmp_path: Path) -> None:
     assert packed.total_bytes == sum(file.stat().st_size for file in (tmp_path / "mixers").iterdir())
     assert not (tmp_path / "mixers" / "model.safetensors").exists()
     assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "mixers").iterdir()} == {0o644}
+
+
+@pytest.mark.parametrize("family", ["smollm2-like", "qwen2", "llama3"])  # the head is the embeddings in the first
+@pytest.mark.parametrize("learned", [False, True])
+def test_the_words_of_a_draft(family: str, learned: bool, tiny_teacher: Teacher, tmp_path: Path) -> None:
+    """They are rows of the base's head, unless they were trained."""
+    base = tmp_path / "base"
+    tiny_teacher(family).save_pretrained(base)
+    teacher = mambify.load(base).model
+    draft = cut(teacher, [0, 1])
+    draft.lm_head = TrimmedHead.of(teacher.lm_head, torch.tensor([0, 1, 2, 7, 30, 31]))
+    draft.config.draft_vocabulary, draft.config.tie_word_embeddings = 6, False
+    with torch.no_grad():
+        draft.model.layers[0].mlp.down_proj.weight.mul_(1.25)
+        if learned:
+            draft.lm_head.weight.mul_(1.25)
+    mambify.save(draft, tmp_path / "draft")
+    packed = mambify.pack(tmp_path / "draft", tmp_path / "mixers", base=str(base), dtype="auto")
+    stored = {"model.layers.0.mlp.down_proj.weight", "lm_head.token_ids"} | ({"lm_head.weight"} if learned else set())
+    assert load_file(tmp_path / "mixers" / MIXERS).keys() == stored
+    loaded = mambify.load(tmp_path / "mixers").model
+    assert torch.equal(loaded.lm_head.weight, draft.lm_head.weight)
+    assert same_logits(loaded, draft)
+    assert packed.num_new + packed.num_kept == sum(p.numel() for p in draft.parameters())
+    other = mambify.load(base)
+    with torch.no_grad():
+        other.model.lm_head.weight[40] += 1  # a word that the draft does not know
+    mambify.save(other.model, tmp_path / "other")
+    shutil.rmtree(base)
+    (tmp_path / "other").rename(base)
+    if family == "smollm2-like" or not learned:
+        with pytest.raises(CheckpointError, match="is not the base"):
+            mambify.load(tmp_path / "mixers")
 
 
 def test_mlps_that_were_trained_are_stored_too(base: Path, tmp_path: Path) -> None:

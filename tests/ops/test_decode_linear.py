@@ -117,7 +117,7 @@ def test_a_stream_wider_than_the_weights(backend: str, normed: bool) -> None:
 def test_tensor_cores(
     rows: int, inputs: int, heights: list[int], gated: bool, normed: bool, biased: bool, adds: bool
 ) -> None:
-    """The kernel that half precision of four rows and more takes, in the float32 that an interpreter can do."""
+    """The kernel that half precision of several rows takes, in the float32 that an interpreter can do."""
     from mambify.ops.decode_linear import triton_dots
 
     x = torch.randn(rows, inputs, device=DEVICE)
@@ -128,6 +128,22 @@ def test_tensor_cores(
     wanted = expected(x, weights, biases, norm, gated, add)
     found = triton_dots.decode_linear(x, weights, biases, norm, 1e-5, gated, add, False)
     assert (found.double() - wanted).abs().max() < 1e-5
+
+
+@needs_triton
+def test_which_kernel_multiplies() -> None:
+    """Tensor cores where there are rows enough and programs enough, or more rows than the other kernel takes."""
+    from mambify.ops.decode_linear.triton import on_tensor_cores
+
+    def chosen(rows: int, *heights: int, dtype: torch.dtype = torch.bfloat16, gated: bool = False) -> bool:
+        weights = [torch.empty(height, 64, dtype=dtype, device="meta") for height in heights]
+        return on_tensor_cores(rows, weights, gated=gated)
+
+    assert [chosen(rows, 4096, 1024, 1024) for rows in (1, 2, 3, 5, 16)] == [False, False, True, True, True]
+    assert [chosen(rows, 576, 192, 192) for rows in (2, 3, 8, 9)] == [False, False, False, True]
+    assert chosen(5, 2112) and not chosen(5, 2096)
+    assert chosen(5, 1200, 1200) and not chosen(5, 1200, 1200, gated=True)
+    assert not chosen(5, 8192, dtype=torch.float32)
 
 
 @needs_triton

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from mambify.errors import InvalidOptionError
 from mambify.ops.backends import HAS_TRITON
 from mambify.ops.conv_replay import conv_replay
+from mambify.ops.gated_norm import GatedNorm, gated_rms_norm
 from mambify.ops.ring import RingPlace, ring_capacity
 from mambify.ops.selective_replay import SelectiveRing, selective_fold, selective_replay
 from mambify.ops.ssd_replay import SSDRing, ssd_fold, ssd_replay
@@ -144,8 +145,49 @@ def test_products(
         for name, count in {"G": sizes[0], "heads_of_B": sizes[1], "heads_of_C": sizes[1]}.items():
             monkeypatch.setattr(Mamba2, name, count)
     plan = ssd_kernels._plan
-    monkeypatch.setattr(ssd_kernels, "_plan", lambda *given: plan(*given)._replace(products=True))
+    monkeypatch.setattr(ssd_kernels, "_plan", lambda *given, **how: plan(*given, **how)._replace(products=True))
     go_through(Mamba2(most_new=new, capacity=capacity, dtype=torch.float16, device=DEVICE, backend="triton"), new, 3)
+
+
+@pytest.mark.parametrize("products", [False, True])
+@pytest.mark.parametrize("head_dim", [16, 40, 64, 80])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_norm_of_a_head(backend: str, head_dim: int, products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gate and norm as part of it are gate and norm behind it, in a kernel or not; the rest stays what it is."""
+    if products:
+        if backend == "reference":
+            pytest.skip("a kernel's")
+        plan = ssd_kernels._plan
+        monkeypatch.setattr(ssd_kernels, "_plan", lambda *given, **how: plan(*given, **how)._replace(products=True))
+    torch.manual_seed(0)
+    S, T, H, G, P, N = 3, 4, 4, 2, head_dim, 24
+    dtype = torch.float16 if products else torch.float32
+    x, B = (torch.randn(S, T, G, size, device=DEVICE, dtype=dtype) for size in (P, N))
+    dt, C = torch.rand(S, T, H, device=DEVICE), torch.randn(S, T, H, N, device=DEVICE, dtype=dtype)
+    z = torch.randn(S, T, 2 * H * P, device=DEVICE, dtype=dtype)[:, :, : H * P].unflatten(-1, (H, P))
+    norm = GatedNorm(z, torch.randn(H, P, device=DEVICE, dtype=dtype), 1e-5)
+    A, D = -torch.rand(H, device=DEVICE), torch.randn(H, device=DEVICE)
+    places = [RingPlace.empty(S, T, device=DEVICE, capacity=16) for _ in range(2)]
+    states = [torch.full((S, H, P, N), 0.5, device=DEVICE) for _ in range(2)]
+    rings = [SSDRing.zeros(1, S, 16, H=H, G=G, P=P, N=N, dtype=dtype, device=DEVICE).layer(0) for _ in range(2)]
+    for _ in range(6):  # until a state is folded
+        apart, within = (
+            ssd_replay(x, dt, A, B, C, D, state, ring, place, norm=given, backend=backend)
+            for state, ring, place, given in zip(states, rings, places, (None, norm), strict=True)
+        )
+        for place in places:
+            place.active_S.copy_(torch.tensor([True, True, False]))
+            advance(place, torch.tensor([4, 2, 0], device=DEVICE), T)
+        wanted = gated_rms_norm(apart, *norm, backend="reference")
+        assert within.dtype == dtype
+        torch.testing.assert_close(within, wanted, rtol=1e-3 if products else 1e-5, atol=2e-3 if products else 1e-5)
+    assert torch.equal(*states)
+    assert all(map(torch.equal, *rings))
+    with pytest.raises(ValueError, match="norm's weight"):
+        ssd_replay(
+            x, dt, A, B, C, D, states[0], rings[0], places[0], norm=norm._replace(weight_HP=norm.weight_HP[:1]),
+            backend=backend,
+        )  # fmt: skip
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
@@ -165,7 +207,7 @@ def test_a_token_that_forgets_everything(backend: str, products: bool, monkeypat
         if backend == "reference":
             pytest.skip("a kernel's")
         plan = ssd_kernels._plan
-        monkeypatch.setattr(ssd_kernels, "_plan", lambda *given: plan(*given)._replace(products=True))
+        monkeypatch.setattr(ssd_kernels, "_plan", lambda *given, **how: plan(*given, **how)._replace(products=True))
     draw = Mamba2.draw
 
     def forgetful(layer: Mamba2, new: int) -> list[torch.Tensor]:

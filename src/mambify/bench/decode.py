@@ -49,7 +49,8 @@ class Case:
         context: tokens that each slot holds already.
         tokens: read at once.
         way: of our own engine "fused" or "modules", with "overlap" before it where kernels overlap; or transformers'
-            "eager" or "compiled", or a "gpt-fast-style loop" around its model; or the name of a linear layer.
+            "eager" or "compiled", or a "gpt-fast-style loop" around its model; or the name of a linear layer, which
+            ``linears`` has by every kernel and ``tiles`` by each with other sizes.
     """
 
     part: str
@@ -62,7 +63,9 @@ class Case:
 
 
 def _cuda_cases() -> Iterator[Case]:
-    yield from (Case("linears", "8B", tokens=rows, way=way) for way in linears_of(SHAPES["8B"]) for rows in (1, 5, 16))
+    for shape in ("8B", "135M", "mamba-7b"):
+        yield from (Case("linears", shape, tokens=rows, way=way) for way in linears_of(shape) for rows in (1, 3, 5, 8))
+    yield from (Case("tiles", "8B", tokens=rows, way=way) for way in linears_of("8B") for rows in (5, 16))
     big = Case("step", "8B")
     yield from (replace(big, way=way) for way in ("fused", "overlap fused", "modules"))
     yield from (replace(big, attention=share, way=way) for share in (1.0, 0.25, 0.0) for way in _OURS)
@@ -71,13 +74,15 @@ def _cuda_cases() -> Iterator[Case]:
     yield from (Case("verify", "8B", tokens=tokens) for tokens in (1, 5, 2, 3, 8))
     yield from (Case("verify", "8B", tokens=tokens, way="overlap fused") for tokens in (1, 5))
     yield from (Case("verify", "8B", 0.5, 64, tokens=tokens) for tokens in (1, 5))
+    small = (("135M", 0.5), ("mamba-2.8b", 0.0), ("mamba-7b", 0.0))
+    yield from (Case("verify", shape, share, tokens=tokens) for shape, share in small for tokens in (1, 3, 4, 5, 8))
     for part, way in _PEERS.items():
         for context in (64, 16_384):
             yield Case(f"{part}-16k" if context > 64 else part, "8B", 1.0, context=context, way=way)
     yield from (Case("batch", "8B", share, 2**n) for share in (0.5, 1.0) for n in range(0, 10, 1))
     for share in (0.5, 0.0, 1.0):
         yield from (Case("context", "8B", share, context=1024 * 2**n) for n in (0, 2, 4, 5, 6, 7))
-    yield from (Case("throughput", "3B", share, batch=0, context=_CHUNK) for share in (1.0, 0.5, 0.25))
+    yield from (Case("throughput", "3B", share, batch=0, context=_CHUNK) for share in (1.0, 0.5, 0.25, 0.0))
 
 
 _OURS = ("fused", "overlap fused")
@@ -86,6 +91,8 @@ _PEERS = {"eager": "eager", "compiled": "compiled", "loop": "gpt-fast-style loop
 CASES: dict[str, list[Case]] = {
     "cpu": [
         *(Case("linears", "tiny", tokens=rows, way=way) for way in ("q, k, v", "gate, up", "down") for rows in (1, 5)),
+        Case("linears", "mamba-tiny", tokens=3, way="x_proj"),
+        Case("tiles", "tiny", tokens=5, way="down"),
         *(
             Case("step", "tiny", share, way=way, context=16)
             for share in (1.0, 0.5, 0.0)
@@ -120,7 +127,7 @@ class _Machine:
         self._device, self._bandwidth = device, bandwidth
         self._model: HybridForCausalLM | None = None
         self._key: tuple[str, float] | None = None
-        self._plain: dict[tuple[int, str], float] = {}  # (batch, way) → seconds of the read of one token
+        self._plain: dict[tuple[str, int, str], float] = {}  # (shape, batch, way) → seconds of the read of one token
 
     def forget(self) -> None:
         self._model, self._key = None, None
@@ -133,12 +140,12 @@ class _Machine:
             raise
 
     def _found(self, case: Case) -> Row:
-        if case.part == "linears":
+        if case.part in ("linears", "tiles"):
             self.forget()
             forget(self._device)
-            dtype = _dtype(self._device)
-            linear = linears_of(SHAPES[case.shape])[case.way]
-            return {"read_bytes_per_second": read_rates(linear, case.tokens, self._device, dtype)}
+            linear, dtype = linears_of(case.shape)[case.way], _dtype(self._device)
+            rates = read_rates(linear, case.tokens, self._device, dtype, tiles=case.part == "tiles")
+            return {"read_bytes_per_second": rates}
         if case.way in _PEERS.values():
             self.forget()
             forget(self._device)
@@ -149,7 +156,7 @@ class _Machine:
             return self._throughput(model, case)
         if case.part == "verify":
             seconds, carried = read_seconds(model, case, self._device)
-            key = case.batch, case.way
+            key = case.shape, case.batch, case.way
             if case.tokens == 1:
                 self._plain[key] = seconds
             found = self._figures(seconds, case, weights, carried)

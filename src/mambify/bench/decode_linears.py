@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mambify.bench.clock import device_seconds_of
-from mambify.bench.shapes import Shape
+from mambify.bench.shapes import MAMBA_SHAPES, SHAPES
 from mambify.ops.backends import HAS_TRITON
 from mambify.ops.decode_linear import decode_linear
 
@@ -52,8 +52,27 @@ class Linear(NamedTuple):
     adds: bool = False
 
 
-def linears_of(s: Shape) -> dict[str, Linear]:
-    """The products of a Transformer's and a Mamba2 layer, and the head."""
+def linears_of(name: str) -> dict[str, Linear]:
+    """The products of a Transformer's and a Mamba2 layer, and the head; or those of a published Mamba layer.
+
+    Args:
+        name: of a shape in :mod:`mambify.bench.shapes`.
+    """
+    if name in MAMBA_SHAPES:
+        stock = MAMBA_SHAPES[name]
+        inner = 2 * stock.hidden
+        if stock.head_dim is not None:
+            outputs = 2 * inner + 2 * stock.groups * stock.state + inner // stock.head_dim
+            return {
+                "in_proj": Linear(stock.hidden, (outputs,), normed=True),
+                "out_proj": Linear(inner, (stock.hidden,), adds=True),
+            }
+        return {
+            "in_proj": Linear(stock.hidden, (2 * inner,), normed=True),
+            "x_proj": Linear(inner, (stock.rank + 2 * stock.state,)),
+            "out_proj": Linear(inner, (stock.hidden,), adds=True),
+        }
+    s = SHAPES[name]
     wide, narrow = s.heads * s.head_dim, s.groups * s.head_dim
     return {
         "q, k, v": Linear(s.hidden, (wide, narrow, narrow), normed=True),
@@ -65,10 +84,13 @@ def linears_of(s: Shape) -> dict[str, Linear]:
     }
 
 
-def read_rates(linear: Linear, rows: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Bytes of weights a second, by way: PyTorch's products, the kernel, overlapping, and with other blocks.
+def read_rates(linear: Linear, rows: int, device: str, dtype: torch.dtype, *, tiles: bool = False) -> dict[str, Any]:
+    """Bytes of weights a second, by way: PyTorch's products, ours as it is chosen, overlapping, and by either kernel.
 
     A way that fails has its error in place of a number.
+
+    Args:
+        tiles: the kernel on tensor cores with tiles of several sizes instead, and the other one with other blocks.
     """
     size = sum(linear.heights) * linear.inputs * dtype.itemsize
     copies = max(2, _BYTES[torch.device(device).type] // size)
@@ -85,24 +107,30 @@ def read_rates(linear: Linear, rows: int, device: str, dtype: torch.dtype) -> di
             x_MD, each, norm_D=norm_D, eps=1e-5, gated=linear.gated, add_to_MO=sum_MO, **settings
         )  # fmt: skip
 
-    def with_block(block: int) -> Callable[[list[Tensor]], Tensor]:
-        none = [None] * len(linear.heights)
+    none = [None] * len(linear.heights)
+
+    def streamed(block: int) -> Callable[[list[Tensor]], Tensor]:
         return lambda each: kernels.decode_linear(
             x_MD, each, none, norm_D, 1e-5, linear.gated, sum_MO, None, False, block
         )  # fmt: skip
 
-    def with_tiles(tiles: tuple[int, ...]) -> Callable[[list[Tensor]], Tensor]:
-        none = [None] * len(linear.heights)
+    def on_tensor_cores(shape: tuple[int, ...] | None) -> Callable[[list[Tensor]], Tensor]:
+        chosen = None if shape is None else triton_dots.Tiles(*shape)
         return lambda each: triton_dots.decode_linear(
-            x_MD, each, none, norm_D, 1e-5, linear.gated, sum_MO, False, triton_dots.Tiles(*tiles)
+            x_MD, each, none, norm_D, 1e-5, linear.gated, sum_MO, False, chosen
         )  # fmt: skip
 
     ways = {"torch": public(backend="reference")}
     if torch.device(device).type == "cuda":
-        ways |= {"kernel": public(backend="triton"), "overlap": public(backend="triton", overlap=True)}
-        if rows <= kernels.MOST_ROWS:
-            ways |= {f"block {block}": with_block(block) for block in _BLOCKS}
-        ways |= {f"tiles {'×'.join(map(str, tiles))}": with_tiles(tiles) for tiles in _TILES}
+        outputs = linear.heights[0] if linear.gated else sum(linear.heights)
+        few = rows <= kernels.MOST_ROWS
+        if tiles:
+            ways |= {f"block {block}": streamed(block) for block in _BLOCKS if few}
+            ways |= {f"tiles {'×'.join(map(str, shape))}": on_tensor_cores(shape) for shape in _TILES}
+        else:
+            ways |= {"ours": public(backend="triton"), "overlap": public(backend="triton", overlap=True)}
+            ways |= {"rows": streamed(kernels.block_of(rows, outputs, gated=linear.gated))} if few else {}
+            ways |= {"tensor cores": on_tensor_cores(None)}
     found: dict[str, Any] = {}
     with torch.inference_mode():
         for name, way in ways.items():

@@ -60,6 +60,11 @@ class MambaShape:
     groups: int = 1
     tied: bool = True
 
+    @property
+    def rank(self) -> int:
+        """Of Δ, in Mamba1."""
+        return -(-self.hidden // 16)
+
     def config(self, **changes: Any) -> HybridConfig:
         """Its configuration; what every published model of the kind has in common is set here."""
         inner = 2 * self.hidden
@@ -77,7 +82,7 @@ class MambaShape:
             "ssm_state_size": self.state,
         }
         if self.head_dim is None:
-            facts |= {"layer_mixers": ["stock_mamba1"] * self.layers, "ssm_dt_rank": -(-self.hidden // 16)}
+            facts |= {"layer_mixers": ["stock_mamba1"] * self.layers, "ssm_dt_rank": self.rank}
         else:
             facts |= {
                 "layer_mixers": ["stock_mamba2"] * self.layers,

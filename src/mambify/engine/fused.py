@@ -48,7 +48,7 @@ from mambify.model import GatedMLP, HybridBlock, HybridForCausalLM
 from mambify.norm import RMSNorm
 from mambify.ops.decode_attention import decode_attention
 from mambify.ops.decode_linear import Convolution
-from mambify.ops.gated_norm import gated_rms_norm
+from mambify.ops.gated_norm import GatedNorm
 from mambify.ops.mamba2_step import Mamba2Weights, mamba2_step
 from mambify.ops.ring import RingPlace
 from mambify.ops.rotate_kv import rotate_kv
@@ -90,8 +90,8 @@ class FusedStep:
         lengths_S: tokens that stand in each slot; read at each step.
         places: the most tokens a slot may hold, new ones included.
         at_once: recurrent layers take their states on with every token; see :func:`steps_at_once`.
-        overlap: products begin to read weights while the kernel before them ends; on a GPU of compute capability 9.0
-            or later.
+        overlap: kernels start, and products begin to read weights, while the kernel before them ends; on a GPU of
+            compute capability 9.0 or later.
         packs: weights are laid out for a CPU's products; not with ``at_once``.
         product: of another step of the same model, for one that is part of it.
     """
@@ -193,7 +193,9 @@ class _Mamba2:
         backend, place, conv = mixer.ops_backend, reading.place, self._state.conv
         if self._at_once:
             zxBCdt_ME = self._product(x_MD, [mixer.in_proj], norm=self._block.input_layernorm)
-            y_MHP = mamba2_step(zxBCdt_ME, weights, self._state.ssm, conv, place, backend=backend)
+            y_MHP = mamba2_step(
+                zxBCdt_ME, weights, self._state.ssm, conv, place, overlap=self._product.overlap, backend=backend
+            )
         else:
             inner = mixer.num_heads * mixer.head_dim
             channels = Convolution(inner, weights.conv_CK, weights.conv_bias_C, conv, place)
@@ -208,7 +210,8 @@ class _Mamba2:
         H, G, P, N = mixer.num_heads, mixer.num_groups, mixer.head_dim, mixer.state_size
         z_STI, _, dt_STH = zxBCdt_STE.split([H * P, sum(mixer.conv_split), H], dim=-1)
         x_STI, B_STI, C_STI = xBC_STC.split(mixer.conv_split, dim=-1)
-        y_STHP = ssd_replay(
+        norm = GatedNorm(z_STI.unflatten(-1, (H, P)), weights.norm_HP, weights.eps)
+        return ssd_replay(
             x_STI.unflatten(-1, (G, P)),
             dt_STH,
             weights.A_H,
@@ -219,9 +222,10 @@ class _Mamba2:
             self._ring,
             place,
             dt_bias_H=weights.dt_bias_H,
+            norm=norm,
+            overlap=self._product.overlap,
             backend=backend,
         )
-        return gated_rms_norm(y_STHP, z_STI.unflatten(-1, (H, P)), weights.norm_HP, weights.eps, backend)
 
 
 class _Attention:
@@ -247,8 +251,8 @@ class _Attention:
             assert mixer.q_norm.eps is not None
             norms = {"q_norm_P": mixer.q_norm.weight, "k_norm_P": mixer.k_norm.weight, "eps": mixer.q_norm.eps}
         q_STHP = rotate_kv(
-            qkv_ME.unflatten(0, reading.shape), self._cos_LJ, self._sin_LJ, *state, backend=self._product.backend,
-            **norms,
+            qkv_ME.unflatten(0, reading.shape), self._cos_LJ, self._sin_LJ, *state, overlap=self._product.overlap,
+            backend=self._product.backend, **norms,
         )  # fmt: skip
         y_STHP = decode_attention(
             q_STHP,
@@ -259,6 +263,7 @@ class _Attention:
             scaling=mixer.attend.scaling,
             window=mixer.attend.sliding_window,
             counts_X=self._counts_X,
+            overlap=self._product.overlap,
             backend=self._product.backend,
         )
         return self._product(y_STHP.flatten(0, 1).flatten(1), [mixer.o_proj], add_to=x_MD)

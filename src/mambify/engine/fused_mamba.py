@@ -59,6 +59,7 @@ class FusedStockMamba1:
             state.ssm,
             self._ring,
             reading.place,
+            overlap=self._product.overlap,
             backend=mixer.ops_backend,
         )
         return self._product(y_STI.flatten(0, 1), [mixer.out_proj], add_to=x_MD)
@@ -107,6 +108,7 @@ class FusedMamba1:
             self._ring,
             reading.place,
             conv=self._conv,
+            overlap=self._product.overlap,
             backend=mixer.ops_backend,
         )
         return self._product(y_STI.flatten(0, 1), [mixer.out_proj], add_to=x_MD)
@@ -153,6 +155,7 @@ class FusedStockMamba2:
             self._ring,
             place,
             dt_bias_H=self._dt_bias_H,
+            overlap=self._product.overlap,
             backend=mixer.ops_backend,
         )
 

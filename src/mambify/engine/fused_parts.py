@@ -56,7 +56,7 @@ class Product:
     """
 
     def __init__(self, backend: str, overlap: bool, *, packs: bool) -> None:
-        self.backend, self._overlap, self.packs = backend, overlap, packs
+        self.backend, self.overlap, self.packs = backend, overlap, packs
         self._packed: dict[nn.Linear, Packed] = {}  # by the first of those that are read together
 
     def forget(self) -> None:
@@ -91,7 +91,7 @@ class Product:
             gated=gated,
             add_to_MO=add_to,
             convolution=convolution,
-            overlap=self._overlap,
+            overlap=self.overlap,
             backend="reference" if self.backend == "reference" else "auto",
         )
 
@@ -109,7 +109,8 @@ class Product:
         if within:
             return y_MO, part_MC
         new_STC = part_MC.unflatten(0, (len(convolution.ring_SRC), -1))
-        return y_MO, conv_replay(new_STC, *convolution[1:], backend=self.backend).flatten(0, 1)
+        x_STC = conv_replay(new_STC, *convolution[1:], overlap=self.overlap, backend=self.backend)
+        return y_MO, x_STC.flatten(0, 1)
 
 
 class Unfused:

@@ -1,7 +1,7 @@
 """A directory that holds only what is not the teacher's: on reading, its base's weights come to it.
 
     config.json           the configuration, with ``base``: the base model's name and the fingerprint of what it gives
-    mixers.safetensors    the new mixers, and whatever else was trained
+    mixers.safetensors    the new mixers, and whatever else was trained; of a draft's head the words that it knows
     checksums.json, tokenizer, model card …    as of any model that was saved
 
 The fingerprint is of the values that are taken from the base, as the base stores them. So the base may lie anywhere and
@@ -28,6 +28,7 @@ from mambify.families.sources import Source, resolve
 from mambify.model import HybridForCausalLM
 
 MIXERS = "mixers.safetensors"
+HEAD, KNOWN = "lm_head.weight", "lm_head.token_ids"
 
 
 def completed(where: Source, checkpoint: Checkpoint) -> Checkpoint:
@@ -57,16 +58,31 @@ def whole_weights(directory: Path, config: HybridConfig) -> Iterator[tuple[str, 
     base = open_base(name, f"{directory} holds mixers only, and its base")
     wanted = _weight_names(config)
     safetensors.verify_checksums(directory)
+    known_W: Tensor | None = None
     for own, tensor in safetensors.read_file(directory / MIXERS):
         wanted.discard(own)
+        known_W = tensor if own == KNOWN else known_W
         yield own, tensor
+    rows_of = None
+    if known_W is not None and HEAD in wanted:
+        rows_of = head_of(base.config)
+        wanted.remove(HEAD)
     reading = Fingerprint()
-    yield from reading.watch(base.weights(wanted.__contains__))
+    for name_of_base, tensor in reading.watch(base.weights((wanted | {rows_of}).__contains__)):
+        if name_of_base == rows_of:
+            yield HEAD, tensor[known_W]
+        if name_of_base in wanted:
+            yield name_of_base, tensor
     if reading.value() != fingerprint:
         raise CheckpointError(
             f"'{name}' is not the base that {directory} was made with: its weights have the fingerprint "
             f"{reading.value()[:12]}, and {fingerprint[:12]} is needed"
         )
+
+
+def head_of(config: HybridConfig) -> str:
+    """The weight that is a base's output head."""
+    return "model.embed_tokens.weight" if config.tie_word_embeddings else HEAD
 
 
 def _described_base(directory: Path, config: HybridConfig) -> tuple[str, str]:

@@ -12,16 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mambify import __version__
 from mambify.errors import CheckpointError, InvalidOptionError
 from mambify.families import safetensors
 from mambify.families.aliases import GROUP, find_alias
 from mambify.families.load import LoadedModel, as_dtype, dtype_of, load
-from mambify.families.mixers_only import MIXERS, Fingerprint, open_base
+from mambify.families.mixers_only import HEAD, KNOWN, MIXERS, Fingerprint, head_of, open_base
 from mambify.hub import prepare_config, write_companions
 from mambify.io import atomic_directory, atomic_write_text, require_new
-from mambify.trimmed_head import TrimmedHead
+from mambify.trimmed_head import known_ids
 
 _ALIAS = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 
@@ -102,11 +103,19 @@ def _write_mixers(student: LoadedModel, base: str, directory: Path, dtype: torch
     model = student.model
     own = dict(model.named_parameters())
     num_kept, shares_a_matrix, fingerprint = 0, False, Fingerprint()
-    for name, tensor in open_base(base, f"the base of {student.source},").weights(own.__contains__):
-        ours = own[name]
-        if tensor.shape == ours.shape and torch.equal(tensor.to(ours.device, ours.dtype), ours):
+    opened, known_W = open_base(base, f"the base of {student.source},"), known_ids(model.lm_head)
+    rows_of = None if known_W is None else head_of(opened.config)
+
+    def is_same(ours: Tensor, theirs: Tensor) -> bool:
+        return ours.shape == theirs.shape and torch.equal(theirs.to(ours.device, ours.dtype), ours)
+
+    for name, tensor in opened.weights({*own, rows_of}.__contains__):
+        kept = [name] if name in own and is_same(own[name], tensor) else []
+        if known_W is not None and name == rows_of and is_same(own[HEAD], tensor[known_W.to(tensor.device)]):
+            kept.append(HEAD)
+        if kept:
             fingerprint.add(name, tensor)
-            num_kept += own.pop(name).numel()
+            num_kept += sum(own.pop(each).numel() for each in kept)
             shares_a_matrix = shares_a_matrix or tensor.dim() > 1
     if not shares_a_matrix:  # norms of ones and biases of zeros are the same in strangers
         raise CheckpointError(f"{student.source} shares no weight with '{base}': that is not its base")
@@ -114,8 +123,8 @@ def _write_mixers(student: LoadedModel, base: str, directory: Path, dtype: torch
         raise CheckpointError(f"{student.source} has all its weights from '{base}': nothing is left to pack")
     weights = {name: p.detach().to(dtype_of(model, name, dtype)).contiguous() for name, p in own.items()}
     num_new = sum(tensor.numel() for tensor in weights.values())
-    if isinstance(model.lm_head, TrimmedHead):
-        weights["lm_head.token_ids"] = model.lm_head.token_ids
+    if known_W is not None:
+        weights[KNOWN] = known_W
     safetensors.write_file(directory / MIXERS, weights)
     config = prepare_config(model.config, base={"name": base, "fingerprint": fingerprint.value()})
     config.save_pretrained(directory)

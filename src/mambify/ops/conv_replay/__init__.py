@@ -29,6 +29,7 @@ def conv_replay(
     place: RingPlace,
     *,
     activation: Activation = "silu",
+    overlap: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Convolves T new tokens of each row after the inputs that were accepted before them.
@@ -46,6 +47,7 @@ def conv_replay(
         ring_SRC: inputs of recent tokens, changed in place; begun by :func:`load_window`.
         place: where each row stands; only read. Has T + K − 1 places at least.
         activation: "silu" or None.
+        overlap: the kernel starts while the one before it ends (:mod:`mambify.ops.overlap`).
         backend: "auto", "reference" or "triton" (one dtype for x and the ring, no float64).
 
     Returns:
@@ -67,8 +69,8 @@ def conv_replay(
     check_shape("conv_replay", "weight_CK", weight_CK, (channels, width))
     check_shape("conv_replay", "bias_C", bias_C, (channels,))
     check_shape("conv_replay", "ring_SRC", ring_SRC, (slots, place.capacity, channels))
-    run = reference.conv_replay if chosen == "reference" else kernels.conv_replay
-    return run(x_STC, weight_CK, bias_C, ring_SRC, place, activation == "silu")
+    given = (x_STC, weight_CK, bias_C, ring_SRC, place, activation == "silu")
+    return reference.conv_replay(*given) if chosen == "reference" else kernels.conv_replay(*given, overlap)
 
 
 def load_window(ring_SRC: Tensor, place: RingPlace, row_E: Tensor, state_ECL: Tensor) -> None:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambify.ops.overlap import launch_options, wait_for_others
 from mambify.ops.ring import RingPlace, check_contiguous
 
 _BUSY = 132 * 4  # programs that fill an H100: four on each multiprocessor
@@ -27,7 +28,13 @@ def supports(x_STC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, ring_SRC: 
 
 
 def conv_replay(
-    x_STC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, ring_SRC: Tensor, place: RingPlace, silu: bool
+    x_STC: Tensor,
+    weight_CK: Tensor,
+    bias_C: Tensor | None,
+    ring_SRC: Tensor,
+    place: RingPlace,
+    silu: bool,
+    overlap: bool,
 ) -> Tensor:
     """See :func:`mambify.ops.conv_replay.conv_replay`."""
     slots, new, channels = x_STC.shape
@@ -41,6 +48,7 @@ def conv_replay(
             x_STC, weight_CK, None if bias_C is None else bias_C.contiguous(), ring_SRC, y_STC,
             place.head_S, place.active_S, *x_STC.stride()[:2], *weight_CK.stride(),
             C=channels, K=weight_CK.shape[1], T=new, R=place.capacity, SILU=silu, BLOCK_C=block_c, num_warps=1,
+            **launch_options(overlap),
         )  # fmt: skip
     return y_STC
 
@@ -49,7 +57,9 @@ def conv_replay(
 def _replay(
     x_ptr, weight_ptr, bias_ptr, ring_ptr, y_ptr, head_ptr, active_ptr, x_row, x_token, weight_c, weight_k,
     C: tl.constexpr, K: tl.constexpr, T: tl.constexpr, R: tl.constexpr, SILU: tl.constexpr, BLOCK_C: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_others(OVERLAP)
     row = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     here = c < C

@@ -28,6 +28,7 @@ def decode_attention(
     more: int = 0,
     window: int | None = None,
     counts_X: Tensor | None = None,
+    overlap: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """softmax(scaling · q kᵀ) v over the first ``lengths`` entries of each row's buffers, the queries' own the last T.
@@ -41,6 +42,7 @@ def decode_attention(
         window: a query sees only the last ``window`` entries up to its own (sliding attention); ``None`` for all.
         counts_X: S·G zeros or more, int32, with which a single kernel does all where rows are divided in few parts;
             zeros again afterwards, so that one call after another may have the same.
+        overlap: kernels start while those before them end (:mod:`mambify.ops.overlap`).
         backend: "auto", "reference" or "triton".
 
     Returns:
@@ -62,4 +64,8 @@ def decode_attention(
     if counts_X is not None and (counts_X.dtype != torch.int32 or counts_X.numel() < slots * groups):
         raise ValueError(f"decode_attention: counts_X must be {slots * groups} int32 zeros or more")
     given = q_STHP, keys_SGLP, values_SGLP, lengths_S, scaling, window, more
-    return reference.decode_attention(*given) if chosen == "reference" else kernels.decode_attention(*given, counts_X)
+    return (
+        reference.decode_attention(*given)
+        if chosen == "reference"
+        else kernels.decode_attention(*given, counts_X, overlap)
+    )

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambify.ops.overlap import launch_options, wait_for_others
+
 _LOG2E = 1.4426950408889634
 _PROGRAMS = 2 * 132  # that keep an H100 busy
 _LEAST = 256  # entries of a part, below which dividing costs more than it gains
@@ -32,6 +34,7 @@ def decode_attention(
     window: int | None,
     more: int,
     counts_X: Tensor | None,
+    overlap: bool,
 ) -> Tensor:
     """See :func:`mambify.ops.decode_attention.decode_attention`."""
     slots, queries, heads, head_dim = q_STHP.shape
@@ -73,10 +76,18 @@ def decode_attention(
         PRECISION="ieee" if q_STHP.dtype == torch.float32 else "tf32",
         num_warps=4,
         num_stages=2,
+        **launch_options(overlap),
     )
     if parts > 1 and not at_once:
         _combine[(slots, groups, queries * shared)](
-            partial, sums, out_STHP, **shape, WIDTH=width, TOGETHER=min(64, triton.next_power_of_2(parts)), num_warps=4
+            partial,
+            sums,
+            out_STHP,
+            **shape,
+            WIDTH=width,
+            TOGETHER=min(64, triton.next_power_of_2(parts)),
+            num_warps=4,
+            **launch_options(overlap),
         )
     return out_STHP
 
@@ -86,8 +97,9 @@ def _attend(
     q_ptr, k_ptr, v_ptr, lengths_ptr, out_ptr, partial_ptr, sums_ptr, counts_ptr, scale_log2, window,
     stride_s, stride_g, stride_l, T: tl.constexpr, R: tl.constexpr, P: tl.constexpr, G: tl.constexpr,
     ROWS: tl.constexpr, PARTS: tl.constexpr, MORE: tl.constexpr, AT_ONCE: tl.constexpr, MOST: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_others(OVERLAP)
     slot, group, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths_ptr + slot).to(tl.int32) + MORE
     n, p, s = tl.arange(0, ROWS), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
@@ -169,9 +181,10 @@ def _together(
 def _combine(
     partial_ptr, sums_ptr, out_ptr,
     T: tl.constexpr, R: tl.constexpr, P: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
-    WIDTH: tl.constexpr, TOGETHER: tl.constexpr,
+    WIDTH: tl.constexpr, TOGETHER: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One query of one row and key/value head: the parts, each weighted by what it stands for."""
+    wait_for_others(OVERLAP)
     slot, group, n = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     p, m = tl.arange(0, WIDTH), tl.arange(0, TOGETHER)  # of so many parts all loads are under way at once
     first = (slot * G + group) * PARTS

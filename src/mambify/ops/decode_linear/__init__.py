@@ -64,8 +64,9 @@ def decode_linear(
             dependent launch, compute capability 9.0 on); everything else it reads after that one has ended.
         backend: "auto", "reference" (PyTorch's own products) or "triton" (up to 8 rows, 16 of half precision,
             contiguous weights of one dtype, no float64). In float32 the order of sums depends on D alone: a row's
-            result is the same to the last bit however many rows there are. In half precision it is the same for one to
-            three rows, and for four to sixteen, which tensor cores multiply.
+            result is the same to the last bit however many rows there are. In half precision that is so for one and two
+            rows, and for those that tensor cores multiply: three to sixteen where there are some two thousand outputs
+            or more, nine to sixteen where there are fewer.
 
     Returns:
         y_MO in the weights' dtype, whose rows may lie further apart than O; ``add_to_MO`` where it is given.
@@ -91,7 +92,7 @@ def decode_linear(
     given = (x_MD, weights, biases, norm_D, eps, gated, add_to_MO)
     if chosen == "reference":
         y_MO = reference.decode_linear(*given)
-    elif convolution is None or kernels.on_tensor_cores(M, weights):
+    elif convolution is None or kernels.on_tensor_cores(M, weights, gated=gated):
         y_MO = kernels.decode_linear(*given, None, overlap)
     else:
         return kernels.decode_linear(*given, convolution, overlap)

@@ -1,7 +1,7 @@
 """Linear layers of a few rows as one Triton kernel, which reads weights as fast as the memory gives them.
 
-That of up to three rows, and in float32 of up to eight; half precision of more is for tensor cores
-(:mod:`mambify.ops.decode_linear.triton_dots`).
+That of up to eight rows in float32. In half precision from three rows on tensor cores multiply weights of many outputs
+(:mod:`mambify.ops.decode_linear.triton_dots`), and any weight from nine rows on.
 
 A program has BLOCK_O outputs and goes along all their inputs: there are no parts to put together, so nothing is summed
 in an order that changes. A thread holds 16 bytes of each of these rows of the weight at a time, and asks for the next
@@ -29,15 +29,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mambify.ops.decode_linear import triton_dots
 from mambify.ops.decode_linear.convolution import Convolution
 from mambify.ops.decode_linear.outputs import Outputs
+from mambify.ops.overlap import launch_options, wait_for_others
 from mambify.ops.ring import check_contiguous
 
 MOST_ROWS = 8
-_PROGRAMS = 132 * 2  # that keep an H100 busy
+_MULTIPROCESSORS = 132  # of an H100
+_PROGRAMS = 2 * _MULTIPROCESSORS  # that keep it busy
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -60,9 +61,16 @@ def _suits(convolution: Convolution, dtype: torch.dtype) -> bool:
     return 1 <= convolution.weight_CK.shape[1] <= 8 and convolution.ring_SRC.dtype == dtype
 
 
-def on_tensor_cores(rows: int, weights: Sequence[Tensor]) -> bool:
-    """Whether the kernel is that of :mod:`mambify.ops.decode_linear.triton_dots`, which does not convolve."""
-    return weights[0].dtype != torch.float32 and rows >= triton_dots.FEWEST_ROWS
+def on_tensor_cores(rows: int, weights: Sequence[Tensor], *, gated: bool = False) -> bool:
+    """Whether the kernel is that of :mod:`mambify.ops.decode_linear.triton_dots`, which does not convolve.
+
+    A program of that kernel is one warp with a chain of products along all inputs. Weights of few outputs make few such
+    programs, each slower than a launch of this kernel with a program for every few outputs.
+    """
+    if weights[0].dtype == torch.float32 or rows < triton_dots.FEWEST_ROWS:
+        return False
+    heights = map(len, weights[:1] if gated else weights)
+    return rows > MOST_ROWS or triton_dots.num_programs(heights) >= _MULTIPROCESSORS
 
 
 def num_warps_of(inputs: int) -> int:
@@ -92,7 +100,7 @@ def decode_linear(
 ) -> Tensor:
     """See :func:`mambify.ops.decode_linear.decode_linear`; ``block``: outputs a program, by default what suits."""
     M, D = x_MD.shape
-    if block is None and on_tensor_cores(M, weights):
+    if block is None and on_tensor_cores(M, weights, gated=gated):
         assert convolution is None
         return triton_dots.decode_linear(x_MD, weights, biases, norm_D, eps, gated, add_to_MO, overlap)
     outputs = Outputs.of(M, weights, biases, add_to_MO, gated=gated)
@@ -105,9 +113,8 @@ def decode_linear(
     with torch.cuda.device_of(x_MD):  # Triton launches on the current device
         _stream[outputs.grid(block)](
             x_MD, norm_D, y_MO, *outputs.weights, *outputs.biases, *tensors, eps, x_MD.stride(0), y_MO.stride(0),
-            M=M, D=D, **outputs.sizes, **sizes, GATED=gated, ADD=add_to_MO is not None, OVERLAP=overlap,
-            BLOCK_O=block, BLOCK_D=32 * warps * vector, VEC=vector, num_warps=warps,
-            **({"launch_pdl": True} if overlap else {}),
+            M=M, D=D, **outputs.sizes, **sizes, GATED=gated, ADD=add_to_MO is not None,
+            BLOCK_O=block, BLOCK_D=32 * warps * vector, VEC=vector, num_warps=warps, **launch_options(overlap),
         )  # fmt: skip
     return y_MO
 
@@ -191,9 +198,7 @@ def _rows_of(
     up = w
     if GATED:
         up = _load(up_ptr, here, d, 0, D, O, BLOCK_O, BLOCK_D)
-    if OVERLAP:  # weights do not depend on the kernel before, all else may
-        gdc_launch_dependents()
-        gdc_wait()
+    wait_for_others(OVERLAP)  # weights have been asked for: they do not depend on the kernel before, all else may
     past, taps = (), ()
     if C > 0:
         past, taps = _asked_for(taps_ptr, ring_ptr, head_ptr, o, FIRST, C, K, R, M // T)

@@ -1,4 +1,4 @@
-"""Linear layers of four to sixteen rows on tensor cores, as one Triton kernel.
+"""Linear layers of three to sixteen rows on tensor cores, as one Triton kernel.
 
 From a handful of rows on, multiplying them one after another in plain float32 takes longer than reading the weights.
 Here a warp by itself has 16 outputs and goes along all inputs, its next tiles of the weights on their way to shared
@@ -16,18 +16,19 @@ Letters: M rows, D inputs, O outputs; in kernels BLOCK_O × BLOCK_D is a tile of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mambify.ops.decode_linear.outputs import Outputs
+from mambify.ops.overlap import launch_options, wait_for_others
 
-FEWEST_ROWS, MOST_ROWS = 4, 16
+FEWEST_ROWS, MOST_ROWS = 3, 16
+_OUTPUTS = 16  # of a tile
 _VECTOR = 8  # neighbouring entries of x whose squares are summed in one thread
 
 
@@ -51,7 +52,12 @@ def tiles_of(inputs: int, *, gated: bool) -> Tiles:
     at a time."""
     widths = (128, 64) if gated else (256, 128, 64)
     width = next((width for width in widths if inputs % width == 0), 128)
-    return Tiles(16, width, 4 if gated else min(1024 // width, 8), 1)
+    return Tiles(_OUTPUTS, width, 4 if gated else min(1024 // width, 8), 1)
+
+
+def num_programs(heights: Iterable[int]) -> int:
+    """For weights of so many outputs each, with the tiles of :func:`tiles_of`."""
+    return sum(-(-height // _OUTPUTS) for height in heights)
 
 
 def decode_linear(
@@ -73,8 +79,8 @@ def decode_linear(
         _products[outputs.grid(tiles.outputs)](
             x_MD, norm_D, y_MO, *outputs.weights, *outputs.biases, eps, x_MD.stride(0), y_MO.stride(0),
             M=M, COLUMNS=8 if M <= 8 else 16, D=D, **outputs.sizes, GATED=gated,
-            ADD=add_to_MO is not None, OVERLAP=overlap, BLOCK_O=tiles.outputs, BLOCK_D=tiles.inputs,
-            STAGES=tiles.stages, VEC=_VECTOR, num_warps=tiles.warps, **({"launch_pdl": True} if overlap else {}),
+            ADD=add_to_MO is not None, BLOCK_O=tiles.outputs, BLOCK_D=tiles.inputs, STAGES=tiles.stages, VEC=_VECTOR,
+            num_warps=tiles.warps, **launch_options(overlap),
         )  # fmt: skip
     return y_MO
 
@@ -87,9 +93,7 @@ def _products(
     STAGES: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
+    wait_for_others(OVERLAP)
     if GATED:
         _outputs(
             x_ptr, norm_ptr, y_ptr, w0_ptr, w1_ptr, b0_ptr, b1_ptr, pid, eps, x_row, y_row,

@@ -5,6 +5,8 @@ Letters: B batch, T tokens, H heads, P head dimension.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from mambify.ops.backends import HAS_TRITON, backends_on, check_shape, pick_backend
@@ -13,7 +15,15 @@ from mambify.ops.gated_norm import reference
 if HAS_TRITON:
     from mambify.ops.gated_norm import triton as kernels
 
-__all__ = ["gated_rms_norm"]
+__all__ = ["GatedNorm", "gated_rms_norm"]
+
+
+class GatedNorm(NamedTuple):
+    """What :func:`gated_rms_norm` takes beside y, for operations that have it as their last step."""
+
+    z_BTHP: Tensor
+    weight_HP: Tensor
+    eps: float
 
 
 def gated_rms_norm(y_BTHP: Tensor, z_BTHP: Tensor, weight_HP: Tensor, eps: float, backend: str = "auto") -> Tensor:

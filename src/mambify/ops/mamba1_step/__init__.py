@@ -35,6 +35,7 @@ def mamba1_step(
     place: RingPlace,
     *,
     conv: StepConv | None = None,
+    overlap: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """The gated outputs of T new tokens of every active row; not for training.
@@ -56,6 +57,7 @@ def mamba1_step(
         state_SJMN: float32 (the reference takes float64 too), changed in place.
         ring: one layer's, changed in place; None for tokens that stand.
         place: where each row stands; only read.
+        overlap: the kernel starts while the one before it ends (:mod:`mambify.ops.overlap`).
         backend: "auto", "reference" or "triton" (N up to 256, E up to 1024; inputs and rings in one dtype, no float64).
 
     Returns:
@@ -96,5 +98,5 @@ def mamba1_step(
         check_shape("mamba1_step", "weight_IK", conv.weight_IK, (inner, width))
         check_shape("mamba1_step", "bias_I", conv.bias_I, (inner,))
         check_shape("mamba1_step", "ring_SRI", conv.ring_SRI, (S, place.capacity, inner))
-    run = reference.mamba1_step if chosen == "reference" else kernels.mamba1_step
-    return run(*inputs, weights, state_SJMN, ring, place, conv)
+    given = (*inputs, weights, state_SJMN, ring, place, conv)
+    return reference.mamba1_step(*given) if chosen == "reference" else kernels.mamba1_step(*given, overlap)

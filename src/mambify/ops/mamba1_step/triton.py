@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mambify.ops.mamba1_step.weights import Mamba1Weights, StepConv
+from mambify.ops.overlap import launch_options, wait_for_others
 from mambify.ops.ring import RingPlace, check_contiguous
 from mambify.ops.selective_replay import SelectiveRing
 from mambify.ops.selective_replay.triton import LOG2E, after_pending, one_token, tiles
@@ -63,6 +64,7 @@ def mamba1_step(
     ring: SelectiveRing | None,
     place: RingPlace,
     conv: StepConv | None,
+    overlap: bool,
 ) -> Tensor:
     """See :func:`mambify.ops.mamba1_step.mamba1_step`."""
     S, T = x_STX.shape[:2]
@@ -82,7 +84,7 @@ def mamba1_step(
             state_SJMN, *(ring or (None,) * 3), y_STI, place.head_S, place.pending_S, place.active_S,
             place.folds_above(T), *(v.stride(1) for v in given), J=J, M=M, GU=G * U, U=U, N=N, T=T, R=place.capacity,
             E=rank, K=0 if conv is None else conv.weight_IK.shape[1], BLOCK_J=block_j, BLOCK_M=block_m,
-            BLOCK_N=block_n, BLOCK_E=_BLOCK_E, num_warps=1,
+            BLOCK_N=block_n, BLOCK_E=_BLOCK_E, num_warps=1, **launch_options(overlap),
         )  # fmt: skip
     return y_STI
 
@@ -104,22 +106,24 @@ def _step(
     J: tl.constexpr, M: tl.constexpr, GU: tl.constexpr, U: tl.constexpr, N: tl.constexpr, T: tl.constexpr,
     R: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64)
     i_JM, here_JM, JN, here_JN, BN, here_BN, JMN, here_JMN = tiles(J, M, GU, U, N, BLOCK_J, BLOCK_M, BLOCK_N)
+    e, parts = tl.arange(0, BLOCK_E), ()
+    for start in tl.static_range(0, E, BLOCK_E):
+        here_JME = here_JM[:, :, None] & (start + e < E)[None, None, :]
+        parts += (tl.load(dt_weight_ptr + i_JM[:, :, None] * E + start + e, mask=here_JME, other=0.0),)
+    A = tl.load(A_ptr + JMN, mask=here_JMN, other=0.0).to(tl.float32) * LOG2E
+    bias = tl.load(dt_bias_ptr + i_JM, mask=here_JM, other=0.0).to(tl.float32)
+    D = tl.load(D_ptr + i_JM, mask=here_JM, other=0.0).to(tl.float32)
+    wait_for_others(OVERLAP)  # weights have been asked for
     head, pending = tl.load(head_ptr + row).to(tl.int32), tl.load(pending_ptr + row).to(tl.int32)
     active = tl.load(active_ptr + row) != 0
     y_row = y_ptr + row * T * J * M + i_JM
     if active:
-        e, parts = tl.arange(0, BLOCK_E), ()
-        for start in tl.static_range(0, E, BLOCK_E):
-            here_JME = here_JM[:, :, None] & (start + e < E)[None, None, :]
-            parts += (tl.load(dt_weight_ptr + i_JM[:, :, None] * E + start + e, mask=here_JME, other=0.0),)
         state = state_ptr + row * J * M * N + JMN
         s = tl.load(state, mask=here_JMN, other=0.0)
-        A = tl.load(A_ptr + JMN, mask=here_JMN, other=0.0).to(tl.float32) * LOG2E
-        bias = tl.load(dt_bias_ptr + i_JM, mask=here_JM, other=0.0).to(tl.float32)
-        D = tl.load(D_ptr + i_JM, mask=here_JM, other=0.0).to(tl.float32)
         xs, dts, Bs, Cs, zs = (), (), (), (), ()
         # Of a convolved x each channel reads its own; else the one of its key/value head.
         x_JM = i_JM if K == 0 else (i_JM // (J // GU * U * M)) * (U * M) + i_JM % (U * M)

@@ -46,6 +46,7 @@ def mamba2_step(
     ring_SRC: Tensor,
     place: RingPlace,
     *,
+    overlap: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Takes every active row a token on: convolution, SiLU, Δ, state and gated norm.
@@ -63,6 +64,7 @@ def mamba2_step(
         state_SHPN: float32 (the reference takes float64 too), changed in place.
         ring_SRC: inputs of the convolution, changed in place; see :mod:`mambify.ops.conv_replay`.
         place: where each row stands; only read.
+        overlap: the kernel starts while the one before it ends (:mod:`mambify.ops.overlap`).
         backend: "auto", "reference" or "triton" (P and N up to 128; inputs and ring in one dtype, no float64).
 
     Returns:
@@ -88,5 +90,5 @@ def mamba2_step(
         check_shape("mamba2_step", name, getattr(weights, name), (heads,))
     check_shape("mamba2_step", "norm_HP", weights.norm_HP, (heads, P))
     check_shape("mamba2_step", "ring_SRC", ring_SRC, (slots, place.capacity, channels))
-    run = reference.mamba2_step if chosen == "reference" else kernels.mamba2_step
-    return run(zxBCdt_SE, *weights, state_SHPN, ring_SRC, place, groups)
+    given = (zxBCdt_SE, *weights, state_SHPN, ring_SRC, place, groups)
+    return reference.mamba2_step(*given) if chosen == "reference" else kernels.mamba2_step(*given, overlap)

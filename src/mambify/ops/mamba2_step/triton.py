@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambify.ops.overlap import launch_options, wait_for_others
 from mambify.ops.ring import RingPlace, check_contiguous
 from mambify.ops.triton_math import softplus
 
@@ -46,6 +47,7 @@ def mamba2_step(
     ring_SRC: Tensor,
     place: RingPlace,
     groups: int,
+    overlap: bool,
 ) -> Tensor:
     """See :func:`mambify.ops.mamba2_step.mamba2_step`."""
     slots, heads, P, N = state_SHPN.shape
@@ -60,6 +62,7 @@ def mamba2_step(
             H=heads, G=groups, P=P, N=N, K=conv_CK.shape[1], R=place.capacity, BLOCK_P=block_p, BLOCK_N=block_n,
             BLOCK_K=triton.next_power_of_2(conv_CK.shape[1]), RAGGED=(block_p, block_n) != (P, N),
             num_warps=max(1, block_p * block_n // 1024),  # 32 entries a thread
+            **launch_options(overlap),
         )  # fmt: skip
     return out_SHP
 
@@ -70,7 +73,9 @@ def _step(
     head_ptr, active_ptr, eps, in_row,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, RAGGED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_others(OVERLAP)
     h, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     g = h // (H // G)
     p, n = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)

@@ -31,6 +31,7 @@ def rotate_kv(
     q_norm_P: Tensor | None = None,
     k_norm_P: Tensor | None = None,
     eps: float = 0.0,
+    overlap: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Returns rotated queries; writes rotated keys, and values, into places ``lengths``, ``lengths + 1``, … of a row.
@@ -44,6 +45,7 @@ def rotate_kv(
         keys_SGLP, values_SGLP: changed in place.
         lengths_S: tokens that each row holds already; integers, at most L − T.
         q_norm_P, k_norm_P, eps: of the norms, both or none.
+        overlap: the kernel starts while the one before it ends (:mod:`mambify.ops.overlap`).
         backend: "auto", "reference" or "triton" (one dtype for q, k, v and buffers, no float64).
 
     Returns:
@@ -70,5 +72,5 @@ def rotate_kv(
             raise ValueError(f"rotate_kv: {name} must have shape {(L, P // 2)} at least, got {tuple(table_LJ.shape)}")
     if (q_norm_P is None) != (k_norm_P is None):
         raise ValueError("rotate_kv: give both norms or none")
-    run = reference.rotate_kv if chosen == "reference" else kernels.rotate_kv
-    return run(qkv_STE, cos_LJ, sin_LJ, keys_SGLP, values_SGLP, lengths_S, q_norm_P, k_norm_P, eps)
+    given = (qkv_STE, cos_LJ, sin_LJ, keys_SGLP, values_SGLP, lengths_S, q_norm_P, k_norm_P, eps)
+    return reference.rotate_kv(*given) if chosen == "reference" else kernels.rotate_kv(*given, overlap)

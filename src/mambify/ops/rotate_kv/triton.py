@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mambify.ops.overlap import launch_options, wait_for_others
+
 
 def rotate_kv(
     qkv_STE: Tensor,
@@ -22,6 +24,7 @@ def rotate_kv(
     q_norm_P: Tensor | None,
     k_norm_P: Tensor | None,
     eps: float,
+    overlap: bool,
 ) -> Tensor:
     """See :func:`mambify.ops.rotate_kv.rotate_kv`."""
     S, T, outputs = qkv_STE.shape
@@ -36,7 +39,7 @@ def rotate_kv(
         _rotate_kv[((H + 2 * G) * S * T,)](
             qkv_STE, cos_LJ, sin_LJ, q_norm_P, k_norm_P, lengths_S, q_STHP, keys_SGLP, values_SGLP, eps,
             *qkv_STE.stride()[:2], cos_LJ.stride(0), sin_LJ.stride(0), *keys_SGLP.stride()[:3],
-            T=T, H=H, G=G, P=P, J=triton.next_power_of_2(P // 2), num_warps=1,
+            T=T, H=H, G=G, P=P, J=triton.next_power_of_2(P // 2), num_warps=1, **launch_options(overlap),
         )  # fmt: skip
     return q_STHP
 
@@ -46,7 +49,9 @@ def _rotate_kv(
     qkv_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, lengths_ptr, q_ptr, k_ptr, v_ptr, eps,
     qkv_row, qkv_token, cos_row, sin_row, stride_s, stride_g, stride_l,
     T: tl.constexpr, H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, J: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_others(OVERLAP)
     head, token = tl.program_id(0) % (H + 2 * G), tl.program_id(0) // (H + 2 * G)
     slot, t = (token // T).to(tl.int64), token % T
     j = tl.arange(0, J)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mambify.ops.backends import HAS_TRITON, backends_on, check_shape, pick_backend
+from mambify.ops.gated_norm import GatedNorm, gated_rms_norm
 from mambify.ops.head_groups import check_head_groups
 from mambify.ops.ring import RingPlace
 from mambify.ops.ssd_replay import reference
@@ -69,6 +70,8 @@ def ssd_replay(
     place: RingPlace,
     *,
     dt_bias_H: Tensor | None = None,
+    norm: GatedNorm | None = None,
+    overlap: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Outputs of T new tokens after each row's state and its pending tokens, without taking the state over them.
@@ -98,10 +101,12 @@ def ssd_replay(
         ring: one layer's, changed in place. Places that are not pending may hold anything.
         place: where each row stands; only read.
         dt_bias_H: Δ = softplus(dt + dt_bias).
+        norm: of each head's outputs, gated before it (:mod:`mambify.ops.gated_norm`); what it makes is then the result.
+        overlap: the kernel starts while the one before it ends (:mod:`mambify.ops.overlap`).
         backend: "auto", "reference" or "triton" (P and N up to 128; x, B, C and their rings in one dtype).
 
     Returns:
-        y_STHP in x's dtype.
+        y_STHP in x's dtype, or z's where it is normed.
 
     Raises:
         InvalidOptionError: unknown backend.
@@ -120,8 +125,14 @@ def ssd_replay(
     check_shape("ssd_replay", "dt_bias_H", dt_bias_H, (heads,))
     check_shape("ssd_replay", "state_SHPN", state_SHPN, (slots, heads, head_dim, state_size))
     _check_ring("ssd_replay", ring, (slots, place.capacity), state_SHPN.shape[1:], groups, B_STUN.shape[2])
-    run = reference.ssd_replay if chosen == "reference" else kernels.ssd_replay
-    return run(x_STGP, dt_STH, A_H, B_STUN, C_STVN, D_H, dt_bias_H, state_SHPN, ring, place)
+    if norm is not None:
+        check_shape("ssd_replay", "z", norm.z_BTHP, (slots, new, heads, head_dim))
+        check_shape("ssd_replay", "the norm's weight", norm.weight_HP, (heads, head_dim))
+    given = (x_STGP, dt_STH, A_H, B_STUN, C_STVN, D_H, dt_bias_H, state_SHPN, ring, place)
+    if chosen == "triton":
+        return kernels.ssd_replay(*given, norm, overlap)
+    y_STHP = reference.ssd_replay(*given)
+    return y_STHP if norm is None else gated_rms_norm(y_STHP, *norm, backend="reference")
 
 
 def ssd_fold(state_LSHPN: Tensor, A_LH: Tensor, ring: SSDRing, place: RingPlace, *, backend: str = "auto") -> None:

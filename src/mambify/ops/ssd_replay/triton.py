@@ -17,6 +17,8 @@ _replay_sums       everything else: plain float32 sums, one token after another.
                    four multiplications: for T = 1 and 2 that is no more work than the products, from about T = 5 on
                    it would take longer than the read.
 
+A head's gate and norm are part of it where a program has all of the head's channels, which up to 64 of them it does.
+
 Folding is float32 in both, S e^{c_n} + Σ_j (weight_j x_j) B_jᵀ, one pending token at a time.
 
 Letters: S rows, T new tokens, R places of a ring = entries of a window, H heads of the state, G of x, U of B, V of C, P
@@ -34,12 +36,15 @@ import triton.language as tl
 from torch import Tensor
 
 from mambify.ops.backends import last_adjacent
+from mambify.ops.gated_norm import GatedNorm, gated_rms_norm
+from mambify.ops.overlap import launch_options, wait_for_others
 from mambify.ops.ring import RingPlace, check_contiguous
 from mambify.ops.triton_math import softplus
 
 _WIDEST = 128
 _BUSY = 132 * 4  # programs that fill an H100: four on each multiprocessor
 _SUMMED = 2  # new tokens up to which plain sums cost less than matrix products
+_NORMED = 64  # channels of a head that a program has all of, for the norm over them
 
 _Ring = tuple[Tensor, Tensor, Tensor]
 
@@ -64,25 +69,32 @@ class _Plan(NamedTuple):
         BLOCK_P, BLOCK_N: channels a program, and entries, of which there are N.
         RAGGED: whether tiles hold more than P and N.
         products: whether outputs are made by matrix products.
+        warps: of a program.
     """
 
     BLOCK_P: int
     BLOCK_N: int
     RAGGED: bool
     products: bool
+    warps: int
 
     def grid(self, heads: int, slots: int, P: int) -> tuple[int, int]:
         return heads * triton.cdiv(P, self.BLOCK_P), slots
 
 
-def _plan(heads: int, P: int, N: int, dtype: torch.dtype, new: int) -> _Plan:
+def _plan(heads: int, P: int, N: int, dtype: torch.dtype, new: int, *, whole: bool = False) -> _Plan:
     """64 channels a program, or 32 where that would not keep the GPU busy; ``heads`` counts those of all rows.
 
     More channels would spare little, as heads of a group find x and B in the cache, and cost registers.
+
+    Args:
+        whole: a program has all channels of a head.
     """
     tile_p, tile_n = (max(16, triton.next_power_of_2(size)) for size in (P, N))
-    block_p = min(tile_p, 64 if heads * triton.cdiv(P, 64) >= _BUSY else 32)
-    return _Plan(block_p, tile_n, (tile_p, tile_n) != (P, N), dtype == torch.bfloat16 and new > _SUMMED)
+    busy = heads * triton.cdiv(P, 64) >= _BUSY
+    block_p = min(tile_p, 64 if whole or busy else 32)
+    ragged, products = (tile_p, tile_n) != (P, N), dtype == torch.bfloat16 and new > _SUMMED
+    return _Plan(block_p, tile_n, ragged, products, 8 if block_p == 64 and not busy else 4)
 
 
 def ssd_replay(
@@ -96,29 +108,48 @@ def ssd_replay(
     state_SHPN: Tensor,
     ring: _Ring,
     place: RingPlace,
+    norm: GatedNorm | None,
+    overlap: bool,
 ) -> Tensor:
     """See :func:`mambify.ops.ssd_replay.ssd_replay`."""
     slots, new, groups, P = x_STGP.shape
+    if norm is not None and P > _NORMED:
+        given = (x_STGP, dt_STH, A_H, B_STUN, C_STVN, D_H, dt_bias_H, state_SHPN, ring, place)
+        return gated_rms_norm(ssd_replay(*given, None, overlap), *norm)
     heads, N = dt_STH.shape[2], C_STVN.shape[3]
     check_contiguous("ssd_replay", state_SHPN, *ring)
     x_STGP, B_STUN, C_STVN = (last_adjacent(v) for v in (x_STGP, B_STUN, C_STVN))
-    plan = _plan(slots * heads, P, N, x_STGP.dtype, new)
-    y_STHP = x_STGP.new_empty((slots, new, heads, P))
+    plan = _plan(slots * heads, P, N, x_STGP.dtype, new, whole=norm is not None)
+    z_STHP, norm_HP, eps, z_strides = None, None, 0.0, (0, 0)
+    if norm is not None:
+        z_STHP, norm_HP, eps = _heads_adjacent(norm.z_BTHP), norm.weight_HP.contiguous(), norm.eps
+        z_strides = z_STHP.stride()[:2]
+    y_STHP = (x_STGP if z_STHP is None else z_STHP).new_empty((slots, new, heads, P))
     kernel, options = _replay_sums, {}
     if plan.products:
         # 128 registers: four programs of four warps fit a multiprocessor. Larger windows would spill.
         small = new <= 16 and place.capacity <= 32
-        options = {"ROWS": 16 if new <= 16 else 32, "INNER_N": min(64, plan.BLOCK_N), "maxnreg": 128 if small else None}
+        options = {
+            "ROWS": 16 if new <= 16 else 32,
+            "INNER_N": max(16, plan.BLOCK_N // 2),
+            "maxnreg": 128 if small else None,
+        }
         kernel = _replay_products
     with torch.cuda.device_of(x_STGP):  # Triton launches on the current device
         kernel[plan.grid(heads, slots, P)](
             x_STGP, dt_STH, A_H, B_STUN, C_STVN, D_H, dt_bias_H, state_SHPN, *ring, y_STHP,
-            place.head_S, place.pending_S, place.active_S, place.folds_above(new),
+            place.head_S, place.pending_S, place.active_S, z_STHP, norm_HP, place.folds_above(new), eps, *z_strides,
             *x_STGP.stride()[:3], *dt_STH.stride(), *B_STUN.stride()[:3], *C_STVN.stride()[:3],
             H=heads, G=groups, U=B_STUN.shape[2], V=C_STVN.shape[2], P=P, N=N, T=new, R=place.capacity,
-            BLOCK_P=plan.BLOCK_P, BLOCK_N=plan.BLOCK_N, RAGGED=plan.RAGGED, **options, num_warps=4, num_stages=1,
+            BLOCK_P=plan.BLOCK_P, BLOCK_N=plan.BLOCK_N, RAGGED=plan.RAGGED, **options, num_warps=plan.warps,
+            num_stages=1, **launch_options(overlap),
         )  # fmt: skip
     return y_STHP
+
+
+def _heads_adjacent(z_STHP: Tensor) -> Tensor:
+    """With the channels of all heads of a token in one piece."""
+    return z_STHP if z_STHP.stride()[2:] == (z_STHP.shape[3], 1) else z_STHP.contiguous()
 
 
 def ssd_fold(state_LSHPN: Tensor, A_LH: Tensor, ring: _Ring, place: RingPlace) -> None:
@@ -137,12 +168,14 @@ def ssd_fold(state_LSHPN: Tensor, A_LH: Tensor, ring: _Ring, place: RingPlace) -
 @triton.jit
 def _replay_products(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, state_ptr, ring_x, ring_B, ring_delta, y_ptr,
-    head_ptr, pending_ptr, active_ptr, folds_above,
+    head_ptr, pending_ptr, active_ptr, z_ptr, norm_ptr, folds_above, eps, z_row, z_token,
     x_row, x_token, x_group, dt_row, dt_token, dt_head, B_row, B_token, B_group, C_row, C_token, C_head,
     H: tl.constexpr, G: tl.constexpr, U: tl.constexpr, V: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     T: tl.constexpr, R: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr, ROWS: tl.constexpr, INNER_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_others(OVERLAP)
     h, block, p, row = _place(P, BLOCK_P)
     head, pending, active = _counts(head_ptr, pending_ptr, active_ptr, row)
     t = tl.arange(0, ROWS)
@@ -181,6 +214,10 @@ def _replay_products(
         y *= tl.exp(enter)[:, None]
         y = tl.dot(weight_high, x, y)
         y = tl.dot(weight_low, x, y)
+        if norm_ptr is not None:
+            z = tl.load(z_ptr + row * z_row + t[:, None] * z_token + (h * P + p)[None, :], mask=y_here, other=0.0)
+            scale = tl.load(norm_ptr + h * P + p, mask=p < P, other=0.0).to(tl.float32)
+            y = _gated_norm(y, z, scale[None, :], eps, P, 1)
         tl.store(y_tile, y.to(y_ptr.dtype.element_ty), mask=y_here)
         if pending > folds_above:
             A = tl.load(A_ptr + h).to(tl.float32)
@@ -196,12 +233,13 @@ def _replay_products(
 @triton.jit
 def _replay_sums(
     x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, bias_ptr, state_ptr, ring_x, ring_B, ring_delta, y_ptr,
-    head_ptr, pending_ptr, active_ptr, folds_above,
+    head_ptr, pending_ptr, active_ptr, z_ptr, norm_ptr, folds_above, eps, z_row, z_token,
     x_row, x_token, x_group, dt_row, dt_token, dt_head, B_row, B_token, B_group, C_row, C_token, C_head,
     H: tl.constexpr, G: tl.constexpr, U: tl.constexpr, V: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     T: tl.constexpr, R: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    wait_for_others(OVERLAP)
     h, block, p, row = _place(P, BLOCK_P)
     n = tl.arange(0, BLOCK_N)
     head, pending, active = _counts(head_ptr, pending_ptr, active_ptr, row)
@@ -228,6 +266,10 @@ def _replay_sums(
             if D_ptr is not None:
                 weight = tl.where(e == pending + t, weight + tl.load(D_ptr + h).to(tl.float32), weight)
             y = tl.exp(enter.to(tl.float32)) * tl.sum(s * C[None, :], 1) + tl.sum(weight[:, None] * x, 0)
+            if norm_ptr is not None:
+                z = tl.load(z_ptr + row * z_row + t * z_token + h * P + p, mask=p < P, other=0.0)
+                scale = tl.load(norm_ptr + h * P + p, mask=p < P, other=0.0).to(tl.float32)
+                y = _gated_norm(y, z, scale, eps, P, 0)
             tl.store(y_tile + t * H * P, y.to(y_ptr.dtype.element_ty), mask=p < P)
         if pending > folds_above:
             A = tl.load(A_ptr + h).to(tl.float32)
@@ -284,6 +326,15 @@ def _inside(mask, place, size: tl.constexpr, RAGGED: tl.constexpr):
 def _load_state(state_ptr, row_head, p, n, P: tl.constexpr, N: tl.constexpr, RAGGED: tl.constexpr):
     tile = state_ptr + (row_head * P + p[:, None]) * N + n[None, :]
     return tl.load(tile, mask=(p < P)[:, None] & (n < N)[None, :], other=0.0) if RAGGED else tl.load(tile)
+
+
+@triton.jit
+def _gated_norm(y, z, scale, eps, P: tl.constexpr, AXIS: tl.constexpr):
+    """The norm of a head's channels along ``AXIS``, gated before; rounded where separate operations round."""
+    gate = z.to(tl.float32)
+    gated = y.to(z.dtype).to(tl.float32) * (gate * tl.sigmoid(gate))
+    normed = gated * tl.rsqrt(tl.sum(gated * gated, AXIS, keep_dims=True) / P + eps)
+    return scale * normed.to(z.dtype).to(tl.float32)
 
 
 @triton.jit
