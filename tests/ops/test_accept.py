@@ -177,7 +177,7 @@ def test_the_kernels_decide_as_the_reference(
     torch.manual_seed(3)
     rows, K, V = (200, 3, 5000) if DEVICE == "cuda" else (5, 3, 300)  # the interpreter is slow
     if DEVICE == "cpu":
-        monkeypatch.setattr("mambify.ops.draw.triton._BLOCK", 128)
+        monkeypatch.setattr("mambify.ops.draw.triton.CHUNK", 128)
     target = (2 * torch.randn(rows, V, K + 1)).to(dtype).mT.contiguous()
     draft = (target[:, :K].float() + 0.7 * torch.randn(rows, K, V)).to(dtype)
     settings = {name: torch.full((rows,), float(value)) for name, value in cuts.items()}
@@ -203,7 +203,7 @@ def test_a_draft_of_some_words_in_parts_of_larger_buffers(
     """Of fewer chunks than the target's; all that a row holds is put forward."""
     torch.manual_seed(4)
     rows, K, V, W = (200, 3, 9000, 5000) if DEVICE == "cuda" else (6, 3, 300, 110)
-    monkeypatch.setattr("mambify.ops.draw.triton._BLOCK", 4096 if DEVICE == "cuda" else 64)
+    monkeypatch.setattr("mambify.ops.draw.triton.CHUNK", 4096 if DEVICE == "cuda" else 64)
     known = torch.randperm(V)[:W].sort().values
     target = 2 * torch.randn(rows, K + 1, V)
     draft = target[:, :K, known] + 0.5 * torch.randn(rows, K, W)

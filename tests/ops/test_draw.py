@@ -110,7 +110,7 @@ def test_rows_of_every_kind_and_where_tokens_are_put(
     backend: str, dtype: torch.dtype, words: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Greedy, plain and cut rows in one batch; names of the words, strided numbers and places, and a copy."""
-    monkeypatch.setattr("mambify.ops.draw.triton._BLOCK", 64)
+    monkeypatch.setattr("mambify.ops.draw.triton.CHUNK", 64)
     generator = torch.Generator().manual_seed(words)
     rows, ids = 12, torch.randperm(1000, generator=generator)[:words]
     logits = (3 * torch.randn(rows, words, generator=generator)).to(dtype)

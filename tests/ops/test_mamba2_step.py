@@ -13,6 +13,7 @@ from mambify.ops.backends import HAS_TRITON
 from mambify.ops.conv_replay import load_window, read_window
 from mambify.ops.mamba2_step import Mamba2Weights, mamba2_step
 from mambify.ops.ring import RingPlace
+from mambify.ops.rounds import move_on
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deterministic:UserWarning")  # the mode that gives NaN in allocations
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,7 +58,7 @@ def test_as_the_mixer(sizes: tuple[int, int, int], dtype: torch.dtype, backend: 
         x = torch.randn(slots, 32).to(DEVICE, dtype)
         before = ssm.clone()
         out = mixer.out_proj(mamba2_step(mixer.in_proj(x), weights, ssm, ring, place, backend=backend).flatten(1))
-        place.step()
+        move_on(place, torch.zeros_like(place.head_S), None, plus=1, pends=False)
         expected, after = mixer(x[:, None], MixerContext(), state)
         active, idle = place.active_S, ~place.active_S
         tolerance = 1e-4 if dtype == torch.float32 else 5e-2

@@ -53,7 +53,7 @@ class Linear(NamedTuple):
 
 
 def linears_of(name: str) -> dict[str, Linear]:
-    """The products of a Transformer's and a Mamba2 layer, and the head; or those of a published Mamba layer.
+    """The products of a Transformer's and a Mamba2 layer, and the head; or those of a published Mamba1 layer.
 
     Args:
         name: of a shape in :mod:`mambify.bench.shapes`.
@@ -61,12 +61,6 @@ def linears_of(name: str) -> dict[str, Linear]:
     if name in MAMBA_SHAPES:
         stock = MAMBA_SHAPES[name]
         inner = 2 * stock.hidden
-        if stock.head_dim is not None:
-            outputs = 2 * inner + 2 * stock.groups * stock.state + inner // stock.head_dim
-            return {
-                "in_proj": Linear(stock.hidden, (outputs,), normed=True),
-                "out_proj": Linear(inner, (stock.hidden,), adds=True),
-            }
         return {
             "in_proj": Linear(stock.hidden, (2 * inner,), normed=True),
             "x_proj": Linear(inner, (stock.rank + 2 * stock.state,)),

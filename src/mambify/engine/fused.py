@@ -5,11 +5,12 @@ kernel of its own. For up to sixteen rows (S·T; eight in float32) a layer is
 
     Mamba2     norm + in_proj | conv, Δ, state, gated norm | out_proj + sum | norm + gate, up, SiLU | down + sum
     Mamba1     norm + in_proj | conv, dt_proj, state, gate | out_proj + sum | the MLP's two
-    attention  norm + q, k, v | rotation, new keys and values | attention | its parts | o + sum | the MLP's two
+    attention  norm + q, k, v | rotation, new keys and values | attention | o + sum | the MLP's two
 
-with one kernel between bars: five, five and seven. Where tokens may yet be rejected, Mamba1's middle replays its rings
-in the same kernel; Mamba2's is the replay and the gated norm, and the convolution is part of in_proj (of up to three
-rows, eight in float32; of more a kernel of its own). Layers of pure Mamba models, which have no MLP, are four:
+with one kernel between bars: five, five and six, and one more for an attention of many parts. Where tokens may yet be
+rejected, Mamba1's middle replays its rings in the same kernel; Mamba2's is the replay, with a gated norm behind it for
+heads of more than 64 channels, and the convolution is part of in_proj, or a kernel of its own where that product is for
+tensor cores. Layers of pure Mamba models, which have no MLP, are four:
 
     stock Mamba1  norm + in_proj + conv | x_proj | dt_proj, state or replay, gate | out_proj + sum
     stock Mamba2  norm + in_proj + conv | replay | gated norm | out_proj + sum

@@ -93,10 +93,6 @@ class RingPlace:
         """
         return 0 if self.eager else self.capacity - new - self.most_new
 
-    def step(self) -> None:
-        """Ends a plain step of active rows, one token that is in their states already, in place: after all layers."""
-        self.head_S.add_(self.active_S).remainder_(self.capacity)
-
     def settle(self) -> None:
         """Nothing is pending any more in active rows: to be called once after a fold of all layers (``ssd_fold``)."""
         self.pending_S.masked_fill_(self.active_S, 0)

@@ -40,8 +40,8 @@ def accept_drafts(
     logits = target_STV, draft, drafted_SK, num_drafted_S
     strides = *target_STV.stride()[:2], *draft.stride()[:2], *drafted_SK.stride()
     shape = {
-        "K": T - 1, "V": V, "W": draft.shape[-1], "BITS": key_bits(target_STV.dtype), "BLOCK": draw._BLOCK,
-        "HAS_COUNTS": num_drafted_S is not None, "num_warps": warps_of(draw._BLOCK),
+        "K": T - 1, "V": V, "W": draft.shape[-1], "BITS": key_bits(target_STV.dtype), "BLOCK": draw.CHUNK,
+        "HAS_COUNTS": num_drafted_S is not None, "num_warps": warps_of(draw.CHUNK),
     }  # fmt: skip
     facts = shape | {
         "HAS_DRAFT": draft_SKW is not None, "HAS_COLUMNS": columns_V is not None, "CHUNKS": chunks.count,

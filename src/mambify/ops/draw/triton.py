@@ -26,7 +26,7 @@ from torch import Tensor
 from mambify.ops.draw.settings import Settings
 
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-_BLOCK = 8192  # logits of a chunk, and those that a program looks at together
+CHUNK = 8192  # logits of a chunk, and those that a program looks at together
 _ALONE = 2  # chunks of a row that one program is as quick with
 
 
@@ -46,7 +46,7 @@ def draw_tokens(
     drawn = uniform_S, ids_V, token_S, copy_SV
     strides = logits_SV.stride(0), uniform_S.stride(0), token_S.stride(0), copied
     given = {"HAS_IDS": ids_V is not None, "COPIES": copy_SV is not None}
-    if vocabulary <= _ALONE * _BLOCK:
+    if vocabulary <= _ALONE * CHUNK:
         whole = int(triton.next_power_of_2(vocabulary))
         _draw[(rows,)](
             logits_SV, *drawn, *settings, *strides, **facts, **given, BLOCK=whole, num_warps=warps_of(whole)
@@ -55,17 +55,17 @@ def draw_tokens(
     chunks = Chunks.empty((rows,), vocabulary, logits_SV.device)
     _weigh[(chunks.count, rows)](
         logits_SV, copy_SV, *settings, *chunks, strides[0], copied, **facts, COPIES=copy_SV is not None,
-        BLOCK=_BLOCK, num_warps=warps_of(_BLOCK),
+        BLOCK=CHUNK, num_warps=warps_of(CHUNK),
     )  # fmt: skip
     _choose[(rows,)](
         logits_SV, *drawn[:3], settings.temperature_S, settings.min_p_S, *chunks, *strides[:3], **facts,
-        HAS_IDS=ids_V is not None, CHUNKS=chunks.count, BLOCK_C=chunks.padded, BLOCK=_BLOCK, num_warps=warps_of(_BLOCK),
+        HAS_IDS=ids_V is not None, CHUNKS=chunks.count, BLOCK_C=chunks.padded, BLOCK=CHUNK, num_warps=warps_of(CHUNK),
     )  # fmt: skip
     return token_S
 
 
 class Chunks(NamedTuple):
-    """What is known of rows of logits by chunks of ``_BLOCK``; x: the dimensions of rows.
+    """What is known of rows of logits by chunks of ``CHUNK``; x: the dimensions of rows.
 
     Attributes:
         top_xC: the largest logit.
@@ -82,7 +82,7 @@ class Chunks(NamedTuple):
     @classmethod
     def empty(cls, rows: tuple[int, ...], vocabulary: int, device: torch.device) -> Chunks:
         """Of rows of so many logits."""
-        count = triton.cdiv(vocabulary, _BLOCK)
+        count = triton.cdiv(vocabulary, CHUNK)
         top_xC, sum_xC = (torch.empty(*rows, count, dtype=torch.float32, device=device) for _ in range(2))
         first_xC = torch.empty(*rows, count, dtype=torch.int32, device=device)
         return cls(top_xC, sum_xC, first_xC, torch.empty(rows, dtype=torch.int32, device=device))

@@ -46,7 +46,7 @@ def mamba1_step(
     It is the projection of Δ and :func:`mambify.ops.selective_replay.selective_replay` with its gate, in the same
     precision: with a ``ring`` the new tokens may yet be rejected and the state stays where it is, with the same rings
     and the same folds. Without one they stand: nothing may be pending in active rows, the state after the last token
-    is written at once, and ``place.step()`` is to follow a call of one token, once after all layers. Rows that are not
+    is written at once, and ``rounds.move_on(…, pends=False)`` is to follow, once after all layers. Rows that are not
     active do not change, and their output is zero.
 
     Args:

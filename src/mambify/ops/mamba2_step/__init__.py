@@ -56,8 +56,8 @@ def mamba2_step(
 
     It is :func:`mambify.ops.conv_replay.conv_replay` with one new token, :func:`mambify.ops.ssd.ssd_step` and
     :func:`mambify.ops.gated_norm.gated_rms_norm`, in the same precision. The state is written at once, so nothing may
-    be pending in active rows. ``place.step()`` is to follow, once after all layers. Rows that are not active do not
-    change, and their output is zero.
+    be pending in active rows. ``rounds.move_on(…, pends=False)`` is to follow, once after all layers. Rows that are
+    not active do not change, and their output is zero.
 
     Args:
         zxBCdt_SE: in_proj's output, ``[z | x | B | C | dt]`` of H·P, G·P, G·N, H·N, H.
