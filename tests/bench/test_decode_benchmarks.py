@@ -17,7 +17,7 @@ from mambify.bench.questions import CHAT, CODE_AND_MATH, read_questions
 from mambify.bench.registry import run_benchmark
 from mambify.cli.main import main
 from mambify.engine import Sampling, Speculator
-from mambify.errors import InvalidOptionError
+from mambify.errors import InvalidOptionError, UsageError
 from mambify.families.load import load, save
 from speculating import feature_draft
 from tiny import byte_tokenizer, llama
@@ -143,9 +143,9 @@ def test_questions_are_grouped_by_what_they_ask_for(questions: Path, tmp_path: P
     assert set(read_questions([], tokenizer)) == {CHAT, CODE_AND_MATH}
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"turns": ["a"]}\n{"turns": []}\n')
-    with pytest.raises(InvalidOptionError, match=r"bad\.jsonl:2"):
+    with pytest.raises(UsageError, match=r"bad\.jsonl, line 2: a question needs"):
         read_questions([bad], tokenizer)
-    with pytest.raises(InvalidOptionError, match="cannot read"):
+    with pytest.raises(UsageError, match="no data at"):
         read_questions([tmp_path / "none"], tokenizer)
 
 
@@ -172,8 +172,21 @@ def test_laws_of_a_given_model(saved: str, questions: Path) -> None:
         "laws", device="cpu", only="greedy", target=saved, draft=["lookup", saved], prompts=[questions]
     )
     assert all(row["passes"] for row in result["results"])
-    assert [row["damaged"] for row in result["results"]] == [False, False, True]
+    tried = [(row["dtype"], row["draft"], row["damaged"]) for row in result["results"]]
+    assert tried == [
+        ("float32", "lookup", False), ("float32", saved, False),
+        ("bfloat16", "lookup", False), ("bfloat16", saved, False),
+        ("float32", "lookup", True),
+    ]  # fmt: skip
     assert result["results"][0]["prompts"] == 4
+
+
+def test_laws_of_another_size(saved: str, questions: Path) -> None:
+    given = {"target": saved, "prompts": [questions], "limit": 2, "max_new_tokens": 3}
+    first = run_benchmark("laws", device="cpu", only="greedy", **given)["results"][0]
+    assert (first["prompts"], first["tokens"]) == (2, 6)
+    drawn = run_benchmark("laws", device="cpu", only="distribution", samples=30)["results"]
+    assert {row["samples"] for row in drawn} == {30}
 
 
 def test_a_draft_that_reads_hidden_states(saved: str, questions: Path, tmp_path: Path) -> None:

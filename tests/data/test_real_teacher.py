@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mambify.data import check_disjoint, pack, read_documents, synthesize
-from mambify.data.chat import chat_format, document_end, document_start
+from mambify.data.chat import chat_format, document_end, document_start, encode_conversation
 
 if TYPE_CHECKING:
     from mambify.families.load import LoadedModel
@@ -39,3 +39,26 @@ def test_smollm2_writes_both_sides_of_a_conversation_and_plain_text(smollm2: Loa
     values = torch.cat(surplus)
     assert len(values) > 500
     assert values.mean().abs() < 4 * values.std() / len(values) ** 0.5
+
+
+def test_smollm2_answers_what_it_is_asked(smollm2: LoadedModel, tmp_path: Path) -> None:
+    model, tokenizer = smollm2.model, smollm2.tokenizer
+    assert tokenizer is not None
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"turns": ["Say hello.", "And goodbye."]}\n"What is the capital of France?"\n')
+    out = tmp_path / "data"
+    synthesize(model, tokenizer, out, prompts=questions, num_tokens=700, batch_size=8, max_new_tokens=40, heldout=0.0)
+    found = read_documents(out, tokenizer)
+    assert all(document.messages is not None for document in found)
+    paris = [d for d in found if d.messages and "France" in d.messages[0]["content"]]
+    assert any("Paris" in d.text for d in paris)
+    longest = max(found, key=lambda document: len(document.messages or ()))
+    assert [message["role"] for message in longest.messages or ()] == ["user", "assistant"] * 2
+    # Every token where the template puts it: a whole conversation, encoded anew, is the same one.
+    whole = [d for d in found if d.input_ids[-1] == tokenizer.eos_token_id]
+    assert whole
+    for document in whole:
+        again = encode_conversation(tokenizer, document.messages or ())
+        ids = [document.input_ids.tolist()[start:end] for start, end in document.answer_spans]
+        assert [again.input_ids[start:end] for start, end in again.answers] == ids
+        assert again.text == document.text

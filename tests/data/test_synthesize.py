@@ -347,3 +347,119 @@ def test_progress_rises_to_the_number_asked_for(
     assert seen == sorted(seen)
     assert seen[-1] == (3000, 3000)
     assert len(seen) > 5
+
+
+# ---- questions that are given ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """46 questions in several forms, some twice, ten of three turns, one with a system message, one too long."""
+    given: list[Any] = [f"w{i} w{i + 3}" for i in range(10)]
+    given += [{"prompt": f"w{i} w5", "response": "w1 w2 w3"} for i in range(10)] + [{"prompt": "w0 w5"}]
+    given += [{"question": f"w{i} w6"} for i in range(10)]
+    given += [{"instruction": f"w{i} w7", "input": "w4" if i else ""} for i in range(7)]
+    given += [{"turns": [f"w8 w{i}", "w3 w3", "w2"]} for i in range(20, 30)]
+    given += [{"messages": [{"role": "system", "content": "w6 w6"}, {"role": "user", "content": "w1"},
+                            {"role": "assistant", "content": "w2"}]}]  # fmt: skip
+    given += [" ".join(["w1"] * 60)]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in given))
+    return path
+
+
+ASKED: dict[str, Any] = {**SMALL, "max_user_tokens": 40}
+
+
+def test_given_questions_are_answered(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Path, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    manifest = synthesize(model, tokenizer, tmp_path / "a", prompts=prompts, **ASKED)
+    assert "left out of 47 questions, being longer than 40 tokens: 1" in caplog.text
+    assert manifest.complete
+    answer = tokenizer.encode("<|im_end|><|im_start|>assistant")
+    found = rows(tmp_path / "a")
+    asked = {row["messages"][0]["content"] for row in found}
+    assert {"w0 w3", "w9 w5", "w4 w6", "w3 w7\n\nw4", "w0 w7", "w8 w21", "w6 w6"} <= asked
+    assert 40 < len(asked) <= 46  # what is answered by nothing is left out
+    for row in found:
+        roles = [message["role"] for message in row["messages"]]
+        assert roles[-1] == "assistant"
+        assert "".join(role[0] for role in roles).removeprefix("s") in ("ua", "uaua", "uauaua")
+        ids = row["input_ids"]
+        for start, end in row.get("answers") or [[row["loss_start"], len(ids)]]:
+            assert ids[start - len(answer) : start] == answer
+            assert end - start <= ASKED["max_new_tokens"]
+    dialogue = max(found, key=lambda row: len(row["messages"]))
+    assert [message["content"] for message in dialogue["messages"][2::2]] == ["w3 w3", "w2"]
+    assert len(dialogue["answers"]) == 3
+    told = next(row for row in found if row["messages"][0]["role"] == "system")
+    opening = tokenizer.encode("<|im_start|>system w6 w6<|im_end|><|im_start|>user w1<|im_end|><|im_start|>assistant")
+    assert told["input_ids"][: told["loss_start"]] == opening
+
+
+def test_answers_to_a_question_stay_on_one_side(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Path, tmp_path: Path
+) -> None:
+    synthesize(model, tokenizer, tmp_path / "a", prompts=[prompts], **ASKED)
+    sides = [{row["origin"] for row in rows(tmp_path / "a", split)} for split in ("train", "heldout")]
+    assert min(map(len, sides)) > 3
+    assert not sides[0] & sides[1]
+    read = [read_documents(tmp_path / "a", tokenizer, split=split) for split in ("train", "heldout")]
+    assert all(document.origin is not None for document in [*read[0], *read[1]])
+
+
+def test_answering_is_continued_where_it_was(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Path, tmp_path: Path
+) -> None:
+    """To the same bytes; and not with other questions."""
+    synthesize(model, tokenizer, tmp_path / "a", prompts=prompts, **ASKED)
+    manifest = Manifest.read(tmp_path / "a")
+    assert len(manifest.shards) > 2
+    for name in ("a", "b"):
+        synthesize(model, tokenizer, tmp_path / name, prompts=prompts, **ASKED)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    (tmp_path / "b" / manifest.shards[1].files[0].name).unlink()
+    synthesize(model, tokenizer, tmp_path / "b", prompts=prompts, **ASKED)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    prompts.write_text('"w1 w1"\n')
+    for other in (prompts, None):
+        with pytest.raises(InvalidOptionError, match="questions was"):
+            synthesize(model, tokenizer, tmp_path / "b", prompts=other, **ASKED)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (3, "expected text"),
+        ({"text": "w1"}, "no question among 'text'"),
+        ({"prompt": " "}, "must be text and not empty"),
+        ({"instruction": 3}, "must be text and not empty"),
+        ({"turns": []}, "needs a user's turn"),
+        ({"messages": [{"role": "assistant", "content": "w1"}]}, "needs a user's turn"),
+        ({"messages": [{"role": "tool", "content": "w1"}, {"role": "user", "content": "w1"}]}, "no role but system"),
+    ],
+)
+def test_what_is_no_question(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, row: Any, words: str
+) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(["w1", row]))
+    with pytest.raises(UsageError, match=f"row 2: .*{words}"):
+        synthesize(model, tokenizer, tmp_path / "a", prompts=path, **SMALL)
+    assert not (tmp_path / "a").exists()
+
+
+def test_questions_that_cannot_be_asked(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Path, tmp_path: Path
+) -> None:
+    for settings, error, words in (
+        ({"kind": "text"}, InvalidOptionError, "go with kind chat, not text"),
+        ({"turns": 2}, InvalidOptionError, "leave turns out"),
+        ({"max_user_tokens": 2}, UsageError, "all 50 are longer than 2 tokens"),
+        ({"prompts": tmp_path / "none.jsonl"}, UsageError, "none.jsonl"),
+    ):
+        with pytest.raises(error, match=words):
+            synthesize(model, tokenizer, tmp_path / "a", **{**ASKED, "prompts": prompts, **settings})
+    assert not (tmp_path / "a").exists()

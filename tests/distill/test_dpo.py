@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import mambify
 from mambify.data.preferences import PreferenceDataset, read_preferences
 from mambify.distill.dpo import PreferenceTuner, dpo_loss
-from mambify.distill.stages import collate
+from mambify.distill.stages import collate, collate_shortened
 from mambify.model import HybridForCausalLM
 from tiny import byte_tokenizer, llama
 
@@ -84,12 +84,17 @@ def test_a_pair_that_is_told_apart_costs_nothing_unless_smoothed() -> None:
 def test_padding_does_not_enter(models: tuple[HybridForCausalLM, HybridForCausalLM], pairs: PreferenceDataset) -> None:
     tuner = PreferenceTuner(*models, beta=BETA, kl_weight=KL, sft_weight=SFT)
     models[0].lm_head.requires_grad_(False)
-    longer = PreferenceDataset(pairs.pairs, 64, dropped={})
+    longer = PreferenceDataset(pairs.pairs, 200, dropped={})
+    items = [longer[i] for i in range(len(longer))]
+    shortened = collate_shortened(items)
+    assert shortened["input_ids"].shape[-1] == shortened["labels"].shape[-1] == 64
     with torch.no_grad():
-        short, long = (tuner(**collate([data[i] for i in range(len(data))])) for data in (pairs, longer))
-    torch.testing.assert_close(short.loss, long.loss)
-    for name, pair in short.sums.items():
-        torch.testing.assert_close(pair, long.sums[name], rtol=1e-4, atol=1e-4)
+        expected = tuner(**collate([pairs[i] for i in range(len(pairs))]))
+        for batch in (collate(items), shortened):
+            found = tuner(**batch)
+            torch.testing.assert_close(found.loss, expected.loss)
+            for name, pair in expected.sums.items():
+                torch.testing.assert_close(found.sums[name], pair, rtol=1e-4, atol=1e-4)
 
 
 def test_trl_gives_the_same_loss_and_gradient(

@@ -14,7 +14,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,6 +88,9 @@ def run(
     target: str | None = None,
     draft: Sequence[str] = (),
     prompts: Sequence[Path] = (),
+    limit: int | None = None,
+    max_new_tokens: int | None = None,
+    samples: int | None = None,
 ) -> None:
     """Tries every law, or one of them.
 
@@ -96,9 +99,12 @@ def run(
         target: model of the greedy law; a small one with random weights by default.
         draft: what drafts for it: models, ``lookup``, or ``cut:2``.
         prompts: files of questions for it; random tokens by default.
+        limit, max_new_tokens: prompts of the greedy law, spread over the files, and tokens of each answer.
+        samples: answers of the law of distributions. Where these three are not given, :data:`SIZES` has them.
     """
     require_drafts(draft)
-    size = SIZES[torch.device(device).type]
+    asked = {"prompts": limit, "new": max_new_tokens, "samples": samples}
+    size = replace(SIZES[torch.device(device).type], **{name: n for name, n in asked.items() if n is not None})
     trials: list[Trial] = []
     if only in (None, "greedy"):
         trials += greedy_trials(device, size, target, draft, prompts)
@@ -116,7 +122,7 @@ def greedy_trials(
     """One for each dtype and draft, and a damaged one."""
     named = list(drafts) or ["lookup"]
     trials: list[Trial] = []
-    for dtype in (torch.float32, torch.bfloat16) if torch.device(device).type == "cuda" else (torch.float32,):
+    for dtype in (torch.float32, torch.bfloat16):
 
         def whole(dtype: torch.dtype = dtype) -> tuple[HybridForCausalLM, list[list[int]]]:
             if target is None:
@@ -127,7 +133,7 @@ def greedy_trials(
                 ]
             loaded = load(target, dtype=dtype, device=device)
             questions = read_questions(files, require_tokenizer(loaded))
-            return loaded.model, list(itertools.chain(*questions.values()))[: size.prompts]
+            return loaded.model, _spread(list(itertools.chain(*questions.values())), size.prompts)
 
         for name in named:
 
@@ -144,6 +150,12 @@ def greedy_trials(
         return greedy(_small(device, torch.float32, 512, 0.0), "lookup", [[5, 6, 7], [9, 8]], new=48, damaged=True)
 
     return [*trials, Trial(_greedy_facts(torch.float32, "lookup", damaged=True), damaged)]
+
+
+def _spread(items: list[list[int]], count: int) -> list[list[int]]:
+    """``count`` of the items from all over the list, or all of them."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
 
 
 def _greedy_facts(dtype: torch.dtype, draft: str, *, damaged: bool = False) -> Row:

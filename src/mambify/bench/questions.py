@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from mambify.data.documents import raw_rows
+from mambify.data.questions import interpret_question
 from mambify.decode.text import encode_prompt
-from mambify.errors import InvalidOptionError
 
 CHAT, CODE_AND_MATH = "chat", "code/math"
 #: Spec-Bench's category → ours; a category of its own where there is none
@@ -37,11 +37,12 @@ def read_questions(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) ->
     """Group → token ids of prompts, through the chat template where there is one.
 
     Args:
-        files: JSON lines with ``turns`` (Spec-Bench and MT-Bench, the first is taken), ``question`` (GSM8K) or
-            ``prompt`` (HumanEval), and ``category``; a few questions of our own by default.
+        files: rows with ``turns`` (Spec-Bench and MT-Bench, the first is taken), ``question`` (GSM8K), ``prompt``
+            (HumanEval) or any other that :func:`~mambify.data.questions.interpret_question` knows, and ``category``; a
+            few questions of our own by default.
 
     Raises:
-        InvalidOptionError: a file that cannot be read so.
+        UsageError: a file that cannot be read so.
     """
     texts: dict[str, list[str]] = {}
     for file in files:
@@ -59,19 +60,10 @@ def read_questions(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _read(file: Path) -> list[tuple[str, str]]:
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InvalidOptionError(f"cannot read {file}: {error.strerror}") from error
     found = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            text = row["turns"][0] if "turns" in row else row["question"] if "question" in row else row["prompt"]
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise InvalidOptionError(f"{file}:{number}: expected JSON with turns, question or prompt") from error
-        category = str(row.get("category", CODE_AND_MATH))  # GSM8K and HumanEval name none
-        found.append((_GROUPS.get(category, category), str(text)))
+    for where, row in raw_rows(file):
+        first = next(message for message in interpret_question(row, where) if message["role"] == "user")
+        # GSM8K and HumanEval name none.
+        category = str(row.get("category", CODE_AND_MATH)) if isinstance(row, dict) else CODE_AND_MATH
+        found.append((_GROUPS.get(category, category), first["content"]))
     return found

@@ -46,7 +46,12 @@ BENCHMARKS: dict[str, Benchmark] = {
     "inits": Benchmark(inits.run, inits.table, plot_inits, ("text", "tokens", "out")),
     "verify": Benchmark(verify.run, verify.table, plot_verify),
     "speculate": Benchmark(speculate.run, speculate.table, plot_speculate, ("target", "draft", "prompts")),
-    "laws": Benchmark(laws.run, laws.table, plot_laws, ("target", "draft", "prompts")),
+    "laws": Benchmark(
+        laws.run,
+        laws.table,
+        plot_laws,
+        ("target", "draft", "prompts", "limit", "max_new_tokens", "samples"),
+    ),
 }
 #: what draws an experiment (:data:`mambify.experiments.registry.EXPERIMENTS`); these are not among ``all``
 EXPERIMENT_PLOTS: dict[str, Callable[[dict[str, Any], Path], None]] = {"recipes": plot_recipes}

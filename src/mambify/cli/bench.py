@@ -45,12 +45,12 @@ def bench(
     ] = None,
     attention: Annotated[float | None, typer.Option(help="Share of layers that keep attention.")] = None,
     teacher: Annotated[str | None, typer.Option(help="What is distilled; smollm2 by default.")] = None,
-    target: Annotated[str | None, typer.Option(help="Model to make faster (speculate), or to export (export).")] = None,
+    target: Annotated[str | None, typer.Option(help="Model to make faster (speculate, laws), or to export.")] = None,
     draft: Annotated[
         list[str] | None, typer.Option(help="What drafts for it: a model, lookup or cut:2; repeat for several.")
     ] = None,
     prompts: Annotated[
-        list[Path] | None, typer.Option(help="Questions, as Spec-Bench's question.jsonl (speculate).")
+        list[Path] | None, typer.Option(help="Questions, as Spec-Bench's question.jsonl (speculate, laws).")
     ] = None,
     data: Annotated[
         list[Path] | None, typer.Option(help="Synthesized text to train and be scored on; else sampled first.")
@@ -72,7 +72,11 @@ def bench(
     ] = None,
     tasks: Annotated[str | None, typer.Option(help="Zero-shot tasks, of those that --data-dir has.")] = None,
     data_dir: Annotated[str | None, typer.Option(help="Files of zero-shot tasks, which are then run.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Of each task only so many questions.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Of each task only so many questions; so many prompts (laws).")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer (laws).")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Answers drawn from a small vocabulary (laws).")] = None,
     out: Annotated[Path | None, typer.Option(help="Where runs are kept, by default runs/bench; rows of inits.")] = None,
     parallel: Annotated[int | None, typer.Option(min=1, help="Runs at a time, one on each GPU.")] = None,
     change: Annotated[
@@ -114,6 +118,8 @@ def bench(
             "tasks": tasks,
             "data_dir": data_dir,
             "limit": limit,
+            "max_new_tokens": max_new_tokens,
+            "samples": samples,
             "out": out,
             "parallel": parallel,
             "changes": change,

@@ -22,12 +22,18 @@ def synthesize(
     kind: Annotated[
         str, typer.Option(help="chat, text, mixed (half each), or auto: chat if there is a template.")
     ] = "auto",
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(help="Questions to answer, in place of the teacher's own: .jsonl, .json or hf:name; repeatable."),
+    ] = None,
     seed: options.Seed = 0,
     temperature: Annotated[float, typer.Option(help="1 is the teacher's own distribution.")] = 1.0,
     top_k: options.TopK = 0,
     top_p: options.TopP = 1.0,
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of an answer or a plain text.")] = 256,
-    max_user_tokens: Annotated[int, typer.Option(help="Length limit of a user's turn.")] = 128,
+    max_user_tokens: Annotated[
+        int | None, typer.Option(help="Length limit of a user's turn; 128 by default, 512 of --prompts.")
+    ] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Texts sampled at a time; 64 by default, 1024 on a GPU.")
     ] = None,
@@ -59,6 +65,8 @@ def synthesize(
     on_gpu = place.startswith("cuda")
     if batch_size is None:
         batch_size = 1024 if on_gpu else 64
+    if max_user_tokens is None:
+        max_user_tokens = 512 if prompts else 128
     settings: dict[str, Any] = {
         "kind": kind,
         "seed": seed,
@@ -83,6 +91,7 @@ def synthesize(
             require_tokenizer(loaded),
             out,
             num_tokens=num_tokens,
+            prompts=prompts or None,
             **settings,
             teacher=teacher,
             overwrite=overwrite,

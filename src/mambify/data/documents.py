@@ -48,7 +48,9 @@ class Document:
 
     ``loss_start`` is the index of the first token that an answers-only loss counts: where the first answer
     begins in a conversation, the first token after the document start in plain text. ``answers`` are the places
-    ``(start, end)`` of all answers of a conversation, where there is more than one or something follows.
+    ``(start, end)`` of all answers of a conversation, where there is more than one or something follows. ``origin`` is
+    the id of what several documents have in common, a question with several answers say: they stay on one side of the
+    split.
     """
 
     id: str
@@ -58,6 +60,7 @@ class Document:
     loss_start: int = 1
     messages: tuple[Message, ...] | None = field(default=None, repr=False)
     answers: tuple[tuple[int, int], ...] = ()
+    origin: str | None = None
 
     def __post_init__(self) -> None:
         ids = np.array(self.input_ids, dtype=np.int32)
@@ -66,6 +69,10 @@ class Document:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    def is_heldout(self, fraction: float) -> bool:
+        """Which side of the split it falls on."""
+        return is_heldout(self.origin or self.id, fraction)
 
     @property
     def answer_spans(self) -> tuple[tuple[int, int], ...]:
@@ -82,7 +89,8 @@ class Document:
             "input_ids": self.input_ids.tolist(),
             "loss_start": self.loss_start,
         }
-        return row | ({"answers": self.answers} if self.answers else {})
+        given = {"answers": self.answers, "origin": self.origin}
+        return row | {name: value for name, value in given.items() if value}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Document:
@@ -96,6 +104,7 @@ class Document:
             loss_start=row["loss_start"],
             messages=None if messages is None else tuple(messages),
             answers=tuple((start, end) for start, end in row.get("answers", ())),
+            origin=row.get("origin"),
         )
 
 
@@ -227,7 +236,7 @@ def _iterate_one(
             raise UsageError(f"cannot read {path}: known file types are .jsonl, .json and .txt")
     for where, row in rows:
         document = _encode(tokenizer, row, where)
-        if split == "all" or is_heldout(document.id, heldout) == (split == "heldout"):
+        if split == "all" or document.is_heldout(heldout) == (split == "heldout"):
             yield document
 
 

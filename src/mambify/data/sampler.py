@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import torch
 
 from mambify.data.chat import ChatFormat, Message, chat_format, decode, document_end, document_start
 from mambify.data.documents import DEFAULT_HELDOUT, Document, Kind, conversation_document, document_id
+from mambify.data.questions import Question, Questions
 from mambify.data.sample import sample_continuations
 from mambify.engine import DecodeEngine, Sampling, Turn
 from mambify.errors import InvalidOptionError, UnsupportedError, did_you_mean
@@ -70,6 +71,7 @@ class Sampler:
 
     Args:
         prompts: those that :meth:`answer` will be asked to go on from, for their lengths.
+        questions: what users say in conversations; by default the model writes that too.
     """
 
     def __init__(
@@ -79,9 +81,11 @@ class Sampler:
         settings: Settings,
         *,
         prompts: Sequence[Sequence[int]] = (),
+        questions: Questions | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.settings = model, tokenizer, settings
-        self.longest_prompt = max(map(len, prompts), default=0)
+        self.model, self.tokenizer, self.settings, self.questions = model, tokenizer, settings, questions
+        asked = () if questions is None else questions.questions
+        self.longest_prompt = max([*map(len, prompts), *(question.longest for question in asked)], default=0)
         self.device = torch.device(model.device)
         self.format: ChatFormat | None = chat_format(tokenizer) if "chat" in settings.kinds else None
         self.start = document_start(tokenizer)
@@ -127,10 +131,29 @@ class Sampler:
             "document_start": self.start,
             "chat_format": None if self.format is None else _plain(self.format),
             "sampled_in": "slots" if self.in_slots else "batches",
+            **({} if self.questions is None else {"questions": self.questions.fingerprint}),
         }
 
-    def sample(self, kind: Kind, rows: int, progress: Callable[[int], None] | None = None) -> list[Document]:
-        """Up to ``rows`` documents (empty ones are dropped), in a fixed order; ``progress`` hears of their tokens."""
+    def asked(self, start: int) -> Iterator[Question] | None:
+        """The questions from place ``start`` of their endless order on; ``None`` where the model asks them itself."""
+        return None if self.questions is None else self.questions.in_turn(seed=self.settings.seed, start=start)
+
+    def sample(
+        self,
+        kind: Kind,
+        rows: int,
+        progress: Callable[[int], None] | None = None,
+        *,
+        asked: Iterator[Question] | None = None,
+    ) -> list[Document]:
+        """Up to ``rows`` documents (empty ones are dropped), in a fixed order.
+
+        Args:
+            progress: hears of the tokens of each.
+            asked: where the next questions come from (:meth:`asked`).
+        """
+        if asked is not None:
+            return self._write([_Interview(self, progress, next(asked)) for _ in range(rows)])
         return self._write([self._writer(kind, progress) for _ in range(rows)])
 
     def answer(self, prompts: Sequence[Sequence[int]]) -> list[Document]:
@@ -158,6 +181,8 @@ class Sampler:
         text = max(1, self.longest_prompt) + answer
         if self.format is None:
             return text
+        if self.questions is not None:
+            return max(question.length(answer) for question in self.questions.questions)
         turn = self.settings.max_user_tokens + len(self.format.before_answer) + answer
         later = self.settings.turns - 1
         chat = len(self.format.before_user) + turn + later * (len(self.format.before_next_user) + turn)
@@ -265,26 +290,36 @@ class _Conversation(_Writer):
 
     def hear(self, ids: list[int]) -> Turn | None:
         asked = len(self.messages) % 2 == 0  # a question was
-        words = self.sampler.words(ids)
-        if not words.strip():
-            self._drop()
-            return None
-        self.ids += ids
-        self.messages.append({"role": "user" if asked else "assistant", "content": words.strip()})
-        if not asked:
-            self.answers.append((self.answer_start, len(self.ids)))
-        if ids[-1] not in self.sampler.stops:
-            self._write()
+        if not self._is_finished("user" if asked else "assistant", ids):
             return None
         if asked:
-            turn = self._go_on(self.format.before_answer, self.sampler.settings.max_new_tokens)
-            self.answer_start = len(self.ids)
-            return turn
-        self.finished = (len(self.ids), len(self.messages))
+            return self._let_answer(self.format.before_answer)
         if len(self.messages) == 2 * self.sampler.settings.turns:
             self._write()
             return None
         return self._go_on(self.format.before_next_user, self.sampler.settings.max_user_tokens)
+
+    def _is_finished(self, role: str, ids: list[int]) -> bool:
+        """Takes in a turn; one that is empty or was cut off ends the conversation."""
+        words = self.sampler.words(ids)
+        if not words.strip():
+            self._drop()
+            return False
+        self.ids += ids
+        self.messages.append({"role": role, "content": words.strip()})
+        if role == "assistant":
+            self.answers.append((self.answer_start, len(self.ids)))
+        if ids[-1] not in self.sampler.stops:
+            self._write()
+            return False
+        if role == "assistant":
+            self.finished = (len(self.ids), len(self.messages))
+        return True
+
+    def _let_answer(self, given: Sequence[int]) -> Turn:
+        turn = self._go_on(given, self.sampler.settings.max_new_tokens)
+        self.answer_start = len(self.ids)
+        return turn
 
     def _go_on(self, given: Sequence[int], limit: int) -> Turn:
         """What the template writes after a turn takes the place of the turn's end that was sampled."""
@@ -301,6 +336,32 @@ class _Conversation(_Writer):
     def _write(self) -> None:
         text, ids = decode(self.sampler.tokenizer, self.ids, specials=True), np.asarray(self.ids)
         self._finish(conversation_document(text, ids, tuple(self.answers), tuple(self.messages)))
+
+
+class _Interview(_Conversation):
+    """Answers to questions that are given."""
+
+    def __init__(self, sampler: Sampler, progress: Callable[[int], None] | None, question: Question) -> None:
+        super().__init__(sampler, progress)
+        self.question, self.to_ask = question, list(question.later)
+
+    def begin(self) -> Turn:
+        self.ids, self.messages = list(self.question.input_ids), list(self.question.opening)
+        self.answer_start = len(self.ids)
+        return Turn(self.ids, self.sampler.settings.max_new_tokens)
+
+    def hear(self, ids: list[int]) -> Turn | None:
+        if not self._is_finished("assistant", ids):
+            return None
+        if not self.to_ask:
+            self._write()
+            return None
+        text, given = self.to_ask.pop(0)
+        self.messages.append({"role": "user", "content": text})
+        return self._let_answer(given)
+
+    def _finish(self, document: Document) -> None:
+        super()._finish(replace(document, origin=self.question.id))
 
 
 def _plain(form: ChatFormat) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 An instruct teacher writes both sides of a conversation: its template up to the user's words is a prompt
 whose continuation is a question people ask, and the question through the template is a prompt for the answer.
-A base teacher, or ``kind="text"``, continues the token that documents begin with. What is kept are the token
-ids that were drawn, so a student learns on exactly the distribution it is asked to imitate.
+A base teacher, or ``kind="text"``, continues the token that documents begin with. Given questions, a teacher answers
+those. What is kept are the token ids that were drawn, so a student learns on exactly the distribution it is asked to
+imitate.
 
 The work is cut into shards. What is sampled for shard k depends on the settings and (seed, k) alone, and
 duplicates are dropped in shard order: a run that was killed and is started again writes the same bytes.
@@ -23,11 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mambify.data.chat import (
-    has_chat_template,
-)
-from mambify.data.documents import DEFAULT_HELDOUT, Document, Kind, is_heldout
+from mambify.data.chat import chat_format, has_chat_template
+from mambify.data.documents import DEFAULT_HELDOUT, Document, Kind, Source
 from mambify.data.manifest import NAME, Manifest, Shard, ShardFile, is_synthesized
+from mambify.data.questions import Questions, read_questions
 from mambify.data.sampler import Sampler, Settings
 from mambify.errors import InvalidOptionError, MambifyError, OutputExistsError
 from mambify.io import atomic_write_text, require_new
@@ -49,6 +49,7 @@ def synthesize(
     *,
     num_tokens: int,
     kind: str = "auto",
+    prompts: Source | Sequence[Source] | None = None,
     seed: int = 0,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -72,13 +73,17 @@ def synthesize(
         num_tokens: Sampling stops with the document that reaches this many, both splits together, template
             and end tokens included.
         kind: ``chat``; ``text``; ``mixed`` (half of the tokens each); ``auto``: chat if there is a template.
+        prompts: Questions that are answered in place of the teacher's own, as
+            :func:`~mambify.data.questions.read_questions` reads them: all in an order drawn from ``seed``, then all
+            again in another. All answers to a question are on the same side of the split.
         seed: Another seed gives other text.
         temperature: 1 is the teacher's own distribution.
         top_p: See :func:`~mambify.data.sample.sample_continuations`.
         top_k: As above.
         max_new_tokens: Length limit of an answer or a plain text; one that reaches it is kept without an end.
-        max_user_tokens: Length limit of a user's turn; a conversation that reaches it is kept up to there.
-        turns: Questions and answers in a conversation.
+        max_user_tokens: Length limit of a user's turn; a conversation that reaches it is kept up to there, and a
+            question of ``prompts`` beyond it is left out.
+        turns: Questions and answers in a conversation; one of ``prompts`` has as many as it has turns.
         batch_size: Rows sampled at a time.
         documents_per_shard: What a killed run loses at most, and the size of a file.
         heldout: The fraction of documents that goes to the held-out files, by the hash of their text.
@@ -90,12 +95,13 @@ def synthesize(
         InvalidOptionError: a setting out of range, or ``out`` was begun with other settings.
         OutputExistsError: ``out`` holds something that is not synthesized text.
         UnsupportedError: no chat template where one is needed, or one that cannot be taken apart.
+        UsageError: no question in ``prompts``, or a row that is none.
         OutputWriteError: the disk refused a write; finished shards are intact.
         MambifyError: the teacher keeps repeating itself and gives no new documents.
     """
     settings = Settings(
         num_tokens=num_tokens,
-        kind=("chat" if has_chat_template(tokenizer) else "text") if kind == "auto" else kind,
+        kind=("chat" if prompts is not None or has_chat_template(tokenizer) else "text") if kind == "auto" else kind,
         seed=seed,
         temperature=temperature,
         top_p=top_p,
@@ -107,7 +113,8 @@ def synthesize(
         documents_per_shard=documents_per_shard,
         heldout=heldout,
     )
-    sampler = Sampler(model, tokenizer, settings)
+    questions = None if prompts is None else _questions(prompts, tokenizer, settings)
+    sampler = Sampler(model, tokenizer, settings, questions=questions)
     wanted = Manifest(
         teacher=teacher or model.config.name_or_path or model.config.model_type,
         tokenizer=tokenizer_fingerprint(tokenizer),
@@ -126,6 +133,20 @@ def synthesize(
         manifest.write(out)
         log.info("shard %d: %d documents, %d tokens", shard.index, len(documents), shard.num_tokens)
     return manifest
+
+
+def _questions(prompts: Source | Sequence[Source], tokenizer: PreTrainedTokenizerBase, settings: Settings) -> Questions:
+    if settings.kind != "chat":
+        raise InvalidOptionError(f"prompts are answered in conversations: they go with kind chat, not {settings.kind}")
+    if settings.turns != 1:
+        raise InvalidOptionError("a conversation has as many turns as its prompt: leave turns out")
+    questions = read_questions(prompts, tokenizer, chat_format(tokenizer), max_tokens=settings.max_user_tokens)
+    if questions.too_long:
+        log.warning(
+            "left out of %d questions, being longer than %d tokens: %d",
+            questions.too_long + len(questions), settings.max_user_tokens, questions.too_long,
+        )  # fmt: skip
+    return questions
 
 
 def _begin(out: Path, wanted: Manifest, *, overwrite: bool) -> tuple[Manifest, set[str]]:
@@ -178,7 +199,7 @@ def _remove(out: Path, patterns: Sequence[str]) -> None:
 def _write_shard(out: Path, index: int, documents: Sequence[Document], heldout: float) -> Shard:
     files = []
     for split in ("train", "heldout"):
-        rows = [d for d in documents if is_heldout(d.id, heldout) == (split == "heldout")]
+        rows = [d for d in documents if d.is_heldout(heldout) == (split == "heldout")]
         text = "".join(json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in rows)
         name = f"{split}-{index:05d}.jsonl"
         atomic_write_text(out / name, text)
@@ -198,6 +219,7 @@ def _sample_shard(
     The kinds of text take turns so that each has its share of the tokens to within one document.
     """
     settings = sampler.settings
+    asked = sampler.asked(index * settings.documents_per_shard)
     documents: list[Document] = []
     waiting: dict[Kind, list[Document]] = {kind: [] for kind in settings.kinds}
     tokens: Counter[Kind] = Counter()
@@ -210,7 +232,7 @@ def _sample_shard(
             kind = min(settings.kinds, key=lambda kind: tokens[kind])
             if not waiting[kind]:
                 rows = _rows_to_draw(sampler, documents, settings.num_tokens - total)
-                drawn = sampler.sample(kind, rows, _counting(total, settings.num_tokens, progress))
+                drawn = sampler.sample(kind, rows, _counting(total, settings.num_tokens, progress), asked=asked)
                 waiting[kind] = drawn[::-1]
                 empty = 0 if any(document.id not in seen for document in drawn) else empty + 1
                 if empty == _MAX_EMPTY_BATCHES:

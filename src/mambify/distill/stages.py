@@ -234,7 +234,8 @@ def build_trainer(
         model=module,
         args=arguments,
         train_dataset=dataset,
-        data_collator=collate,
+        # What is recorded or compiled is so for one shape.
+        data_collator=collate if cuda_graphs or arguments.torch_compile else collate_shortened,
         callbacks=callbacks,
         optimizers=(optimizer(parameter_groups(stage, module), **options), None),
         processes=processes,
@@ -252,6 +253,18 @@ def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Stacks items; the first label of a row is never predicted, so it is not counted either."""
     batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
     batch["labels"][..., 0] = IGNORE
+    return batch
+
+
+_PAD_TO = 64
+
+
+def collate_shortened(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """:func:`collate`, and rows that say their ``lengths`` end with the longest, rounded up to 64 tokens."""
+    batch = collate(items)
+    if "lengths" in batch:
+        longest = -(-int(batch["lengths"].max()) // _PAD_TO) * _PAD_TO
+        batch |= {name: batch[name][..., :longest] for name in ("input_ids", "labels")}
     return batch
 
 
