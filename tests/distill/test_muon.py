@@ -116,15 +116,18 @@ def test_only_matrices() -> None:
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), before, strict=True))
 
 
-def test_a_recipe_trains_matrices_with_it(make_recipe: Any, teacher_directory: Path) -> None:
+@pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
+def test_a_recipe_trains_matrices_with_it(make_recipe: Any, teacher_directory: Path, mixer: str) -> None:
     stage = {"kind": "kd", "tokens": 512, "batch_tokens": 128, "optimizer": "muon", "mlp_learning_rate": 1e-4}
     recipe = make_recipe(stages=[stage])
     teacher = load(teacher_directory).model
-    student = apply_plan(teacher, plan(teacher.config, attention=0.5))
-    found = parameter_groups(recipe.stages[0], stage_module(recipe.stages[0], student, teacher))
+    student = apply_plan(teacher, plan(teacher.config, mixer=mixer, attention=0.5))
+    module = stage_module(recipe.stages[0], student, teacher)
+    found = parameter_groups(recipe.stages[0], module)
+    weights = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)}
     kinds = {(group["lr"], group.get("muon", False)) for group in found}
     assert kinds == {(1e-3, True), (1e-3, False), (1e-4, True)}
     for group in found:
-        assert all((p.dim() == 2) == group.get("muon", False) for p in group["params"])
+        assert all((id(p) in weights) == group.get("muon", False) for p in group["params"])
     with pytest.raises(RecipeError, match="exclude each other"):
         distill(make_recipe(stages=[stage | {"trainer": {"optim": "sgd"}}]), device="cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import mambify
 from mambify.distill import checkpoints as checkpoint_files
@@ -307,3 +308,70 @@ def test_the_student_tells_where_it_comes_from(make_recipe: MakeRecipe) -> None:
     record = (run / "student" / "provenance.json").read_text(encoding="utf-8")
     assert str(run) not in record  # where it was made is nobody's concern
     assert "command" not in json.loads(record)["environment"]
+
+
+def test_text_and_weights_must_be_those_it_began_with(
+    make_recipe: MakeRecipe, text_file: Path, teacher_directory: Path, tmp_path: Path
+) -> None:
+    text, teacher = tmp_path / "text.jsonl", tmp_path / "teacher"
+    text.write_bytes(text_file.read_bytes())
+    shutil.copytree(teacher_directory, teacher)
+    recipe = make_recipe(stages=[_align(1)], teacher=str(teacher), data={"train": str(text), "context_length": 32})
+    _, run = distill(recipe, device="cpu")
+    text.write_bytes(text_file.read_bytes().replace(b"w1 ", b"w2 "))
+    with pytest.raises(InvalidOptionError, match="begun with other texts under the same name"):
+        distill(recipe, device="cpu")
+    text.write_bytes(text_file.read_bytes())
+    weights = {name: tensor + 1 for name, tensor in load_file(teacher / "model.safetensors").items()}
+    save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InvalidOptionError, match="other teacher and base"):
+        distill(recipe, device="cpu")
+    (run / "inputs.json").unlink()  # a run of an earlier version
+    distill(recipe, device="cpu")
+
+
+@pytest.mark.parametrize("there", ["nothing", "an empty directory", "another student", "photos"])
+def test_where_the_student_is_saved(make_recipe: MakeRecipe, tmp_path: Path, there: str) -> None:
+    """Only what is free, or what this run has saved, is taken."""
+    place = tmp_path / "place"
+    if there == "another student":
+        distill(make_recipe(stages=[_align(2)], output=str(tmp_path / "other")), device="cpu", save_to=place)
+    elif there != "nothing":
+        place.mkdir()
+    if there == "photos":
+        (place / "summer.jpg").write_text("sun")
+    recipe = make_recipe(stages=[_align(1)])
+    if there in ("photos", "another student"):
+        before = sorted(place.iterdir())
+        with pytest.raises(OutputExistsError, match="no student of this recipe"):
+            distill(recipe, device="cpu", save_to=place)
+        assert sorted(place.iterdir()) == before
+        return
+    student, _ = distill(recipe, device="cpu", save_to=place)
+    written = (place / "model.safetensors").stat().st_mtime_ns
+    reloaded = mambify.load(place).model
+    assert all(torch.equal(a, b) for a, b in zip(reloaded.parameters(), student.parameters(), strict=True))
+    distill(recipe, device="cpu", save_to=place)
+    assert (place / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_only_layers_that_are_converted_now_are_calibrated(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Those of a hybrid base keep what they have learned, and a run that is continued ends as if it had not stopped."""
+    first = make_recipe(stages=[_align(3)], student={"attention": 0.5}, output=str(tmp_path / "first"))
+    halfway, run = distill(first, device="cpu")
+    base = str(run / "student")
+    stages = [_align(2), _align(2)]
+    recipe = make_recipe(stages=stages, student={"base": base, "attention": 0.0}, output=str(tmp_path / "second"))
+    whole, run = distill(recipe, device="cpu")
+    (errors,) = (row for row in read_metrics(run / "metrics.jsonl") if row["step"] == 0)
+    assert errors["stage"] == "01-align"
+    layers = {f"layer_{i:02d}" for i in halfway.config.attention_layers}
+    assert {key for key in errors if key.startswith("layer_")} == layers
+    for index in halfway.config.converted_layers:
+        theirs = halfway.model.layers[index].mixer.state_dict()
+        for name, tensor in whole.model.layers[index].mixer.state_dict().items():
+            assert torch.equal(tensor, theirs[name])
+    (run / "stages" / "02-align" / "summary.json").unlink()
+    shutil.rmtree(run / "student")
+    again, _ = distill(recipe, device="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), whole.parameters(), strict=True))

@@ -8,7 +8,7 @@ Legend: M calibration tokens, I inner channels of a mixer (input of ``out_proj``
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,18 +33,20 @@ def calibrate(
     teacher: HybridForCausalLM,
     batches: Iterable[Tensor],
     *,
+    layers: Sequence[int] | None = None,
     ridge: float = RIDGE,
 ) -> dict[int, tuple[float, float]]:
-    """Sets ``out_proj`` of every converted layer to the ridge solution on the teacher's own hidden states.
+    """Sets ``out_proj`` of converted layers to the ridge solution on the teacher's own hidden states.
 
     Args:
         batches: ``input_ids [B, T]`` on the teacher's device; a few thousand tokens in all are enough.
+        layers: those that are set; all converted ones by default.
         ridge: weight of the penalty, relative to the mean of the features' second moments.
 
     Returns:
         Layer → (error before, error after): squared error over the squared output of the attention.
     """
-    layers = student.config.converted_layers
+    layers = student.config.converted_layers if layers is None else layers
     sums: dict[int, _Layer] = {}
     for input_ids in batches:
         for trace in teacher.model.mixer_traces(input_ids, layers):

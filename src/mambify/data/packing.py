@@ -9,6 +9,7 @@ Letters: T tokens of a block.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.utils.data import Dataset
 
 from mambify.data.documents import Document
 from mambify.errors import InvalidOptionError, UsageError, did_you_mean
+from mambify.fingerprint import arrays_fingerprint
 
 IGNORED = -100
 Mode = Literal["concat", "documents"]
@@ -53,6 +55,13 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
     def num_tokens(self) -> int:
         """Tokens in all blocks."""
         return len(self) * self.context_length
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that it gives."""
+        return arrays_fingerprint(
+            [self._tokens, self._starts, np.array([self.context_length, MODES.index(self._mode)])]
+        )
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not -len(self) <= index < len(self):

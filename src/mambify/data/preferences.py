@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from mambify.data.chat import Message, encode_conversation
 from mambify.data.documents import Document, Source, conversation_document, raw_rows
 from mambify.data.rows import interpret_messages
 from mambify.errors import UsageError
+from mambify.fingerprint import arrays_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -165,6 +167,13 @@ class PreferenceDataset(Dataset[dict[str, Tensor]]):
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that it gives."""
+        documents = [document for pair in self.pairs for document in (pair.chosen, pair.rejected)]
+        places = [np.array(list(spans(document)), dtype=np.int64) for document in documents]
+        return arrays_fingerprint([*(document.input_ids for document in documents), *places])
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         pair = self.pairs[index]

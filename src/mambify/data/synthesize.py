@@ -30,6 +30,7 @@ from mambify.data.manifest import NAME, Manifest, Shard, ShardFile, is_synthesiz
 from mambify.data.questions import Questions, read_questions
 from mambify.data.sampler import Sampler, Settings
 from mambify.errors import InvalidOptionError, MambifyError, OutputExistsError
+from mambify.fingerprint import weights_fingerprint
 from mambify.io import atomic_write_text, require_new
 from mambify.tokenization import tokenizer_fingerprint
 
@@ -118,7 +119,7 @@ def synthesize(
     wanted = Manifest(
         teacher=teacher or model.config.name_or_path or model.config.model_type,
         tokenizer=tokenizer_fingerprint(tokenizer),
-        settings={**vars(settings), "teacher_weights": _weights_fingerprint(model), **sampler.facts()},
+        settings={**vars(settings), "teacher_weights": weights_fingerprint(model), **sampler.facts()},
         shards=(),
         complete=False,
     )
@@ -274,17 +275,6 @@ def _rows_to_draw(sampler: Sampler, documents: Sequence[Document], tokens_left: 
     left = min(settings.documents_per_shard - len(documents), int(tokens_left / mean) + 1)
     per_kind = -(-left // len(settings.kinds))
     return max(1, per_kind if sampler.at_once is None else min(sampler.at_once, per_kind))
-
-
-def _weights_fingerprint(model: PreTrainedModel) -> str:
-    """A hash of 64 values from every parameter: tells teachers, and one teacher in two dtypes, apart."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.state_dict().items()):
-        values = parameter.detach().flatten()
-        values = values[:: max(1, values.numel() // 64)].float().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(values.numpy().tobytes())
-    return digest.hexdigest()[:32]
 
 
 @contextmanager

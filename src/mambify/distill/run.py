@@ -2,6 +2,7 @@
 
 RUN/recipe.yaml          the recipe with every default written out
 RUN/environment.json     versions, device, command
+RUN/inputs.json          hashes of teacher, base and text: what a run goes on with must be what it began with
 RUN/metrics.jsonl        one line a log event, all stages
 RUN/stages/01-align/     checkpoints, TensorBoard events; trained.safetensors and summary.json once done
 RUN/student/             the final model
@@ -15,7 +16,7 @@ import copy
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ from mambify.distill.settings import Align, OnPolicy, Stage
 from mambify.distill.sharding import lent, shard
 from mambify.distill.stages import build_trainer, frozen_copy, stage_module, train_stage, unshare
 from mambify.distill.steps import Step, steps_of
-from mambify.errors import OutputExistsError, RecipeError
+from mambify.errors import InvalidOptionError, OutputExistsError, RecipeError
 from mambify.families.load import LoadedModel, save
 from mambify.io import (
     append_jsonl,
@@ -60,8 +61,9 @@ from mambify.io import (
 )
 from mambify.machine import environment
 from mambify.model import HybridForCausalLM
+from mambify.provenance import read_provenance
 
-_TRAINED, _SUMMARY = "trained.safetensors", "summary.json"
+_TRAINED, _SUMMARY, _INPUTS = "trained.safetensors", "summary.json", "inputs.json"
 
 
 def check_run(recipe: Recipe, *, overwrite: bool = False, save_to: Path | None = None) -> None:
@@ -82,39 +84,85 @@ def check_run(recipe: Recipe, *, overwrite: bool = False, save_to: Path | None =
             for source in filter(None, (recipe.teacher, recipe.student.base, *texts)):
                 require_apart(path, source)
         return
+    if save_to is not None and not _is_free(save_to) and not _is_student_of(save_to, recipe):
+        raise OutputExistsError(
+            f"{save_to} is not empty and no student of this recipe: choose another path or pass --overwrite"
+        )
     existing = run / "recipe.yaml"
     if existing.is_file():
-        if _as_now_written(existing) != dump_recipe(recipe):
+        if _as_now_written(existing.read_text(encoding="utf-8")) != dump_recipe(recipe):
             raise OutputExistsError(f"{run} holds a run of another recipe: choose another output or pass --overwrite")
     elif run.is_file() or (run.exists() and any(run.iterdir())):
         raise OutputExistsError(f"{run} is not empty and no run: choose another output or pass --overwrite")
     require_room(run)
 
 
-def open_run(recipe: Recipe, processes: Processes, *, overwrite: bool = False, save_to: Path | None = None) -> Path:
-    """The run directory, new or that of an earlier run of the same recipe; see :func:`check_run`."""
-    processes.first_does(lambda: _open_run(recipe, processes, overwrite=overwrite, save_to=save_to))
+def open_run(
+    recipe: Recipe,
+    processes: Processes,
+    *,
+    inputs: Mapping[str, Any],
+    overwrite: bool = False,
+    save_to: Path | None = None,
+) -> Path:
+    """The run directory, new or that of an earlier run of the same recipe; see :func:`check_run`.
+
+    Args:
+        inputs: hashes of what the run reads.
+
+    Raises:
+        InvalidOptionError: the earlier run read something else.
+    """
+    processes.first_does(lambda: _open_run(recipe, processes, inputs, overwrite=overwrite, save_to=save_to))
     return Path(recipe.output)
 
 
-def _open_run(recipe: Recipe, processes: Processes, *, overwrite: bool, save_to: Path | None) -> None:
+def _open_run(
+    recipe: Recipe, processes: Processes, inputs: Mapping[str, Any], *, overwrite: bool, save_to: Path | None
+) -> None:
     check_run(recipe, overwrite=overwrite, save_to=save_to)
     run = Path(recipe.output)
     if overwrite:
         remove(run)
         if save_to is not None:
             remove(save_to)
-    if (run / "recipe.yaml").is_file():
+    if not (run / "recipe.yaml").is_file():
+        atomic_write_text(run / "recipe.yaml", dump_recipe(recipe))
+        called = {"command": sys.argv} | environment(processes.device) | {"processes": processes.count}
+        write_json(run / "environment.json", called)
+    _require_same(inputs, run)
+
+
+def _require_same(inputs: Mapping[str, Any], run: Path) -> None:
+    """Checks that a run is continued with what it began with; a run of an earlier version says nothing of that."""
+    path = run / _INPUTS
+    if not path.is_file():
+        write_json(path, inputs)
         return
-    atomic_write_text(run / "recipe.yaml", dump_recipe(recipe))
-    write_json(
-        run / "environment.json", {"command": sys.argv} | environment(processes.device) | {"processes": processes.count}
-    )
+    before = read_json(path)
+    changed = [name for name, found in inputs.items() if before.get(name) != found]
+    if changed:
+        names = " and ".join(changed)
+        raise InvalidOptionError(
+            f"{run} was begun with other {names} under the same name: put back what it was, choose another output, or "
+            "pass --overwrite"
+        )
 
 
-def _as_now_written(path: Path) -> str:
+def _is_free(path: Path) -> bool:
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+
+
+def _is_student_of(path: Path, recipe: Recipe) -> bool:
+    """Whether a run of this recipe, wherever it was, has saved its student at ``path``."""
+    found = read_provenance(path)
+    if found is None:
+        return False
+    return _as_now_written(yaml.safe_dump({**found.recipe, "output": recipe.output})) == dump_recipe(recipe)
+
+
+def _as_now_written(text: str) -> str:
     """A recipe that was written out earlier, with the defaults of keys that did not exist then."""
-    text = path.read_text(encoding="utf-8")
     try:
         return dump_recipe(parse_recipe(yaml.safe_load(text)))
     except (RecipeError, yaml.YAMLError):
@@ -163,10 +211,14 @@ def run_stages(
     work = _Work(recipe, run, working, origin, dataset, writer, processes, bfloat16, listener, say)
     steps = steps_of(recipe, base.model.config)
     student, reached = origin, None
+    fresh: set[int] = set()  # converted, and not trained by any stage yet
     for step in steps:
         if step.attention_layers != reached:
+            before = set(student.config.converted_layers)
             student, reached = _converted(student, recipe, step, work), step.attention_layers
-        _run_step(work, step, student)
+            fresh = set(student.config.converted_layers) - before
+        _run_step(work, step, student, fresh)
+        fresh = set()
     final = _final_student(recipe, base.model, steps[-1], student)
     for model in (teacher.model, base.model):
         model.requires_grad_(True)
@@ -191,8 +243,11 @@ class _Work:
 
 
 def _save_student(student: HybridForCausalLM, path: Path, base: LoadedModel, run: Path) -> None:
-    if not path.is_dir():
-        save(student, path, tokenizer=base.tokenizer, provenance=provenance_of(run, summaries(run)))
+    """Saves what came of the run, if that is not what is there already."""
+    provenance = provenance_of(run, summaries(run))
+    found = read_provenance(path)
+    if found is None or [*found.stages] != [*provenance.stages]:
+        save(student, path, tokenizer=base.tokenizer, provenance=provenance, overwrite=found is not None)
 
 
 def in_dtype(model: HybridForCausalLM, dtype: torch.dtype, device: str) -> HybridForCausalLM:
@@ -257,8 +312,8 @@ def _converted(model: HybridForCausalLM, recipe: Recipe, step: Step, work: _Work
     return apply_plan(model, planned, seed=recipe.seed, calibration=blocks, measured_on=work.base)
 
 
-def _run_step(work: _Work, step: Step, student: HybridForCausalLM) -> None:
-    """One stage, or the weights that it left when it was done before."""
+def _run_step(work: _Work, step: Step, student: HybridForCausalLM, fresh: Collection[int]) -> None:
+    """One stage, or the weights that it left when it was done before; it may be the first for ``fresh`` layers."""
     recipe, processes = work.recipe, work.processes
     set_seed(recipe.seed)
     directory = work.run / "stages" / step.name
@@ -270,7 +325,7 @@ def _run_step(work: _Work, step: Step, student: HybridForCausalLM) -> None:
     start = time.perf_counter()
     begun = processes.first_does(lambda: last_complete_checkpoint(directory) is not None)
     if isinstance(step.stage, Align) and not begun:
-        _calibrate(work, student, step.stage, step.name)
+        _calibrate(work, student, step.stage, step.name, sorted(fresh))
     processes.share(trained_parameters(module).values())
     training = module if processes.sharding is None else shard(module, processes, bfloat16=work.bfloat16)
 
@@ -342,15 +397,15 @@ def calibration_blocks(text: Dataset[Any], num_tokens: int) -> torch.Tensor:
     return torch.stack([text[i]["input_ids"] for i in range(count)])
 
 
-def _calibrate(work: _Work, student: HybridForCausalLM, stage: Align, name: str) -> None:
-    """The align stage's closed-form start; its errors go to the metrics as step 0."""
-    if not stage.calibration_tokens:
+def _calibrate(work: _Work, student: HybridForCausalLM, stage: Align, name: str, layers: Sequence[int]) -> None:
+    """The align stage's closed-form start of ``layers``; its errors go to the metrics as step 0."""
+    if not stage.calibration_tokens or not layers:
         return
     text = work.dataset(stage)
     assert text is not None
     blocks = calibration_blocks(text, stage.calibration_tokens).to(work.processes.device)
     with _within_reach(student, work.base, work.processes):
-        errors = calibrate(student, work.base, blocks.split(8))
+        errors = calibrate(student, work.base, blocks.split(8), layers=layers)
     rows = []
     for step, column in ((-1, 0), (0, 1)):
         row = {f"layer_{i:02d}": error[column] for i, error in errors.items()}

@@ -187,13 +187,15 @@ def frozen_copy(student: HybridForCausalLM, dtype: torch.dtype | None = None) ->
 
 
 def parameter_groups(stage: Stage, module: nn.Module) -> list[dict[str, Any]]:
-    """What trains, by learning rate; weight decay, and Muon where it is the optimizer, on matrices only."""
+    """What trains, by learning rate; only weights of linear layers have weight decay, and Muon where that is chosen."""
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     modules = dict(module.named_modules())
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             rate = stage.learning_rates[_part_of(name, modules)]
-            groups.setdefault((rate, parameter.dim() == 2), []).append(parameter)
+            # A matrix by its shape alone may be none: Mamba1's A_log holds a decay rate for every channel and state.
+            linear = parameter.dim() == 2 and isinstance(modules[name.rpartition(".")[0]], nn.Linear)
+            groups.setdefault((rate, linear), []).append(parameter)
     muon = {"muon": True} if stage.optimizer == "muon" else {}
     return [
         {"params": ps, "lr": rate, "weight_decay": stage.weight_decay if matrices else 0.0} | (muon if matrices else {})

@@ -18,6 +18,7 @@ from mambify.distill.stages import trains_something
 from mambify.distill.steps import schedule, steps_of
 from mambify.errors import InvalidOptionError, RecipeError, TokenizerMismatchError, UnsupportedError
 from mambify.families.load import LoadedModel, load, load_config, require_tokenizer
+from mambify.fingerprint import weights_fingerprint
 from mambify.machine import default_device
 from mambify.model import HybridForCausalLM
 from mambify.tokenization import require_same_tokenizer
@@ -53,7 +54,8 @@ def distill(
         The student, and the run directory.
 
     Raises:
-        UsageError: see :mod:`mambify.errors`; nothing has been written then.
+        UsageError: see :mod:`mambify.errors`; nothing has been written then. Among these: text or weights are not
+            those that the run began with.
         TrainingDivergedError, OutputWriteError: the run stopped; the same call continues it.
     """
     check_plan(recipe, teacher)
@@ -78,7 +80,12 @@ def distill(
             return loaded, _cut(base, recipe, texts), texts
 
         loaded, base, texts = processes.all_do(read)
-        run = open_run(recipe, processes, overwrite=overwrite, save_to=save_to)
+        inputs = {
+            "teacher": weights_fingerprint(loaded.model),
+            "base": weights_fingerprint(base.model),
+            "texts": texts.fingerprints(),
+        }
+        run = open_run(recipe, processes, inputs=inputs, overwrite=overwrite, save_to=save_to)
         student = run_stages(
             recipe,
             run,

@@ -22,7 +22,7 @@ from mambify.distill.logs import Listener
 from mambify.distill.parallel import process_rank
 from mambify.distill.recipe import Recipe, load_recipe
 from mambify.distill.run import check_run, in_dtype
-from mambify.errors import InvalidOptionError, OutputExistsError, RecipeError, did_you_mean
+from mambify.errors import InvalidOptionError, RecipeError, did_you_mean
 from mambify.evaluate.acceptance import expected_acceptance, measured_acceptance
 from mambify.families.load import LoadedModel, load, load_config, require_tokenizer
 from mambify.hub import update_card
@@ -168,7 +168,8 @@ def draft(
     """
     out = Path(out)
     if process_rank() == 0:
-        _require_free(out, recipe, overwrite=overwrite)
+        check_run(recipe, overwrite=overwrite, save_to=out)  # what is at ``out`` stays until all else is right
+        require_room(out)
     check_plan(recipe, target)
     place, measure = device or default_device(), measure or Measure()
     loaded = target or load(recipe.teacher)
@@ -190,15 +191,6 @@ def draft(
     write_json(out / REPORT, report)
     update_card(out, [{"acceptance": report}])
     return report
-
-
-def _require_free(out: Path, recipe: Recipe, *, overwrite: bool) -> None:
-    """What is at ``out`` stays until all else is known to be right."""
-    check_run(recipe, overwrite=overwrite, save_to=out)
-    require_room(out)
-    taken = out.is_file() or (out.is_dir() and any(out.iterdir()))
-    if taken and not overwrite and not Path(recipe.output).is_dir():
-        raise OutputExistsError(f"{out} is not empty and no draft of a run: choose another --out or pass --overwrite")
 
 
 class TextToMeasure(NamedTuple):

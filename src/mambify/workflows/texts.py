@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from mambify.data.documents import Document, Split, read_documents
 from mambify.data.overlap import check_disjoint
@@ -47,7 +46,7 @@ class Texts:
         self.recipe, self.tokenizer, self.announce = recipe, require_tokenizer(model), announce
         self._known: Known = {} if known is None else known
 
-    def __call__(self, stage: Stage) -> Dataset[Any] | None:
+    def __call__(self, stage: Stage) -> PackedDataset | PreferenceDataset | None:
         """The stage's data set; ``None`` where an on-policy stage takes nothing but what the student writes."""
         data = self.recipe.data_of(stage)
         if isinstance(stage, Dpo):
@@ -55,6 +54,11 @@ class Texts:
         if isinstance(stage, OnPolicy) and stage.share == 1:
             return None
         return self._once(("blocks", data, self.recipe.seed), lambda: self._blocks(data))
+
+    def fingerprints(self) -> list[str | None]:
+        """A hash of what each stage of the recipe trains on; ``None`` where that is nothing."""
+        found = [self(stage) for stage in self.recipe.stages]
+        return [None if dataset is None else dataset.fingerprint for dataset in found]
 
     def token_ids(self, stage: Stage) -> Tensor:
         """All tokens that a stage of blocks is trained on."""
@@ -100,7 +104,7 @@ class Texts:
         found: T = self._known[key]
         return found
 
-    def _blocks(self, data: Data) -> Dataset[Any]:
+    def _blocks(self, data: Data) -> PackedDataset:
         return pack(
             self._documents(data),
             data.context_length,
