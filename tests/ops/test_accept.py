@@ -237,3 +237,22 @@ def test_what_does_not_fit_is_refused() -> None:
         accept_drafts(target, None, drafted, numbers, top_p=torch.ones(3))
     with pytest.raises(InvalidOptionError, match="triton"):
         accept_drafts(target.double(), None, drafted, numbers, backend="triton")
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, which is what the interpreter computes with
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("V", [300, 20_000])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("drafted", [0, 2])
+def test_rows_that_are_no_numbers_give_a_token_all_the_same(
+    backend: str, V: int, temperature: float, drafted: int
+) -> None:
+    """One beyond the vocabulary would be read from beyond the embedding."""
+    target = torch.randn(2, 3, V, generator=torch.Generator().manual_seed(0))
+    target[0], target[1, :, 7] = float("nan"), float("inf")
+    given = target, None, torch.tensor([[1, 2], [3, 4]]), torch.full((2, 3), 0.5), torch.tensor([drafted, drafted])
+    kept, token = accept_drafts(
+        *(None if x is None else x.to(DEVICE) for x in given), temperature=temperature, backend=backend
+    )
+    assert all(0 <= count <= drafted for count in kept.tolist())
+    assert all(0 <= found < V for found in token.tolist())

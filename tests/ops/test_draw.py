@@ -132,3 +132,17 @@ def test_rows_of_every_kind_and_where_tokens_are_put(
     assert torch.equal(drawn.cpu(), ids[plain]) and torch.equal(out[:, 2], drawn)
     assert (out[:, [0, 1, 3]] == 0).all() and (copied[:, 0] == 0).all()
     assert torch.equal(copied[:, 1].cpu(), logits)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, which is what the interpreter computes with
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("V", [300, 20_000])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_rows_that_are_no_numbers_give_a_token_all_the_same(backend: str, V: int, temperature: float) -> None:
+    """One beyond the vocabulary would be read from beyond the embedding."""
+    logits = torch.randn(3, V, generator=torch.Generator().manual_seed(0))
+    logits[0], logits[1, 7] = float("nan"), float("inf")
+    drawn = draw_tokens(
+        logits.to(DEVICE), torch.full((3,), 0.5, device=DEVICE), temperature=temperature, backend=backend
+    )
+    assert all(0 <= token < V for token in drawn.tolist())

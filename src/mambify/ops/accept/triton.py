@@ -1,9 +1,9 @@
 """Accepting drafted tokens as three Triton kernels, without probabilities but of the tokens that are asked for.
 
 The first has a program for each chunk of a row of logits, of target and draft: how much it weighs
-(:mod:`mambify.ops.draw.triton`). From these numbers it is a few steps to which tokens stand, so that both others take
-them for themselves. The second has a program for each chunk of words: how much the target has over the draft there, at
-the first token that does not stand. The third has one for each row, and reads the chunk that holds the token.
+(:mod:`mambify.ops.draw.triton`). From these numbers it is a few steps to which tokens stand. The second has a program
+for each chunk of words, which takes these steps, and finds how much the target has over the draft there at the first
+token that does not stand. The third has one for each row, and reads the chunk that holds the token.
 
 Letters: S rows, K drafted tokens, T = K + 1, V vocabulary, W words that the draft knows, C chunks, X = T + K rows of
 logits, the target's before the draft's.
@@ -36,7 +36,7 @@ def accept_drafts(
     draft = target_STV if draft_SKW is None else draft_SKW  # not read where there is none
     chunks = draw.Chunks.empty((S, T if draft_SKW is None else 2 * T - 1), V, device)
     over_SC = torch.empty(S, chunks.count, dtype=torch.float32, device=device)
-    num_kept_S, token_S = (torch.empty(S, dtype=torch.int64, device=device) for _ in range(2))
+    num_kept_S, refused_S, token_S = (torch.empty(S, dtype=torch.int64, device=device) for _ in range(3))
     logits = target_STV, draft, drafted_SK, num_drafted_S
     strides = *target_STV.stride()[:2], *draft.stride()[:2], *drafted_SK.stride()
     shape = {
@@ -47,11 +47,11 @@ def accept_drafts(
         "HAS_DRAFT": draft_SKW is not None, "HAS_COLUMNS": columns_V is not None, "CHUNKS": chunks.count,
         "BLOCK_C": chunks.padded, "BLOCK_T": int(triton.next_power_of_2(T)),
     }  # fmt: skip
-    known = *logits, columns_V, uniform_ST, settings.temperature_S, settings.min_p_S, *chunks, over_SC
+    known = *logits, columns_V, uniform_ST, settings.temperature_S, settings.min_p_S, *chunks, over_SC, num_kept_S
     all_strides = *strides, *uniform_ST.stride()
     _weigh[(chunks.count, chunks.top_xC.shape[1], S)](*logits, *settings, *chunks, *strides, **shape)
-    _excess[(chunks.count, S)](*known, *all_strides, **facts)
-    _decide[(S,)](*known, num_kept_S, token_S, *all_strides, **facts)
+    _excess[(chunks.count, S)](*known, refused_S, *all_strides, **facts)
+    _decide[(S,)](*known, refused_S, token_S, *all_strides, **facts)
     return num_kept_S, token_S
 
 
@@ -202,31 +202,35 @@ def _over(
 @triton.jit
 def _excess(
     target_ptr, draft_ptr, drafted_ptr, num_drafted_ptr, columns_ptr, uniform_ptr, temperature_ptr, min_p_ptr,
-    top_ptr, sum_ptr, first_ptr, least_ptr, over_ptr, target_s, target_t, draft_s, draft_k, drafted_s, drafted_k,
-    uniform_s, uniform_t, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_COUNTS: tl.constexpr, HAS_DRAFT: tl.constexpr, HAS_COLUMNS: tl.constexpr, CHUNKS: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+    top_ptr, sum_ptr, first_ptr, least_ptr, over_ptr, num_kept_ptr, refused_ptr, target_s, target_t, draft_s, draft_k,
+    drafted_s, drafted_k, uniform_s, uniform_t, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr,
+    BLOCK: tl.constexpr, HAS_COUNTS: tl.constexpr, HAS_DRAFT: tl.constexpr, HAS_COLUMNS: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     chunk, s = tl.program_id(0), tl.program_id(1).to(tl.int64)
     temperature, floor = tl.load(temperature_ptr + s), tl.load(min_p_ptr + s)
-    if temperature <= 0:
+    if (temperature <= 0) & (chunk > 0):
         return  # nothing will be drawn
     num_kept, refused = _standing(
         s, target_ptr, draft_ptr, drafted_ptr, num_drafted_ptr, columns_ptr, uniform_ptr, temperature, floor, top_ptr,
         sum_ptr, first_ptr, least_ptr, target_s, target_t, draft_s, draft_k, drafted_s, drafted_k, uniform_s,
         uniform_t, K, V, W, BITS, BLOCK, HAS_COUNTS, HAS_DRAFT, HAS_COLUMNS, CHUNKS, BLOCK_C, BLOCK_T,
     )  # fmt: skip
-    over = _over(
-        s, chunk, num_kept, refused, target_ptr, draft_ptr, columns_ptr, temperature, floor, top_ptr, sum_ptr,
-        least_ptr, target_s, target_t, draft_s, draft_k, K, V, W, BITS, BLOCK, HAS_DRAFT, HAS_COLUMNS, CHUNKS, BLOCK_C,
-    )  # fmt: skip
-    tl.store(over_ptr + s * CHUNKS + chunk, tl.sum(over, 0))
+    tl.store(num_kept_ptr + s, num_kept.to(tl.int64), mask=chunk == 0)
+    tl.store(refused_ptr + s, refused.to(tl.int64), mask=chunk == 0)
+    if temperature > 0:
+        over = _over(
+            s, chunk, num_kept, refused, target_ptr, draft_ptr, columns_ptr, temperature, floor, top_ptr, sum_ptr,
+            least_ptr, target_s, target_t, draft_s, draft_k, K, V, W, BITS, BLOCK, HAS_DRAFT, HAS_COLUMNS, CHUNKS,
+            BLOCK_C,
+        )  # fmt: skip
+        tl.store(over_ptr + s * CHUNKS + chunk, tl.sum(over, 0))
 
 
 @triton.jit
 def _decide(
     target_ptr, draft_ptr, drafted_ptr, num_drafted_ptr, columns_ptr, uniform_ptr, temperature_ptr, min_p_ptr,
-    top_ptr, sum_ptr, first_ptr, least_ptr, over_ptr, num_kept_ptr, token_ptr, target_s, target_t, draft_s, draft_k,
+    top_ptr, sum_ptr, first_ptr, least_ptr, over_ptr, num_kept_ptr, refused_ptr, token_ptr, target_s, target_t, draft_s, draft_k,
     drafted_s, drafted_k, uniform_s, uniform_t, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr,
     BLOCK: tl.constexpr, HAS_COUNTS: tl.constexpr, HAS_DRAFT: tl.constexpr, HAS_COLUMNS: tl.constexpr,
     CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -234,11 +238,7 @@ def _decide(
     s = tl.program_id(0).to(tl.int64)
     X: tl.constexpr = 2 * K + 1 if HAS_DRAFT else K + 1
     temperature, floor = tl.load(temperature_ptr + s), tl.load(min_p_ptr + s)
-    num_kept, refused = _standing(
-        s, target_ptr, draft_ptr, drafted_ptr, num_drafted_ptr, columns_ptr, uniform_ptr, temperature, floor, top_ptr,
-        sum_ptr, first_ptr, least_ptr, target_s, target_t, draft_s, draft_k, drafted_s, drafted_k, uniform_s,
-        uniform_t, K, V, W, BITS, BLOCK, HAS_COUNTS, HAS_DRAFT, HAS_COLUMNS, CHUNKS, BLOCK_C, BLOCK_T,
-    )  # fmt: skip
+    num_kept, refused = tl.load(num_kept_ptr + s), tl.load(refused_ptr + s)
     c = tl.arange(0, BLOCK_C)
     if temperature > 0:
         sums = tl.load(over_ptr + s * CHUNKS + c, mask=c < CHUNKS, other=0.0)
@@ -251,11 +251,11 @@ def _decide(
             BLOCK_C,
         )  # fmt: skip
         token, _ = first_passed(over, target, chunk * BLOCK + tl.arange(0, BLOCK), before)
-        # p = q but for rounding, which alone can have refused the token: it is as good as any draw from p.
-        token = tl.where(total > 0, token.to(tl.int64), refused.to(tl.int64))
+        # p = q but for rounding, which alone can have refused the token: it is as good as any draw from p. Where
+        # logits are no numbers nothing may have been refused; the token is one of the vocabulary all the same.
+        token = tl.where(total > 0, token.to(tl.int64), tl.maximum(refused, 0))
     else:
         row = s * X + num_kept
         tops = tl.load(top_ptr + row * CHUNKS + c, mask=c < CHUNKS, other=float("-inf"))
         token = likeliest(first_ptr + row * CHUNKS, tops, c, V, CHUNKS).to(tl.int64)
-    tl.store(num_kept_ptr + s, num_kept.to(tl.int64))
     tl.store(token_ptr + s, token)

@@ -22,7 +22,7 @@ from mambify.ops.overlap import launch_options, wait_for_others
 _LOG2E = 1.4426950408889634
 _PROGRAMS = 2 * 132  # that keep an H100 busy
 _LEAST = 256  # entries of a part, below which dividing costs more than it gains
-_FEW = 16  # parts up to which one program puts them together sooner than another kernel begins
+_FEW = 4  # parts up to which one program puts them together sooner than another kernel begins; a guess
 
 
 def decode_attention(

@@ -40,8 +40,10 @@ def weights(logits_SV: Tensor, settings: Settings) -> Tensor:
 
 
 def quantiles(weight_SV: Tensor, uniform_S: Tensor) -> Tensor:
-    """The token at which the running sum of the weights passes the row's share of their sum, ``[S]``."""
+    """The token at which the running sum of the weights passes the row's share of their sum, ``[S]``; the last of all
+    where weights are no numbers."""
     upto_SV = weight_SV.cumsum(-1)
     target_S1 = uniform_S[:, None].double() * upto_SV[:, -1:]
     last_S1 = torch.searchsorted(upto_SV, upto_SV[:, -1:].contiguous())  # the last with weight
-    return torch.searchsorted(upto_SV, target_S1, right=True).minimum(last_S1)[:, 0]
+    found_S1 = torch.searchsorted(upto_SV, target_S1, right=True).minimum(last_S1)
+    return found_S1.clamp(max=upto_SV.shape[-1] - 1)[:, 0]

@@ -247,9 +247,9 @@ def rescaled(tops, sums, top, temperature):
 
 @triton.jit
 def likeliest(first_ptr, tops, c, V: tl.constexpr, CHUNKS: tl.constexpr):
-    """The first of a row's largest logits."""
+    """The first of a row's largest logits; the last of all in a row of none that is a number."""
     firsts = tl.load(first_ptr + c, mask=c < CHUNKS, other=V)
-    return tl.min(tl.where(tops == tl.max(tops, 0), firsts, V), 0)
+    return tl.minimum(tl.min(tl.where(tops == tl.max(tops, 0), firsts, V), 0), V - 1)
 
 
 @triton.jit
