@@ -37,21 +37,26 @@ def accept_drafts(
     chunks = draw.Chunks.empty((S, T if draft_SKW is None else 2 * T - 1), V, device)
     over_SC = torch.empty(S, chunks.count, dtype=torch.float32, device=device)
     num_kept_S, refused_S, token_S = (torch.empty(S, dtype=torch.int64, device=device) for _ in range(3))
-    logits = target_STV, draft, drafted_SK, num_drafted_S
-    strides = *target_STV.stride()[:2], *draft.stride()[:2], *drafted_SK.stride()
+    drafted = drafted_SK, num_drafted_S
+    strides = *target_STV.stride()[:2], *draft.stride()[:2]
     shape = {
         "K": T - 1, "V": V, "W": draft.shape[-1], "BITS": key_bits(target_STV.dtype), "BLOCK": draw.CHUNK,
-        "HAS_COUNTS": num_drafted_S is not None, "num_warps": warps_of(draw.CHUNK),
+        "num_warps": warps_of(draw.CHUNK),
     }  # fmt: skip
+    counts = {"HAS_COUNTS": num_drafted_S is not None}
     facts = shape | {
         "HAS_DRAFT": draft_SKW is not None, "HAS_COLUMNS": columns_V is not None, "CHUNKS": chunks.count,
-        "BLOCK_C": chunks.padded, "BLOCK_T": int(triton.next_power_of_2(T)),
+        "BLOCK_C": chunks.padded,
     }  # fmt: skip
-    known = *logits, columns_V, uniform_ST, settings.temperature_S, settings.min_p_S, *chunks, over_SC, num_kept_S
-    all_strides = *strides, *uniform_ST.stride()
-    _weigh[(chunks.count, chunks.top_xC.shape[1], S)](*logits, *settings, *chunks, *strides, **shape)
-    _excess[(chunks.count, S)](*known, refused_S, *all_strides, **facts)
-    _decide[(S,)](*known, refused_S, token_S, *all_strides, **facts)
+    chosen = columns_V, uniform_ST, settings.temperature_S, settings.min_p_S, *chunks, over_SC, num_kept_S, refused_S
+    grid = chunks.count, chunks.top_xC.shape[1], S
+    _weigh[grid](target_STV, draft, *drafted, *settings, *chunks, *strides, *drafted_SK.stride(), **shape, **counts)
+    numbers = uniform_ST.stride()
+    _excess[(chunks.count, S)](
+        target_STV, draft, *drafted, *chosen, *strides, *drafted_SK.stride(), *numbers,
+        **facts, **counts, BLOCK_T=int(triton.next_power_of_2(T)),
+    )  # fmt: skip
+    _decide[(S,)](target_STV, draft, *chosen, token_S, *strides, *numbers, **facts)
     return num_kept_S, token_S
 
 
@@ -229,11 +234,10 @@ def _excess(
 
 @triton.jit
 def _decide(
-    target_ptr, draft_ptr, drafted_ptr, num_drafted_ptr, columns_ptr, uniform_ptr, temperature_ptr, min_p_ptr,
-    top_ptr, sum_ptr, first_ptr, least_ptr, over_ptr, num_kept_ptr, refused_ptr, token_ptr, target_s, target_t, draft_s, draft_k,
-    drafted_s, drafted_k, uniform_s, uniform_t, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr,
-    BLOCK: tl.constexpr, HAS_COUNTS: tl.constexpr, HAS_DRAFT: tl.constexpr, HAS_COLUMNS: tl.constexpr,
-    CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+    target_ptr, draft_ptr, columns_ptr, uniform_ptr, temperature_ptr, min_p_ptr, top_ptr, sum_ptr, first_ptr,
+    least_ptr, over_ptr, num_kept_ptr, refused_ptr, token_ptr, target_s, target_t, draft_s, draft_k, uniform_s,
+    uniform_t, K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_DRAFT: tl.constexpr, HAS_COLUMNS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(0).to(tl.int64)
     X: tl.constexpr = 2 * K + 1 if HAS_DRAFT else K + 1
