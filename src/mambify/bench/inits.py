@@ -32,7 +32,7 @@ from mambify.data.synthesize import synthesize
 from mambify.distill.arguments import use_bfloat16
 from mambify.distill.parallel import joined
 from mambify.distill.recipe import parse_recipe
-from mambify.distill.run import open_run, run_stages
+from mambify.distill.run import inputs_of, open_run, run_stages
 from mambify.errors import InvalidOptionError, did_you_mean
 from mambify.evaluate.perplexity import evaluate_language_model
 from mambify.families.load import LoadedModel, load, require_tokenizer
@@ -192,8 +192,9 @@ def _trained(name: str, teacher: LoadedModel, source: str, budget: Budget, folde
     )
     documents = calibration_documents(source, require_tokenizer(teacher), num_tokens=budget.train)
     with joined(str(teacher.model.device)) as processes:
-        run_folder = open_run(recipe, processes)
         dataset = pack(documents, _CONTEXT, seed=_SEED)
+        inputs = inputs_of(teacher, teacher, [dataset.fingerprint])
+        run_folder = open_run(recipe, processes, inputs=inputs)
         student = run_stages(recipe, run_folder, teacher=teacher, dataset=lambda _: dataset, processes=processes)
     student.to(teacher.model.dtype)  # the new mixers leave training in float32
     return student

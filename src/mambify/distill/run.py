@@ -49,6 +49,7 @@ from mambify.distill.stages import build_trainer, frozen_copy, stage_module, tra
 from mambify.distill.steps import Step, steps_of
 from mambify.errors import InvalidOptionError, OutputExistsError, RecipeError
 from mambify.families.load import LoadedModel, save
+from mambify.fingerprint import weights_fingerprint
 from mambify.io import (
     append_jsonl,
     atomic_write_text,
@@ -84,17 +85,26 @@ def check_run(recipe: Recipe, *, overwrite: bool = False, save_to: Path | None =
             for source in filter(None, (recipe.teacher, recipe.student.base, *texts)):
                 require_apart(path, source)
         return
-    if save_to is not None and not _is_free(save_to) and not _is_student_of(save_to, recipe):
-        raise OutputExistsError(
-            f"{save_to} is not empty and no student of this recipe: choose another path or pass --overwrite"
-        )
     existing = run / "recipe.yaml"
     if existing.is_file():
         if _as_now_written(existing.read_text(encoding="utf-8")) != dump_recipe(recipe):
             raise OutputExistsError(f"{run} holds a run of another recipe: choose another output or pass --overwrite")
     elif run.is_file() or (run.exists() and any(run.iterdir())):
         raise OutputExistsError(f"{run} is not empty and no run: choose another output or pass --overwrite")
+    if save_to is not None and not _is_free(save_to) and not _is_student_of(save_to, recipe):
+        raise OutputExistsError(
+            f"{save_to} is not empty and no student of this recipe: choose another path or pass --overwrite"
+        )
     require_room(run)
+
+
+def inputs_of(teacher: LoadedModel, base: LoadedModel, texts: Sequence[str | None]) -> dict[str, Any]:
+    """Hashes of what a run reads; of the text of every stage, given here, ``None`` where there is none."""
+    return {
+        "teacher": weights_fingerprint(teacher.model),
+        "base": weights_fingerprint(base.model),
+        "texts": list(texts),
+    }
 
 
 def open_run(
@@ -108,7 +118,7 @@ def open_run(
     """The run directory, new or that of an earlier run of the same recipe; see :func:`check_run`.
 
     Args:
-        inputs: hashes of what the run reads.
+        inputs: what :func:`inputs_of` gave.
 
     Raises:
         InvalidOptionError: the earlier run read something else.

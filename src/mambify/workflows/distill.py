@@ -12,13 +12,12 @@ from mambify.distill.arguments import check_launch, check_training_arguments
 from mambify.distill.logs import Listener
 from mambify.distill.parallel import joined
 from mambify.distill.recipe import Recipe
-from mambify.distill.run import check_run, open_run, run_stages
+from mambify.distill.run import check_run, inputs_of, open_run, run_stages
 from mambify.distill.settings import Kd, Mixing
 from mambify.distill.stages import trains_something
 from mambify.distill.steps import schedule, steps_of
 from mambify.errors import InvalidOptionError, RecipeError, TokenizerMismatchError, UnsupportedError
 from mambify.families.load import LoadedModel, load, load_config, require_tokenizer
-from mambify.fingerprint import weights_fingerprint
 from mambify.machine import default_device
 from mambify.model import HybridForCausalLM
 from mambify.tokenization import require_same_tokenizer
@@ -80,11 +79,7 @@ def distill(
             return loaded, _cut(base, recipe, texts), texts
 
         loaded, base, texts = processes.all_do(read)
-        inputs = {
-            "teacher": weights_fingerprint(loaded.model),
-            "base": weights_fingerprint(base.model),
-            "texts": texts.fingerprints(),
-        }
+        inputs = inputs_of(loaded, base, texts.fingerprints())
         run = open_run(recipe, processes, inputs=inputs, overwrite=overwrite, save_to=save_to)
         student = run_stages(
             recipe,
