@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -17,24 +17,12 @@ from mambify.cli.console import (
     quiet_libraries,
     require_writable_file,
     stdout,
-    working,
 )
 from mambify.errors import InvalidOptionError, UnknownSourceError, UsageError
 from mambify.io import write_json
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
-
-    from mambify.data.preferences import PreferenceDataset
-    from mambify.evaluate.tasks import TaskSet
-    from mambify.families.load import LoadedModel
-
 EXAMPLE = "mambify evaluate runs/probe/student --teacher smollm2 --text book.txt --tasks arc_easy,piqa"
 _STDOUT = Path("-")
-_BLOCKS = 8
 
 
 def evaluate(
@@ -76,57 +64,53 @@ def evaluate(
     quiet = json == _STDOUT
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars; tqdm looks at this when it is first imported
     quiet_libraries()
-    from mambify.evaluate import read_blocks
     from mambify.families.load import as_dtype, load, load_config, load_tokenizer
+    from mambify.workflows.evaluate import evaluate as score
+    from mambify.workflows.evaluate import read_material
 
     as_dtype(dtype)
     place = options.pick_device(device)
     load_config(model)
-    own, teachers = load_tokenizer(model), None if teacher is None else load_tokenizer(teacher)
     announce = announcer(quiet=quiet)
     # Texts and questions before models: what cannot be read is known before any weight is loaded.
-    blocks = {}
-    if sources:
-        shared = _shared_tokenizer(own, teachers)
-        blocks = {
-            name: read_blocks(path, shared, context_length=context_length, max_tokens=max_tokens)
-            for name, path in sources.items()
-        }
-    pairs = {}
-    if preferences:
-        shared = _shared_tokenizer(own, teachers)
-        pairs = {str(path): _read_pairs(path, shared, context_length, announce) for path in preferences}
-    questions = None
-    if names:
-        if own is None and teachers is None:
-            raise UnknownSourceError("the model has no tokenizer, and the questions must be tokenized")
-        from mambify.evaluate.tasks import load_tasks
-
-        with working("loading tasks", quiet=quiet):
-            questions = load_tasks(names, data_dir=data_dir, num_fewshot=num_fewshot)
+    material = read_material(
+        load_tokenizer(model),
+        None if teacher is None else load_tokenizer(teacher),
+        texts=sources,
+        preferences=preferences or [],
+        tasks=names,
+        context_length=context_length,
+        max_tokens=max_tokens,
+        data_dir=data_dir,
+        num_fewshot=num_fewshot,
+        announce=announce,
+    )
     announce(f"loading {model}")
-    student = load(model, dtype=dtype, device=place, with_tokenizer=False)
+    student = load(model, dtype=dtype, device=place, with_tokenizer=False).model
     reference = None
     if teacher is not None:
         announce(f"loading {teacher}")
-        reference = load(teacher, dtype=dtype, device=place, with_tokenizer=False)
-    result: dict[str, Any] = {"model": model, "teacher": teacher}
-    if blocks:
-        result |= _on_text(student, reference, blocks, context_length, batch_size or _BLOCKS, quiet=quiet)
-    if pairs:
-        result |= _on_pairs(student, reference, pairs, batch_size or _BLOCKS, quiet=quiet)
-    if questions is not None:
-        tokenizers = own or teachers, teachers or own
-        result |= _on_tasks(
+        reference = load(teacher, dtype=dtype, device=place, with_tokenizer=False).model
+    with progress_bar(quiet=quiet) as bars:
+        rows: dict[str, Any] = {}
+
+        def tell(what: str, done: int, total: int, note: str) -> None:
+            if what not in rows:
+                rows[what] = bars.add_task(what, total=total, note=note)
+            bars.update(rows[what], completed=done, total=total, note=note)
+
+        scores = score(
             student,
             reference,
-            questions,
-            tokenizers,
-            limit,
-            chat_template=chat_template,
+            material,
+            context_length=context_length,
             batch_size=batch_size,
-            quiet=quiet,
+            task_batch_size=batch_size,
+            limit=limit,
+            chat_template=chat_template,
+            progress=tell,
         )
+    result = {"model": model, "teacher": teacher} | scores
     if quiet:
         print_json(result)
         return
@@ -134,99 +118,6 @@ def evaluate(
     if json is not None:
         write_json(json, result)
         stdout().print(f"figures written to {json}", markup=False)
-
-
-def _on_text(
-    student: LoadedModel,
-    teacher: LoadedModel | None,
-    blocks: dict[str, list[Tensor]],
-    context_length: int,
-    batch_size: int,
-    *,
-    quiet: bool,
-) -> dict[str, Any]:
-    from mambify.evaluate import compare
-
-    with progress_bar(quiet=quiet) as progress:
-        bars = {name: progress.add_task(name, total=len(blocks[name]), note="blocks") for name in blocks}
-        return compare(
-            student.model,
-            None if teacher is None else teacher.model,
-            blocks,
-            context_length=context_length,
-            batch_size=batch_size,
-            progress=lambda name, done, total: progress.update(bars[name], completed=done, total=total),
-        )
-
-
-def _read_pairs(
-    path: Path, tokenizer: PreTrainedTokenizerBase, context_length: int, announce: Callable[[str], None]
-) -> PreferenceDataset:
-    from mambify.data.preferences import PreferenceDataset, describe, read_preferences
-
-    read = read_preferences(path, tokenizer)
-    pairs = PreferenceDataset(read.pairs, context_length, dropped=read.dropped)
-    announce(f"{path}: {describe(len(pairs), pairs.dropped)}")
-    return pairs
-
-
-def _on_pairs(
-    student: LoadedModel,
-    teacher: LoadedModel | None,
-    pairs: dict[str, PreferenceDataset],
-    batch_size: int,
-    *,
-    quiet: bool,
-) -> dict[str, Any]:
-    from mambify.data.preferences import as_blocks
-    from mambify.evaluate.preferences import as_json, preference_accuracy
-
-    results = {}
-    with progress_bar(quiet=quiet) as progress:
-        for name, dataset in pairs.items():
-            bar = progress.add_task(name, total=2 * len(dataset), note="answers")
-            score = preference_accuracy(
-                student.model,
-                None if teacher is None else teacher.model,
-                as_blocks(dataset),
-                batch_size=batch_size,
-                progress=lambda done, total, bar=bar: progress.update(bar, completed=done, total=total),  # type: ignore[misc]
-            )
-            results[name] = as_json(score) | {"dropped": dict(dataset.dropped)}
-    return {"preferences": results}
-
-
-def _on_tasks(
-    student: LoadedModel,
-    teacher: LoadedModel | None,
-    questions: TaskSet,
-    tokenizers: tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase | None],
-    limit: int | None,
-    *,
-    chat_template: bool,
-    batch_size: int | None,
-    quiet: bool,
-) -> dict[str, Any]:
-    from mambify.evaluate.tasks import compare_on_tasks
-
-    own, teachers = tokenizers
-    assert own is not None
-    with progress_bar(quiet=quiet) as progress:
-        roles = ["student"] if teacher is None else ["teacher", "student"]
-        bars = {role: progress.add_task(role, total=None, note="") for role in roles}
-        return compare_on_tasks(
-            student.model,
-            None if teacher is None else teacher.model,
-            questions,
-            tokenizer=own,
-            teacher_tokenizer=teachers,
-            limit=limit,
-            chat_template=chat_template,
-            batch_size=batch_size,
-            progress=lambda role, what, done, total: progress.update(
-                bars[role], completed=done, total=total, note=what
-            ),
-        )
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -244,8 +135,8 @@ def _print(result: dict[str, Any]) -> None:
         print_table(task_table(result))
 
 
-def _sources(texts: list[Path], directories: list[Path]) -> dict[str, Path]:
-    """Name → path of every text; the name is the path as it was given.
+def _sources(texts: list[Path], directories: list[Path]) -> list[Path]:
+    """Every text that is to be scored.
 
     Raises:
         UnknownSourceError: one that is not there.
@@ -256,7 +147,7 @@ def _sources(texts: list[Path], directories: list[Path]) -> dict[str, Path]:
     for path in directories:
         if not path.is_dir():
             raise UnknownSourceError(f"no directory {path}: --data takes one that `mambify synthesize` wrote")
-    return {str(path): path for path in (*directories, *texts)}
+    return [*directories, *texts]
 
 
 def _task_names(tasks: str | None, **only_for_tasks: object) -> list[str]:
@@ -274,22 +165,3 @@ def _task_names(tasks: str | None, **only_for_tasks: object) -> list[str]:
     if not all(names):
         raise InvalidOptionError(f"'{tasks}' is no list of tasks: write it like arc_easy,piqa")
     return names
-
-
-def _shared_tokenizer(
-    own: PreTrainedTokenizerBase | None, teachers: PreTrainedTokenizerBase | None
-) -> PreTrainedTokenizerBase:
-    """The tokenizer to read texts with; the two models' must be the same one.
-
-    Raises:
-        TokenizerMismatchError: they are not.
-        UnknownSourceError: neither model has one.
-    """
-    from mambify.tokenization import require_same_tokenizer
-
-    if own is not None and teachers is not None:
-        require_same_tokenizer(teachers, own, names=("teacher", "model"))
-    tokenizer = own or teachers
-    if tokenizer is None:
-        raise UnknownSourceError("the model has no tokenizer, and the text must be tokenized")
-    return tokenizer

@@ -6,29 +6,25 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mambify.data.preferences import PreferenceDataset, as_blocks, read_preferences
 from mambify.errors import UnknownSourceError
-from mambify.evaluate.blocks import read_blocks
-from mambify.evaluate.compare import compare
-from mambify.evaluate.preferences import as_json, preference_accuracy
-from mambify.evaluate.tasks import TaskSet, compare_on_tasks, load_tasks
 from mambify.experiments.request import Request
 from mambify.families.load import LoadedModel, load, load_tokenizer, require_tokenizer
 from mambify.model import HybridBlock, HybridForCausalLM
 from mambify.tokenization import require_same_tokenizer
+from mambify.workflows.evaluate import Material, evaluate, read_material
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 #: pairs of answers are longer than text is cut: so many times context_length
 _PAIR = 4
-#: sequences of a forward pass
-_ROWS, _ROWS_ON_GPU = 8, 32
+#: sequences of a forward pass, where there is room for more than usual
+_ROWS_ON_GPU = 32
 
 
 @dataclass(frozen=True)
@@ -91,28 +87,17 @@ def check_evaluation(evaluation: Evaluation) -> None:
     _read(replace(evaluation, max_tokens=evaluation.context_length), tokenizer)
 
 
-class _Material(NamedTuple):
-    """What students are scored on, as models take it."""
-
-    texts: dict[str, list[Tensor]]
-    pairs: PreferenceDataset | None
-    tasks: TaskSet | None
-
-
-def _read(evaluation: Evaluation, tokenizer: PreTrainedTokenizerBase) -> _Material:
-    texts = {
-        source: read_blocks(
-            source, tokenizer, context_length=evaluation.context_length, max_tokens=evaluation.max_tokens
-        )
-        for source in evaluation.sources
-    }
-    pairs = tasks = None
-    if evaluation.preferences is not None:
-        read = read_preferences(evaluation.preferences, tokenizer)
-        pairs = PreferenceDataset(read.pairs, _PAIR * evaluation.context_length, dropped=read.dropped)
-    if evaluation.tasks:
-        tasks = load_tasks(evaluation.tasks, data_dir=evaluation.data_dir)
-    return _Material(texts, pairs, tasks)
+def _read(evaluation: Evaluation, tokenizer: PreTrainedTokenizerBase) -> Material:
+    return read_material(
+        tokenizer,
+        texts=evaluation.sources,
+        preferences=[] if evaluation.preferences is None else [evaluation.preferences],
+        tasks=evaluation.tasks,
+        context_length=evaluation.context_length,
+        pair_length=_PAIR * evaluation.context_length,
+        max_tokens=evaluation.max_tokens,
+        data_dir=evaluation.data_dir,
+    )
 
 
 class Examination:
@@ -148,27 +133,20 @@ class Examination:
             TokenizerMismatchError: it reads text otherwise than the teacher.
         """
         say("scoring")
-        texts, pairs, tasks = self.material
         loaded = load(student, device=self.device)
         require_same_tokenizer(self.tokenizer, require_tokenizer(loaded))
-        rows = _ROWS_ON_GPU if self.device.startswith("cuda") else _ROWS
         with without_mixers(loaded.model) if silenced else nullcontext():
-            result = compare(
+            result = evaluate(
                 loaded.model,
                 self.teacher,
-                texts,
+                self.material,
                 context_length=self.evaluation.context_length,
-                batch_size=rows,
+                batch_size=_ROWS_ON_GPU if self.device.startswith("cuda") else None,
+                limit=self.evaluation.limit,
             )
-            if pairs is not None:
-                say(f"asking for preferences, {len(pairs)} pairs")
-                score = preference_accuracy(loaded.model, self.teacher, as_blocks(pairs), batch_size=rows)
-                result["preferences"] = as_json(score)
-            if tasks is not None:
-                say(f"running {', '.join(self.evaluation.tasks)}")
-                limit = self.evaluation.limit
-                answered = compare_on_tasks(loaded.model, self.teacher, tasks, tokenizer=self.tokenizer, limit=limit)
-                result |= {name: answered[name] for name in ("tasks", "means")}
+        result.pop("environment", None)  # the same for all
+        if "preferences" in result:  # of one file
+            (result["preferences"],) = result["preferences"].values()
         return result
 
 
