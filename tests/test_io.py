@@ -226,7 +226,6 @@ def test_a_model_saved_on_a_full_disk(tiny_hybrid: Hybrid, tmp_path: Path) -> No
 
 KILLED = """
 import os, signal, sys
-sys.argv[0] = "mambify"  # as the command does: without torch
 from mambify.io import atomic_directory
 with atomic_directory(sys.argv[1], overwrite=True) as directory:
     (directory / "new").write_text("half of it")

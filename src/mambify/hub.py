@@ -50,8 +50,7 @@ class HubModel(PreTrainedModel):  # type: ignore[misc]
 
     #: how the weights came to be; forgotten when training begins, for then they become others
     provenance: Provenance | None = None
-    #: reads a directory that holds mixers only; set by what knows where its base is to be found
-    completion: ClassVar[Completion | None] = None
+    _completion: ClassVar[Completion | None] = None
 
     def train(self, mode: bool = True) -> Self:
         """As every module's; a model in training no longer has the recorded results."""
@@ -138,12 +137,12 @@ class HubModel(PreTrainedModel):  # type: ignore[misc]
             loaded = super().from_pretrained(path, *args, **kwargs)
             directory = None if path is None else Path(path) / (kwargs.get("subfolder") or "")
         else:
-            assert cls.completion is not None, "mambify.families.load is imported with the package"
+            assert HubModel._completion is not None, "mambify.families.load is imported with the package"
             directory = _fetch(path, kwargs)
             kwargs = {key: value for key, value in kwargs.items() if key not in (*_FROM_THE_HUB, "subfolder", "config")}
             whole = copy.deepcopy(config)
             whole.base = None
-            weights = dict(cls.completion(directory, config))
+            weights = dict(HubModel._completion(directory, config))
             loaded = super().from_pretrained(None, *args, config=whole, state_dict=weights, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if config is not None and model.can_generate():
@@ -151,6 +150,11 @@ class HubModel(PreTrainedModel):  # type: ignore[misc]
         if directory is not None and directory.is_dir():
             model.provenance = read_provenance(directory)
         return loaded
+
+
+def complete_with(completion: Completion) -> None:
+    """Registers what reads directories that hold mixers only, for it knows where their bases are to be found."""
+    HubModel._completion = staticmethod(completion)
 
 
 def _config_on_base(path: str | Path, arguments: Mapping[str, Any]) -> HybridConfig | None:
