@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
@@ -10,7 +11,8 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 
 import mambify
 from mambify import HybridForCausalLM
+from mambify.data.manifest import Manifest
 from mambify.errors import OutputExistsError, OutputWriteError
 from mambify.io import (
     append_jsonl,
@@ -28,8 +31,10 @@ from mambify.io import (
     read_json,
     require_apart,
     require_new,
+    sync,
     write_json,
 )
+from mambify.workflows.quickstart import settings_for
 
 Hybrid = Callable[..., HybridForCausalLM]
 
@@ -130,8 +135,7 @@ def test_what_is_in_use_is_not_replaced(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_crash_inside_changes_nothing(tmp_path: Path, there_before: bool, error: type[BaseException]) -> None:
     path = tmp_path / "out"
     if there_before:
-        path.mkdir()
-        (path / "old").write_text("old")
+        mark(path)
 
     def crashes() -> None:
         with atomic_directory(path, overwrite=True) as directory:
@@ -142,12 +146,18 @@ def test_a_crash_inside_changes_nothing(tmp_path: Path, there_before: bool, erro
         crashes()
     assert names(tmp_path) == (["out"] if there_before else [])
     if there_before:
-        assert names(path) == ["old"]
+        assert names(path) == ["modeling_mambify.py"]
+
+
+def mark(path: Path) -> Path:
+    """Makes a directory look like one of mambify's."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "modeling_mambify.py").write_text("from mambify.model import HybridForCausalLM\n")
+    return path
 
 
 def test_overwriting_replaces_everything(tmp_path: Path) -> None:
-    path = tmp_path / "out"
-    path.mkdir()
+    path = mark(tmp_path / "out")
     (path / "old").write_text("old")
     with pytest.raises(OutputExistsError, match="pass --overwrite"), atomic_directory(path):
         pytest.fail("the block must not run")
@@ -163,24 +173,142 @@ def test_overwriting_replaces_everything(tmp_path: Path) -> None:
     assert names(tmp_path / "text") == ["x"]
 
 
-def test_a_rename_that_fails_puts_the_old_one_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["photo.jpg", "README.md", "pyproject.toml", "settings.json", ".git"])
+def test_what_somebody_else_made_is_not_replaced(tmp_path: Path, name: str) -> None:
     path = tmp_path / "out"
     path.mkdir()
-    (path / "old").write_text("old")
-    real, calls = os.rename, 0
+    (path / name).write_text("---\ntags: [a]\n---\nabout mambify")
+    with pytest.raises(OutputExistsError, match=r"out is not empty: choose another path$"):
+        require_new(path)
+    message = r"out is not empty, and mambify replaces only what it made: choose another path$"
+    with pytest.raises(OutputExistsError, match=message), atomic_directory(path, overwrite=True):
+        pytest.fail("the block must not run")
+    assert names(path) == [name]
 
-    def second_fails(source: Any, target: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 2:
-            no_space()
-        real(source, target)
 
-    monkeypatch.setattr(os, "rename", second_fails)
+def test_what_mambify_made_is_replaced(tiny_teacher: Callable[..., Any], tmp_path: Path) -> None:
+    """Of every kind; a run is in tests/distill/test_run.py."""
+    teacher, made = tmp_path / "teacher", tmp_path / "made"
+    tiny_teacher("llama2").save_pretrained(teacher)
+    student = mambify.convert(teacher)
+    mambify.save(student, made / "saved")
+    student.save_pretrained(made / "by transformers")
+    mambify.pack(made / "saved", made / "packed")
+    mambify.pack(made / "saved", made / "package", alias="tiny")
+    mambify.export_transformers(student, made / "exported")
+    (made / "synthesized").mkdir()
+    Manifest("teacher", "tokenizer", {}, (), complete=False).write(made / "synthesized")
+    write_json(made / "quickstart" / "settings.json", asdict(settings_for("cpu")))
+    assert len(names(made)) == 7
+    for path in made.iterdir():
+        with pytest.raises(OutputExistsError, match="or pass --overwrite"):
+            require_new(path)
+        require_new(path, overwrite=True)
+    with pytest.raises(OutputExistsError, match="only what it made"):
+        require_new(teacher, overwrite=True)
+
+
+def test_a_link_to_what_is_replaced_goes_alone(tmp_path: Path) -> None:
+    mark(tmp_path / "model")
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    with atomic_directory(tmp_path / "link", overwrite=True) as directory:
+        (directory / "new").write_text("new")
+    assert names(tmp_path / "link") == ["new"] and not (tmp_path / "link").is_symlink()
+    assert names(tmp_path / "model") == ["modeling_mambify.py"]
+
+
+def renames_without_an_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mambify.io._exchange", lambda one, other: False)
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_overwriting_with_and_without_an_exchange(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    path = mark(tmp_path / "out")
+    if exchange:  # then nothing is ever moved away from the path
+        monkeypatch.setattr(os, "rename", pytest.fail)
+        monkeypatch.setattr(os, "replace", pytest.fail)
+    else:
+        renames_without_an_exchange(monkeypatch)
+    with atomic_directory(path, overwrite=True) as directory:
+        (directory / "new").write_text("new")
+    assert names(path) == ["new"]
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(errno.EINVAL, None), (errno.ENOSYS, None), (errno.EIO, "Input/output error")]
+)
+def test_what_the_file_system_says_of_an_exchange(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: str | None
+) -> None:
+    """That it cannot is no error; any other refusal is one, and nothing has changed."""
+    path = mark(tmp_path / "out")
+
+    class Libc:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def renameat2(self, *_: Any) -> int:
+            ctypes.set_errno(number)
+            return -1
+
+    monkeypatch.setattr(ctypes, "CDLL", Libc)
+    refused = nullcontext() if error is None else pytest.raises(OutputWriteError, match=error)
+    with refused, atomic_directory(path, overwrite=True) as directory:
+        (directory / "new").write_text("new")
+    assert names(path) == (["new"] if error is None else ["modeling_mambify.py"])
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_rename_that_fails_puts_the_old_one_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = mark(tmp_path / "out")
+    renames_without_an_exchange(monkeypatch)
+    monkeypatch.setattr(os, "replace", lambda *_: no_space())
     with pytest.raises(OutputWriteError, match="No space"), atomic_directory(path, overwrite=True) as directory:
         (directory / "new").write_text("new")
-    assert names(path) == ["old"]
+    assert names(path) == ["modeling_mambify.py"]
     assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("writing", ["directory", "file", "text"])
+def test_all_is_on_the_disk_before_it_is_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writing: str
+) -> None:
+    events: list[str] = []
+    sync_one, replace = os.fsync, os.replace
+
+    def fsync(handle: int) -> None:
+        events.append(f"sync {Path(f'/proc/self/fd/{handle}').readlink().relative_to(tmp_path)}")
+        sync_one(handle)
+
+    def noted(source: Any, target: Any) -> None:
+        events.append(f"rename {Path(source).name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", noted)
+    path = tmp_path / "out"
+    if writing == "directory":
+        with atomic_directory(path) as temporary:
+            (temporary / "below").mkdir()
+            (temporary / "below" / "weights").write_bytes(b"x")
+    elif writing == "file":
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(b"x")
+    else:
+        atomic_write_text(path, "x")
+    *synced, renamed, last = events
+    name = renamed.removeprefix("rename ")
+    below = [f"sync {name}/below", f"sync {name}/below/weights"] if writing == "directory" else []
+    assert sorted(synced) == [f"sync {name}", *below]
+    assert last == "sync ."  # the directory that the name is in
+
+
+def test_sync_of_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(OutputWriteError, match="No such file"):
+        sync(tmp_path / "absent")
 
 
 def test_what_counts_as_new(tmp_path: Path) -> None:
@@ -226,21 +354,37 @@ def test_a_model_saved_on_a_full_disk(tiny_hybrid: Hybrid, tmp_path: Path) -> No
 
 KILLED = """
 import os, signal, sys
-sys.argv[0] = "mambify"  # as the command does: without torch
-from mambify.io import atomic_directory
-with atomic_directory(sys.argv[1], overwrite=True) as directory:
-    (directory / "new").write_text("half of it")
+import mambify.io
+def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
+path, moment = sys.argv[1:]
+if moment == "aside":  # the former directory was moved, the new one is not there yet
+    mambify.io._exchange = lambda *_: False
+    os.replace = die
+if moment == "exchanged":  # and the former one is not removed yet
+    mambify.io.remove = die
+with mambify.io.atomic_directory(path, overwrite=True) as directory:
+    (directory / "new").write_text("half of it")
+    if moment == "writing":
+        die()
 """
 
 
-def test_killed_while_writing(tmp_path: Path) -> None:
-    path = tmp_path / "out"
-    path.mkdir()
-    (path / "old").write_text("old")
-    done = subprocess.run([sys.executable, "-c", KILLED, str(path)], timeout=120)
+@pytest.mark.parametrize(
+    ("moment", "there"),
+    [("writing", ["modeling_mambify.py"]), ("aside", None), ("exchanged", ["new"])],
+)
+def test_killed(tmp_path: Path, moment: str, there: list[str] | None) -> None:
+    path = mark(tmp_path / "out")
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path), moment], timeout=120)
     assert done.returncode == -signal.SIGKILL
-    assert names(path) == ["old"]
+    if there is None:
+        assert not path.exists()
+        with pytest.raises(OutputExistsError, match="pass --overwrite"):
+            require_new(path)
+        there = ["modeling_mambify.py"]  # it is back
+    assert names(path) == there
+    mark(path)
     with atomic_directory(path, overwrite=True) as directory:  # and what it left is in nobody's way
         (directory / "new").write_text("new")
     assert names(path) == ["new"]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import sys
+import sysconfig
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,11 +73,17 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_PUBLIC[name]), name)
 
 
-def _started_as_command() -> bool:
-    """Whether this process is the ``mambify`` command, whose ``--help`` must not wait for torch."""
-    program = Path(sys.argv[0] if sys.argv else "").stem
-    return program == "mambify" or (program == "-m" and "mambify" in sys.orig_argv)
+def _is_command() -> bool:
+    """Whether this process is the ``mambify`` command, whose ``--help`` must not wait for torch.
+
+    That is ``python -m mambify``, or the script that was installed under this name; no other script of the name.
+    """
+    if sys.argv[:1] == ["-m"]:  # while Python looks for the module
+        return ("-m", "mambify") in pairwise(sys.orig_argv)
+    schemes = (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user"))
+    scripts = (Path(sysconfig.get_path("scripts", scheme), "mambify").resolve() for scheme in schemes)
+    return bool(sys.argv) and Path(sys.argv[0]).resolve() in scripts
 
 
-if not _started_as_command():
+if not _is_command():  # commands import what they need by themselves
     importlib.import_module("mambify.families.load")  # registers the model with transformers' auto classes

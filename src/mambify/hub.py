@@ -37,6 +37,8 @@ _AUTO_MAP = {
     "AutoConfig": f"{_SHIM_NAME}.HybridConfig",
     "AutoModelForCausalLM": f"{_SHIM_NAME}.HybridForCausalLM",
 }
+#: what save_pretrained may be told of an upload
+_TO_THE_HUB = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
 _FROM_THE_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 #: (directory that holds mixers only, its configuration) → every weight, as (name, tensor)
@@ -48,8 +50,7 @@ class HubModel(PreTrainedModel):  # type: ignore[misc]
 
     #: how the weights came to be; forgotten when training begins, for then they become others
     provenance: Provenance | None = None
-    #: reads a directory that holds mixers only; set by what knows where its base is to be found
-    completion: ClassVar[Completion | None] = None
+    _completion: ClassVar[Completion | None] = None
 
     def train(self, mode: bool = True) -> Self:
         """As every module's; a model in training no longer has the recorded results."""
@@ -62,14 +63,35 @@ class HubModel(PreTrainedModel):  # type: ignore[misc]
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
         """Nothing to register: a saved directory carries a shim that names the installed package."""
 
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Saves sharded safetensors, the config, the model card, and the shim for ``trust_remote_code=True``."""
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Saves sharded safetensors, the config, the model card, and the shim for ``trust_remote_code=True``.
+
+        With ``push_to_hub`` the files that it wrote are uploaded, to ``repo_id`` or a repository of the directory's
+        name; of :meth:`push_to_hub` the options ``commit_message``, ``commit_description``, ``private``, ``token``,
+        ``revision`` and ``create_pr`` are taken.
+        """
+        directory = Path(save_directory)
+        hub = {name: kwargs.pop(name) for name in _TO_THE_HUB if push_to_hub and name in kwargs}
+        before = _states(directory)
         self.config.auto_map = dict(_AUTO_MAP)
         self.config.base = None
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            (Path(save_directory) / CHECKSUMS).unlink(missing_ok=True)  # those of weights that were there before
-            write_companions(Path(save_directory), self.config, self.provenance)
+        super().save_pretrained(save_directory, is_main_process, state_dict, False, *args, **kwargs)
+        if not is_main_process:
+            return
+        (directory / CHECKSUMS).unlink(missing_ok=True)  # those of weights that were there before
+        write_companions(directory, self.config, self.provenance)
+        if push_to_hub:  # not before: transformers' own upload comes too early for what was written last
+            written = [name for name, state in _states(directory).items() if before.get(name) != state]
+            repo_id = hub.pop("repo_id", directory.name)
+            upload_directory(directory, repo_id, token=kwargs.get("token"), only=written, **hub)
 
     def push_to_hub(
         self,
@@ -115,12 +137,12 @@ class HubModel(PreTrainedModel):  # type: ignore[misc]
             loaded = super().from_pretrained(path, *args, **kwargs)
             directory = None if path is None else Path(path) / (kwargs.get("subfolder") or "")
         else:
-            assert cls.completion is not None, "mambify.families.load is imported with the package"
+            assert HubModel._completion is not None, "mambify.families.load is imported with the package"
             directory = _fetch(path, kwargs)
             kwargs = {key: value for key, value in kwargs.items() if key not in (*_FROM_THE_HUB, "subfolder", "config")}
             whole = copy.deepcopy(config)
             whole.base = None
-            weights = dict(cls.completion(directory, config))
+            weights = dict(HubModel._completion(directory, config))
             loaded = super().from_pretrained(None, *args, config=whole, state_dict=weights, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if config is not None and model.can_generate():
@@ -128,6 +150,11 @@ class HubModel(PreTrainedModel):  # type: ignore[misc]
         if directory is not None and directory.is_dir():
             model.provenance = read_provenance(directory)
         return loaded
+
+
+def complete_with(completion: Completion) -> None:
+    """Registers what reads directories that hold mixers only, for it knows where their bases are to be found."""
+    HubModel._completion = staticmethod(completion)
 
 
 def _config_on_base(path: str | Path, arguments: Mapping[str, Any]) -> HybridConfig | None:
@@ -151,6 +178,12 @@ def _fetch(path: str | Path, arguments: Mapping[str, Any]) -> Path:
     return root / (arguments.get("subfolder") or "")
 
 
+def _states(directory: Path) -> dict[str, tuple[int, ...]]:
+    """The files of a directory, and of each what another write would change."""
+    found = {path.relative_to(directory).as_posix(): path.stat() for path in directory.rglob("*") if path.is_file()}
+    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
+
+
 def upload_directory(
     directory: str | Path,
     repo_id: str,
@@ -161,10 +194,12 @@ def upload_directory(
     token: bool | str | None = None,
     revision: str | None = None,
     create_pr: bool = False,
+    only: list[str] | None = None,
 ) -> str:
     """Uploads a model's directory to the Hub, making the repository where there is none; returns the commit's address.
 
-    A card that stands in the repository already is kept, for someone may have edited it.
+    ``only`` names the files to upload, if not all. A card that stands in the repository already is kept, for someone
+    may have edited it.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -175,6 +210,7 @@ def upload_directory(
         commit_description=commit_description,
         revision=revision,
         create_pr=create_pr,
+        allow_patterns=only,
         ignore_patterns=[CARD] if api.file_exists(repo_id, CARD, revision=revision) else None,
     )
 

@@ -1,11 +1,16 @@
 """Writing files so that a crash, a full disk or a second run never leaves half of one behind.
 
-Every write goes to a temporary neighbour first and is renamed into place: readers see the old content
-or the new, nothing between. ``OSError`` from the disk becomes one :class:`OutputWriteError`.
+Every write goes to a temporary neighbour first, is synced to the disk, and renamed into place: readers see the old
+content or the new, nothing between. A directory is exchanged with the former one in one step; where a file system
+cannot do that (NFS), the former one is aside for a moment, and the next write to the path puts it back if that was all
+that happened. ``OSError`` from the disk becomes one :class:`OutputWriteError`.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import glob
 import json
 import os
 import shutil
@@ -17,23 +22,50 @@ from typing import Any
 
 from mambify.errors import OutputExistsError, OutputWriteError, UsageError
 
+#: file → what stands in it; a directory that holds one of them was made by mambify
+_MARKS = {
+    "modeling_mambify.py": "mambify",  # a saved model, whole or mixers only
+    "README.md": "\n- mambify\n",  # its export: the card's tags
+    "pyproject.toml": "# Written by `mambify pack`",
+    "manifest.json": '"tokens_by_kind"',  # synthesized text
+    "environment.json": '"mambify"',  # a run
+    "settings.json": '"sampling_batch"',  # a quickstart
+}
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
+_CANNOT_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
+
 
 def require_new(path: str | Path, *, overwrite: bool = False) -> Path:
     """Checks that ``path`` may be written: absent, an empty directory, or ``overwrite`` is set.
 
+    What is overwritten is a file, or a directory that mambify made: it carries one of a few files that say so.
+
     Raises:
-        OutputExistsError: something is there already, or the current directory is in it, which is never replaced.
+        OutputExistsError: something is there already, or somebody else's directory, or the current directory is in it:
+            these are never replaced.
         OutputWriteError: there can be no such path.
     """
     path = Path(path)
+    _put_back(path)
     taken = any(path.iterdir()) if path.is_dir() else path.exists()
+    if taken and overwrite:
+        require_apart(path, Path.cwd())
+    if taken and path.is_dir() and not _is_ours(path):
+        why = ", and mambify replaces only what it made" if overwrite else ""
+        raise OutputExistsError(f"{path} is not empty{why}: choose another path")
     if taken and not overwrite:
         what = "is not empty" if path.is_dir() else "exists"
         raise OutputExistsError(f"{path} {what}: choose another path or pass --overwrite")
-    if taken:
-        require_apart(path, Path.cwd())
     require_room(path)
     return path
+
+
+def _is_ours(directory: Path) -> bool:
+    """Whether mambify made ``directory``: it holds one of the files that say so."""
+    return any(
+        (directory / name).is_file() and text in (directory / name).read_text(encoding="utf-8", errors="replace")
+        for name, text in _MARKS.items()
+    )
 
 
 def require_new_file(path: str | Path, *, overwrite: bool = False) -> Path:
@@ -82,6 +114,33 @@ def _disk_errors_named(path: Path) -> Iterator[None]:
         raise OutputWriteError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def sync(path: str | Path) -> None:
+    """Waits until a file, or a directory with all that is in it, is on the disk: then a rename may announce it.
+
+    Raises:
+        OutputWriteError: the disk refused.
+    """
+    path = Path(path)
+    with _disk_errors_named(path):
+        for each in (*path.rglob("*"), path) if path.is_dir() else (path,):
+            if not each.is_symlink():
+                _sync_one(each)
+
+
+def _sync_one(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _announce(new: Path, path: Path) -> None:
+    """Renames what is on the disk already, and waits until the name is there too."""
+    os.replace(new, path)
+    _sync_one(path.parent)
+
+
 def atomic_write_text(path: str | Path, text: str) -> None:
     """Writes ``text`` (UTF-8) to ``path``, whole or not at all."""
     path = Path(path)
@@ -94,7 +153,7 @@ def atomic_write_text(path: str | Path, text: str) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
+            _announce(Path(temporary), path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
@@ -158,10 +217,9 @@ def atomic_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         temporary = Path(name)
         try:
             yield temporary
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
             os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
+            sync(temporary)
+            _announce(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -186,6 +244,7 @@ def atomic_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[P
             for file in temporary.rglob("*"):
                 if file.is_file():  # some libraries write files that only their owner may read
                     os.chmod(file, 0o644)
+            sync(temporary)
             _swap(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -199,22 +258,54 @@ def remove(path: Path) -> None:
         OutputWriteError: the disk refused.
     """
     with _disk_errors_named(path):
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
 
 
 def _swap(new: Path, path: Path) -> None:
-    """Puts ``new`` where ``path`` is; a previous directory is moved aside first, then removed."""
+    """Puts ``new`` where ``path`` is, in one step where the file system can, and removes what was there."""
     if not path.exists():
-        os.rename(new, path)
+        _announce(new, path)
         return
-    aside = path.with_name(f".{path.name}.old-{os.getpid()}")
-    os.rename(path, aside)
+    if _exchange(new, path):
+        _sync_one(path.parent)
+        remove(new)
+        return
+    os.rename(path, path.with_name(f".{path.name}.old-{os.getpid()}"))
     try:
-        os.rename(new, path)
+        _announce(new, path)
     except BaseException:
-        os.rename(aside, path)
+        _put_back(path)
         raise
-    remove(aside)
+    for former in _aside(path):
+        remove(former)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges what two names stand for, in one step; false, and nothing done, where that cannot be."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _CANNOT_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+def _aside(path: Path) -> list[Path]:
+    """What was at ``path`` and was moved aside to be replaced, the latest last."""
+    if not path.parent.is_dir():
+        return []
+    found = path.parent.glob(f".{glob.escape(path.name)}.old-*")
+    return sorted(found, key=lambda each: each.stat().st_mtime_ns)
+
+
+def _put_back(path: Path) -> None:
+    """Undoes a replacement that went no further than to move the former directory aside."""
+    former = _aside(path)
+    if former and not path.exists():
+        os.rename(former[-1], path)

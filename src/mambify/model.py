@@ -230,7 +230,7 @@ class HybridModel(HybridPreTrainedModel):
 
         contexts = self.contexts(x_BTD, attention_mask, position_ids, past_key_values, seq_idx, kwargs)
         for layer, kind in zip(self.layers, self.config.layer_types or (), strict=True):
-            x_BTD = layer(x_BTD, contexts[kind], past_key_values)
+            x_BTD = layer(x_BTD, contexts[kind], past_key_values=past_key_values)
         if isinstance(past_key_values, RecurrentCache):
             past_key_values.num_seen += x_BTD.shape[1]
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x_BTD), past_key_values=past_key_values)

@@ -456,5 +456,7 @@ class TestQuickstart:
         assert run("quickstart", "--out", tmp_path).status == 0
         (tmp_path / "settings.json").rename(tmp_path / "something-else")
         assert run("quickstart", "--out", tmp_path).status == 2
+        assert run("quickstart", "--out", tmp_path, "--overwrite").status == 2  # whose it is cannot be seen
+        (tmp_path / "environment.json").write_text('{"mambify": "0.1.0"}')
         assert run("quickstart", "--out", tmp_path, "--overwrite").status == 0
         assert [settings["overwrite"] for _, settings in calls] == [False, True]

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,12 @@ from mambify.cli.main import COMMANDS, app
 from .conftest import Run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+INSTALLED = Path(sysconfig.get_path("scripts"), "mambify")
 
 
 def test_help_imports_nothing_heavy() -> None:
     program = (
-        "import sys; sys.argv = ['mambify', '--help']\n"
+        f"import sys; sys.argv = [{str(INSTALLED)!r}, '--help']\n"
         "from mambify.cli.main import main\n"
         "status = main()\n"
         "heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'yaml', 'huggingface_hub'} & set(sys.modules)\n"
@@ -37,6 +39,15 @@ def test_python_m_is_the_same_command() -> None:
     done = subprocess.run(program, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, f"mambify {__version__}\n")
     assert " torch\n" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["mambify.py", "mambify"])
+def test_a_script_of_the_same_name_is_another_program(name: str, tmp_path: Path) -> None:
+    """It finds the model among transformers' auto classes, as any other does."""
+    (tmp_path / name).write_text("import sys, mambify\nprint('mambify.families.load' in sys.modules)\n")
+    program = [sys.executable, "-P", str(tmp_path / name)]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
 def test_without_arguments_there_is_help(run: Run) -> None:

@@ -90,11 +90,15 @@ def test_output_not_empty(run: Run, tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("mine")
     # Known before the teacher is looked for: this one does not exist.
     result = run("convert", "no/such-teacher", "--out", tmp_path)
-    assert_refused(result, f"{tmp_path} is not empty", "--overwrite")
+    assert_refused(result, f"{tmp_path} is not empty: choose another path")
     result = run("synthesize", "no/such-teacher", "--tokens", "1k", "--out", tmp_path)
-    assert_refused(result, f"{tmp_path} is not empty", "--overwrite")
-    result = run("quickstart", "--out", tmp_path)
-    assert_refused(result, f"{tmp_path} is not empty", "--overwrite")
+    assert_refused(result, f"{tmp_path} is not empty: choose another path")
+    for options in ([], ["--overwrite"]):
+        assert_refused(run("quickstart", "--out", tmp_path, *options), f"{tmp_path} is not empty", "choose another")
+        result = run("convert", "no/such-teacher", "--out", tmp_path, *options)
+        assert_refused(result, f"{tmp_path} is not empty", "choose another")
+        result = run("synthesize", "no/such-teacher", "--tokens", "1k", "--out", tmp_path, *options)
+        assert_refused(result, f"{tmp_path} is not empty", "choose another")
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
@@ -133,14 +137,20 @@ class TestOverwrite:
         old = tmp_path / "draft" / "old"
         old.parent.mkdir()
         old.write_text("mine")
+        (old.parent / "modeling_mambify.py").write_text("import mambify")
         ask = ["draft", teacher, "--data", text, "--overwrite", "--out", old.parent]
         assert_refused(run(*ask, "--layers", 9), "9 layers cannot be cut from a model of 4: choose 1 to 4")
         assert_refused(run(*ask, "--vocabulary", 10**6), "1 to 299 words")
         assert_refused(run(*ask, "data.heldout=none.txt"), "none.txt")
         assert old.read_text() == "mine"
 
-    def test_what_a_recipe_reads(self, run: Run, recipe: Path, teacher: Path, text: Path) -> None:
+    def test_what_a_recipe_reads(
+        self, run: Run, recipe: Path, teacher: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         before = _contents(recipe.parent) | _contents(teacher)
+        result = run("distill", recipe, f"output={teacher}", "--overwrite", "--json")
+        assert_refused(result, f"{teacher} is not empty, and mambify replaces only what it made")
+        monkeypatch.setattr("mambify.io._is_ours", lambda directory: True)
         for read, out in ((teacher, teacher), (text, text), (text, text.parent)):
             result = run("distill", recipe, f"output={out}", "--overwrite", "--json")
             assert_refused(result, f"{out} would be replaced, and {read} is in use there")

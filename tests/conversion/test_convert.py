@@ -90,7 +90,9 @@ def test_teacher_is_not_changed_by_converting(teacher: HybridForCausalLM) -> Non
     student = mambify.convert(teacher, attention=0.0, mixer="mamba1")
     student.set_attn_implementation("eager")
     student.config.use_cache = False
+    student.generation_config.temperature = 0.25
     assert teacher.config.to_dict() == config
+    assert teacher.generation_config.temperature != 0.25
     assert teacher.config._attn_implementation == "sdpa"
     assert torch.equal(logits(teacher), expected)
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())

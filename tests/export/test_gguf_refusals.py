@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGUFReader
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -66,14 +67,22 @@ def test_bias_on_the_output_of_a_mamba_layer(tiny_hybrid: Make, path: Path) -> N
 
 
 def test_a_bias_of_zeros_is_left_out(tiny_hybrid: Make, tmp_path: Path) -> None:
+    """Of the Mamba layer, which has no place for it; the bias of the layer that keeps attention is in the file."""
     model = tiny_hybrid(HALF, vocab_size=320, attention_output_bias=True)
     torch.nn.init.zeros_(model.model.layers[0].mixer.out_proj.bias)
     export_gguf(model, byte_tokenizer(), tmp_path / "model.gguf")
+    stored = {tensor.name: torch.tensor(tensor.data) for tensor in GGUFReader(tmp_path / "model.gguf").tensors}
+    assert "blk.0.ssm_out.weight" in stored and "blk.0.ssm_out.bias" not in stored
+    biases = {name for name in stored if name.endswith("out.bias") or name.endswith("output.bias")}
+    assert biases == {"blk.1.attn_output.bias"}
+    assert torch.equal(stored["blk.1.attn_output.bias"], model.model.layers[1].mixer.o_proj.bias.detach())
 
 
 def test_a_window_as_long_as_the_context_is_none(tiny_hybrid: Make, tmp_path: Path) -> None:
-    model = tiny_hybrid(HALF, vocab_size=320, layer_types=["sliding_attention"] * 2, sliding_window=128)
-    export_gguf(model, byte_tokenizer(), tmp_path / "model.gguf")
+    windowed = tiny_hybrid(HALF, vocab_size=320, layer_types=["sliding_attention"] * 2, sliding_window=128)
+    for name, model in (("windowed", windowed), ("plain", tiny_hybrid(HALF, vocab_size=320))):
+        export_gguf(model, byte_tokenizer(), tmp_path / f"{name}.gguf")
+    assert (tmp_path / "windowed.gguf").read_bytes() == (tmp_path / "plain.gguf").read_bytes()
 
 
 def test_state_that_no_kernel_takes(tiny_hybrid: Make, path: Path) -> None:

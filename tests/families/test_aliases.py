@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -159,6 +160,7 @@ def test_the_packed_hybrid() -> None:
 
 
 def test_asking_for_aliases_imports_no_torch() -> None:
-    program = "import sys; sys.argv = ['mambify']; import mambify.families.aliases as a; a.installed_aliases()"
+    command = Path(sysconfig.get_path("scripts"), "mambify")
+    program = f"import sys; sys.argv = [{str(command)!r}]; import mambify.families.aliases as a; a.installed_aliases()"
     check = f"{program}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], timeout=60, check=False).returncode == 0

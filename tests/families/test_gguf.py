@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def write(
     quantised: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     skip: tuple[str, ...] = (),
     rope_freqs: Tensor | None = None,
+    rope: Mapping[str, Any] | None = None,
     context: bool = True,
 ) -> Path:
     config: Any = model.config
@@ -71,6 +73,9 @@ def write(
     if getattr(config, "head_dim", None):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
+    for key, value in (rope or {}).items():
+        kind = {str: "add_string", int: "add_uint32", float: "add_float32", bool: "add_bool"}[type(value)]
+        getattr(writer, kind)(f"{architecture}.rope.{key}", value)
     if rope_freqs is not None:
         writer.add_tensor("rope_freqs.weight", rope_freqs.numpy())
     for name, parameter in model.named_parameters():
@@ -145,6 +150,85 @@ def test_llama3_rope_factors(tiny_teacher: Teacher, tmp_path: Path) -> None:
     assert torch.allclose(ours.model.rotary_emb.inv_freq, theirs.model.rotary_emb.inv_freq, rtol=1e-5)
     with pytest.raises(UnsupportedError, match="not Llama-3's"):
         mambify.load(write(tmp_path / "odd.gguf", theirs, rope_freqs=factors.flip(0)))
+
+
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+SCALINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "linear": ({"scaling.type": "linear", "scaling.factor": 4.0, "dimension_count": 16}, LINEAR),
+    "linear without a type": ({"scaling.factor": 4.0}, LINEAR),
+    "linear by its former name": ({"scale_linear": 4.0}, LINEAR),
+    "none": ({"scaling.type": "none", "scaling.factor": 4.0}, {"rope_type": "default", "rope_theta": 10000.0}),
+    "a factor of 0": ({"scaling.factor": 0.0}, {"rope_type": "default", "rope_theta": 10000.0}),
+    "yarn": ({"scaling.type": "yarn", "scaling.factor": 4.0, "scaling.original_context_length": 32}, YARN),
+    "yarn of the whole context": (
+        {"scaling.type": "yarn", "scaling.factor": 4.0},
+        YARN | {"original_max_position_embeddings": 128},
+    ),
+    "yarn with all there is": (
+        {
+            "scaling.type": "yarn",
+            "scaling.factor": 4.0,
+            "scaling.original_context_length": 32,
+            "scaling.finetuned": True,
+            "scaling.attn_factor": 1.5,
+            "scaling.yarn_ext_factor": 1.0,
+            "scaling.yarn_beta_fast": 4.0,
+            "scaling.yarn_beta_slow": 0.5,
+        },
+        YARN | {"attention_factor": 1.5 * (1 + 0.1 * math.log(4)), "beta_fast": 4.0, "beta_slow": 0.5},
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("stored", "rope"), SCALINGS.values(), ids=SCALINGS.keys())
+@pytest.mark.parametrize(("kind", "architecture"), [("llama2", "llama"), ("qwen2", "qwen2")])
+def test_rope_scaling(
+    kind: str,
+    architecture: str,
+    stored: dict[str, Any],
+    rope: dict[str, Any],
+    tiny_teacher: Teacher,
+    tmp_path: Path,
+) -> None:
+    theirs = tiny_teacher(kind, rope_parameters=rope)
+    ours = mambify.load(write(tmp_path / "tiny.gguf", theirs, architecture=architecture, rope=stored)).model
+    ids = torch.randint(3, 96, (1, 120))
+    assert (ours(ids).logits - theirs(ids).logits).abs().max() <= 1e-4
+    if rope["rope_type"] != "default":
+        plain = tiny_teacher(kind)
+        assert (theirs(ids).logits - plain(ids).logits).abs().max() > 1e-2, "the scaling is seen"
+
+
+@pytest.mark.parametrize(
+    ("rope", "error", "said"),
+    [
+        ({"dimension_count": 8}, UnsupportedError, "rotates 8 of the 16 channels"),
+        ({"scaling.type": "longrope"}, UnsupportedError, "RoPE scaling 'longrope'"),
+        ({"scaling.alpha": 2.0}, UnsupportedError, r"not understood: scaling\.alpha"),
+        ({"scaling.type": "yarn", "scaling.factor": 4.0, "scaling.yarn_ext_factor": 0.5}, UnsupportedError, "by 0.5"),
+        ({"scaling.factor": 4.0, "scaling.attn_factor": 1.5}, UnsupportedError, "another kind of scaling"),
+        ({"scaling.factor": -4.0}, CheckpointError, "factor of -4.0: it has to be at least 1"),
+        ({"scaling.factor": float("nan")}, CheckpointError, "factor of nan"),
+    ],
+)
+def test_rope_that_the_model_has_not(
+    rope: dict[str, Any], error: type[Exception], said: str, tiny_teacher: Teacher, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=rf"tiny\.gguf.*{said}"):
+        mambify.load(write(tmp_path / "tiny.gguf", tiny_teacher("llama2"), rope=rope))
+
+
+@torch.no_grad()
+def test_rope_factors_of_one_change_nothing(tiny_teacher: Teacher, tmp_path: Path) -> None:
+    theirs = tiny_teacher("llama2")
+    ones = torch.ones(8)
+    ours = mambify.load(write(tmp_path / "tiny.gguf", theirs, rope_freqs=ones)).model
+    ids = torch.randint(3, 96, (1, 120))
+    assert (ours(ids).logits - theirs(ids).logits).abs().max() <= 1e-4
+    with pytest.raises(UnsupportedError, match="factors and linear scaling"):
+        mambify.load(write(tmp_path / "both.gguf", theirs, rope_freqs=ones, rope={"scaling.factor": 2.0}))
 
 
 @torch.no_grad()

@@ -188,6 +188,22 @@ def test_gradient_checkpointing(model: HybridForCausalLM, reentrant: bool) -> No
         close(actual[name], gradient, 1e-6)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_gradient_checkpointing_with_a_cache(model: HybridForCausalLM, reentrant: bool, use_cache: bool) -> None:
+    """A cache that the first pass filled would be met by the second: transformers leaves it out, and warns."""
+    model.train()
+    expected = gradients(model, past_key_values=new_cache(model.config))
+    newer = hasattr(model, "activation_checkpointing_enable")
+    enable = model.activation_checkpointing_enable if newer else model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    actual = gradients(model, past_key_values=new_cache(model.config), use_cache=use_cache)
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        close(actual[name], gradient, 1e-6)
+
+
 def test_training_with_the_default_cache_setting(hybrid: HybridForCausalLM) -> None:
     """``use_cache`` is on in the configuration: a training step that leaves it so is the same step."""
     hybrid.train()

@@ -97,12 +97,8 @@ def test_the_embedded_teacher_says_its_licence_and_place(smollm2: Any) -> None:
     assert config.teacher_hub_id == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-@pytest.mark.parametrize("has_card", [False, True])
-def test_push_to_hub_uploads_the_card(
-    has_card: bool, tiny_hybrid: Hybrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A repository without a card gets ours; one with a card keeps it."""
-    seen: dict[str, Any] = {}
+def hub_of(seen: dict[str, Any], *, has_card: bool) -> type:
+    """A Hub that notes in ``seen`` what it is asked, and the files as they are when they are uploaded."""
 
     class Api:
         def __init__(self, token: str | None) -> None:
@@ -121,7 +117,16 @@ def test_push_to_hub_uploads_the_card(
             seen["upload"] = options
             return "https://hub/commit"
 
-    monkeypatch.setattr("mambify.hub.HfApi", Api)
+    return Api
+
+
+@pytest.mark.parametrize("has_card", [False, True])
+def test_push_to_hub_uploads_the_card(
+    has_card: bool, tiny_hybrid: Hybrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repository without a card gets ours; one with a card keeps it."""
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr("mambify.hub.HfApi", hub_of(seen, has_card=has_card))
     model = tiny_hybrid()
     model.provenance = PROVENANCE
     assert model.push_to_hub("model", private=True, token="t") == "https://hub/commit"
@@ -139,3 +144,28 @@ def test_push_to_hub_uploads_the_card(
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_saving_with_push_to_hub_uploads_what_was_written(
+    tiny_hybrid: Hybrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it, and nothing that lay in the directory before."""
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr("mambify.hub.HfApi", hub_of(seen, has_card=False))
+    monkeypatch.setattr("transformers.utils.hub.PushToHubMixin._upload_modified_files", pytest.fail)
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "diary.txt").write_text("mine")
+    (path / "README.md").write_text("the card of a former model")
+    model = tiny_hybrid()
+    model.provenance = PROVENANCE
+    model.save_pretrained(path, push_to_hub=True, commit_message="first", private=True, token="t")
+    assert seen["token"] == "t" and seen["create"] == {"private": True, "exist_ok": True}
+    assert seen["upload"]["repo_id"] == "me/model" and seen["upload"]["commit_message"] == "first"
+    uploaded = set(seen["upload"]["allow_patterns"])
+    assert uploaded == {p.name for p in path.iterdir()} - {"diary.txt"}
+    assert uploaded >= {"README.md", "provenance.json", "config.json", "model.safetensors", "modeling_mambify.py"}
+    assert b"1,234" in seen["files"]["README.md"] and uploaded <= seen["files"].keys()
+    seen.clear()
+    model.save_pretrained(path)
+    assert not seen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -111,7 +112,7 @@ def apply_plan(
             _share_children(ours.mixer, theirs.mixer, own=("attend",))
         else:
             ours.mixer = theirs.mixer
-    student.generation_config = teacher.generation_config
+    student.generation_config = copy.deepcopy(teacher.generation_config)
     student.eval()
     return student
 

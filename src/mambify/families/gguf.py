@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from mambify.errors import CheckpointError, UnsupportedError
 from mambify.families.gguf_format import open_gguf
+from mambify.families.gguf_rope import rope_parameters
 from mambify.families.registry import known_families
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class GgufFile:
             "max_position_embeddings": fact("context_length"),
             "rms_norm_eps": float(f"{fact('attention.layer_norm_rms_epsilon'):.6g}"),
             "tie_word_embeddings": "output.weight" not in tensors,
-            "rope_parameters": self._rope(float(fact("rope.freq_base", 10000.0)), head_dim),
+            "rope_parameters": self._rope(head_dim, fact("context_length")),
             "bos_token_id": self._field("tokenizer.ggml.bos_token_id"),
             "eos_token_id": self._field("tokenizer.ggml.eos_token_id"),
             "pad_token_id": self._field("tokenizer.ggml.padding_token_id"),
@@ -139,22 +139,21 @@ class GgufFile:
             facts["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
         return facts
 
-    def _rope(self, theta: float, head_dim: int) -> dict[str, Any]:
-        """RoPE parameters; a ``rope_freqs`` tensor is Llama-3 scaling, which is rebuilt and checked against it."""
-        if _ROPE_FREQS not in self._container.tensors:
-            return {"rope_type": "default", "rope_theta": theta}
-        factors = self._container.read(_ROPE_FREQS)
-        rope = {
-            "rope_type": "llama3",
-            "rope_theta": theta,
-            "factor": float(factors.max()),
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
+    def _rope(self, head_dim: int, context_length: int) -> dict[str, Any]:
+        prefix = f"{self._architecture}.rope."
+        entries = {
+            key.removeprefix(prefix): value
+            for key, value in self._container.metadata.items()
+            if key.startswith(prefix) and value is not None
         }
-        if factors.shape != (head_dim // 2,) or not torch.allclose(_llama3_factors(rope, head_dim), factors, rtol=1e-3):
-            raise UnsupportedError(f"{self.path} has RoPE frequency factors that are not Llama-3's")
-        return rope
+        has_factors = _ROPE_FREQS in self._container.tensors
+        return rope_parameters(
+            entries,
+            head_dim=head_dim,
+            context_length=context_length,
+            read_factors=(lambda: self._container.read(_ROPE_FREQS)) if has_factors else None,
+            source=self.path,
+        )
 
     def stream(self, wanted: Callable[[str], bool] = lambda _: True) -> Iterator[tuple[str, Tensor]]:
         """Yields (Hugging Face name, float32 tensor) for every weight that is ``wanted``, dequantised one at a time."""
@@ -189,13 +188,3 @@ def _split_halves(rows: Tensor, num_heads: int) -> Tensor:
     """Rows with the two rotary halves of a head interleaved (GGUF) → one half after the other (Hugging Face)."""
     per_head: Tensor = rows.unflatten(0, (num_heads, -1, 2))
     return per_head.transpose(1, 2).reshape(rows.shape)
-
-
-def _llama3_factors(rope: dict[str, Any], head_dim: int) -> Tensor:
-    """How far Llama-3 scaling stretches each RoPE wavelength: 1 for short ones, ``factor`` for long, ``[P/2]``."""
-    wavelengths = 2 * torch.pi * rope["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim)
-    original, low, high = (
-        rope[key] for key in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
-    )
-    smooth: Tensor = ((original / wavelengths - low) / (high - low)).clamp(0, 1)
-    return torch.reciprocal((1 - smooth) / rope["factor"] + smooth)

@@ -25,6 +25,7 @@ from mambify.errors import CheckpointError, MissingDependencyError, UnknownSourc
 from mambify.families import safetensors
 from mambify.families.checkpoint import Checkpoint, open_checkpoint
 from mambify.families.sources import Source, resolve
+from mambify.hub import complete_with
 from mambify.model import HybridForCausalLM
 
 MIXERS = "mixers.safetensors"
@@ -146,4 +147,4 @@ class Fingerprint:
         return hashlib.sha256(lines.encode()).hexdigest()
 
 
-HybridForCausalLM.completion = staticmethod(whole_weights)
+complete_with(whole_weights)
