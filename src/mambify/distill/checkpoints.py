@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mambify.distill.parallel import Processes, part, spread_like, whole
 from mambify.errors import CheckpointError, OutputWriteError
+from mambify.io import sync
 
 #: the marker
 COMPLETE = "complete"
@@ -53,6 +54,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, temporary, metadata={"format": "pt"})
+        sync(temporary)  # before anything says that it is there
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)

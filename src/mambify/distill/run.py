@@ -90,7 +90,7 @@ def check_run(recipe: Recipe, *, overwrite: bool = False, save_to: Path | None =
         if _as_now_written(existing.read_text(encoding="utf-8")) != dump_recipe(recipe):
             raise OutputExistsError(f"{run} holds a run of another recipe: choose another output or pass --overwrite")
     elif run.is_file() or (run.exists() and any(run.iterdir())):
-        raise OutputExistsError(f"{run} is not empty and no run: choose another output or pass --overwrite")
+        raise OutputExistsError(f"{run} is not empty and no run: choose another output")
     if save_to is not None and not _is_free(save_to) and not _is_student_of(save_to, recipe):
         raise OutputExistsError(
             f"{save_to} is not empty and no student of this recipe: choose another path or pass --overwrite"

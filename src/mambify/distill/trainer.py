@@ -29,7 +29,7 @@ from mambify.distill.checkpoints import COMPLETE, load_named, load_trained, save
 from mambify.distill.graphs import GraphedStep, StepResult, Sums
 from mambify.distill.parallel import Processes, part, spread_like, whole
 from mambify.errors import OutputWriteError, TrainingDivergedError
-from mambify.io import atomic_write_text
+from mambify.io import atomic_write_text, sync
 
 _WEIGHTS, _AVERAGE = "trained.safetensors", "average.safetensors"
 _OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
@@ -275,6 +275,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
                 shutil.rmtree(directory, ignore_errors=True)
             raise
         if self.processes.first:
+            sync(directory)
             atomic_write_text(directory / COMPLETE, "")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
