@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections.abc import Callable
 
 import pytest
@@ -78,8 +79,9 @@ def test_what_may_be_asked_for() -> None:
     for wrong in (0, 17, (0, 4), (5, 2), (3, 17)):
         with pytest.raises(InvalidOptionError, match="1 to 16"):
             draft_counts(wrong)
-    with pytest.raises(InvalidOptionError, match="a range or auto, not 'many'"):
-        draft_counts("many")
+    for wrong in ("many", 4.0, (2, 6.0), (2, 4, 6), None):
+        with pytest.raises(InvalidOptionError, match=re.escape(f"a number, a range or auto, not {wrong!r}")):
+            draft_counts(wrong)
 
 
 def test_rounds_are_timed_at_work(
