@@ -58,10 +58,12 @@ class Session:
         self._decoder: Decoder | None = None
         self._holds = min(first, max_length)
         self._prompt_tokens = 0
+        self._answer: TextStream | None = None
         self._make()
 
     def answer(self, prompt_ids: Sequence[int], *, max_new_tokens: int, seed: int | None = None) -> TextStream:
-        """The answer to one prompt; an earlier one that was not heard to its end is dropped.
+        """The answer to one prompt; an earlier one that was not heard to its end is dropped, and going on with it is an
+        error.
 
         Raises:
             InvalidOptionError: too long for the session, an empty prompt, or buffers that do not fit the memory.
@@ -72,6 +74,8 @@ class Session:
                 f"a prompt of {len(prompt_ids)} tokens and {max_new_tokens} new ones do not fit "
                 f"{self.max_length} tokens"
             )
+        if self._answer is not None:
+            self._answer.drop()
         if needed > self._holds:
             while self._holds < needed:
                 self._holds *= 2
@@ -81,7 +85,7 @@ class Session:
                 self._on_growth(self._holds)
         assert self._decoder is not None
         self._prompt_tokens = len(prompt_ids)
-        return stream_tokens(
+        self._answer = stream_tokens(
             self._decoder,
             self.tokenizer,
             prompt_ids,
@@ -90,6 +94,7 @@ class Session:
             strings=self._strings,
             seed=seed,
         )
+        return self._answer
 
     def speed(self, *, with_bandwidth: bool = False) -> Speed | None:
         """Of the last answer; ``None`` for a model that the engine does not run."""

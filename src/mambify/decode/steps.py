@@ -53,7 +53,7 @@ class StepDecoder:
         padded = not bool(mask_BT.all())
         seed_B = torch.tensor(list(seeds), device=device)
         seen_BV = None
-        self._dismissed.clear()
+        dismissed = self._dismissed = set()  # of this run: another may go on beside it
         active = list(range(len(prompts)))
         cache = None  # the model makes the kind of cache it needs
         for step in range(max_new_tokens):
@@ -83,11 +83,11 @@ class StepDecoder:
             for row, token in enumerate(next_B.tolist()):
                 if row in active:
                     yield row, [token]
-                    if token in self.stop_ids or row in self._dismissed:
+                    if token in self.stop_ids or row in dismissed:
                         active.remove(row)
             if not active:
                 return
 
     def dismiss(self, number: int) -> None:
-        """Ends a row of the present run before its time: to be called between two tokens of :meth:`run`."""
+        """Ends a row of the latest run before its time: to be called between two tokens of :meth:`run`."""
         self._dismissed.add(number)

@@ -102,6 +102,7 @@ class Speculator:
         # Which tokens occurred, where that matters; kept with the drafted ones by whoever looks beyond them.
         self._seen_SV = zeros(target.config.vocab_size, dtype=torch.bool) if sampling.penalises else None
         self._dismissed: set[int] = set()
+        self._run_number = 0  # of the run that the slots belong to
         self._history_SL = zeros(max_length + 1 + MOST_DRAFTED)
         self._accepted_T = torch.zeros(most + 1, dtype=torch.long, device=device)
         self._stops_E = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
@@ -226,8 +227,9 @@ class Speculator:
     def pretend(self, length: int) -> Callable[[], object]:
         """Every slot goes on as if it held ``length`` tokens; returns a round (of the largest K), to measure its cost.
 
-        Rounds may follow each other until the slots are full. A later :meth:`run` begins anew.
+        Rounds may follow each other until the slots are full. A later :meth:`run` begins anew, an earlier one is over.
         """
+        self._run_number += 1
         with torch.inference_mode():
             self._target.pretend(length)
             if self._draft is not None:
@@ -253,11 +255,14 @@ class Speculator:
     ) -> Iterator[tuple[int, list[int]]]:
         """Yields (number of a prompt, its next tokens) as they come, stop tokens included.
 
+        The slots belong to one run at a time, the latest that was asked for: one before it cannot be heard further.
+
         Args:
             seeds: one for each prompt; by default those of the sampling settings.
 
         Raises:
-            InvalidOptionError: an empty prompt, one too long for the slots, or a wrong number of seeds.
+            InvalidOptionError: an empty prompt, one too long for the slots, or a wrong number of seeds; while tokens
+                are taken, another run has begun meanwhile.
         """
         for prompt in prompts:
             if not len(prompt):
@@ -270,12 +275,15 @@ class Speculator:
         seeds = self.sampling.seeds(len(prompts)) if seeds is None else seeds
         if len(seeds) != len(prompts):
             raise InvalidOptionError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one for each")
-        return self._continue(
-            [_Prompt(n, ids, seed) for n, (ids, seed) in enumerate(zip(prompts, seeds, strict=True))], max_new_tokens
-        )
+        self._run_number += 1
+        numbered = [_Prompt(n, ids, seed) for n, (ids, seed) in enumerate(zip(prompts, seeds, strict=True))]
+        return self._continue(numbered, max_new_tokens, self._run_number)
 
     @torch.inference_mode()
-    def _continue(self, prompts: Sequence[_Prompt], max_new_tokens: int) -> Iterator[tuple[int, list[int]]]:
+    def _continue(
+        self, prompts: Sequence[_Prompt], max_new_tokens: int, run_number: int
+    ) -> Iterator[tuple[int, list[int]]]:
+        self._require_present(run_number)
         waiting = deque(prompts)
         seats: list[_Seat | None] = [None] * len(self._token_S)
         self._active_S.zero_()  # a run that was not heard to its end
@@ -307,7 +315,18 @@ class Speculator:
                 # Now: whoever meets a stop token listens no further.
                 self.statistics.add(K, accepted, passes=self._look_every, seconds=look.seconds)
                 pace.observe(K, accepted, look.seconds / self._look_every)
-                yield from self._hear(look, seats)
+                for piece in self._hear(look, seats):
+                    yield piece
+                    if waiting or any(seats):
+                        self._require_present(run_number)
+                    elif run_number != self._run_number:
+                        return  # it was heard to its end: what is left of the looks is empty
+
+    def _require_present(self, run_number: int) -> None:
+        if run_number != self._run_number:
+            raise InvalidOptionError(
+                "another run has begun in the slots of this one: hear each to its end, or make a decoder for each"
+            )
 
     def _hear(self, look: Look, seats: list[_Seat | None]) -> Iterator[tuple[int, list[int]]]:
         """Gives out what a look found, and frees the seats of sequences that have ended."""
