@@ -10,9 +10,10 @@ from mambify.decode.detokenizer import Detokenizer
 from mambify.decode.kept import OneRun, kept_decoder
 from mambify.decode.rows import require_count, require_positions
 from mambify.decode.stop import Cutter, stop_strings
-from mambify.decode.text import Message, encode_prompt, stop_ids
+from mambify.decode.text import Message, encode_prompt
 from mambify.engine import DraftCount, Sampling
 from mambify.errors import InvalidOptionError
+from mambify.language_model import stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
