@@ -46,6 +46,8 @@ class StepDecoder:
             raise InvalidOptionError("the prompt is empty")
         seeds = self.sampling.seeds(len(prompts)) if seeds is None else seeds
         device, settings = self.model.device, self.sampling.settings()
+        if device.type == "meta":  # weights that accelerate brings, as it does what they are applied to
+            device = torch.device("cpu")
         width = max(map(len, prompts))
         tokens_BT = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
         length_B = torch.tensor([len(ids) for ids in prompts], device=device)

@@ -20,6 +20,7 @@ from torch import Tensor
 from mambify.engine.fused import FusedStep, can_fuse, can_overlap, steps_at_once
 from mambify.engine.fused_parts import Product
 from mambify.engine.memory import packs
+from mambify.engine.placement import require_one_place
 from mambify.engine.prefill import read_prompts, read_prompts_ahead
 from mambify.errors import InvalidOptionError, did_you_mean
 from mambify.mixers import MixerContext, RecurrentMixer, RecurrentState, ReplayState
@@ -50,6 +51,7 @@ class Tower:
 
     Raises:
         InvalidOptionError: a backend that there is not, or not for this model.
+        UnsupportedError: weights that are not all on one device.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Tower:
         backend: str = "auto",
         overlap: bool | None = None,
     ) -> None:
+        require_one_place(model)
         available = ("modules", "fused") if can_fuse(model) else ("modules",)
         if backend not in ("auto", *available):
             raise InvalidOptionError(f"no backend '{backend}' for this model: {did_you_mean(backend, available)}")
