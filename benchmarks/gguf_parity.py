@@ -24,10 +24,10 @@ import torch
 
 import mambify
 from mambify.bench.llama_cpp import LlamaCpp
-from mambify.decode.generate import end_token_ids
 from mambify.export.gguf import export_gguf
 from mambify.families.load import LoadedModel, require_tokenizer
 from mambify.io import write_json
+from mambify.language_model import end_token_ids
 from mambify.machine import environment
 
 BLOCK = 512

@@ -94,9 +94,9 @@ class Counted(TorchDispatchMode):
 @contextmanager
 def bordered(decoder: Speculator, borders: Borders) -> Iterator[None]:
     """Meanwhile a round of ``decoder`` says which part is under way."""
-    places: list[tuple[object, str, str]] = [(decoder._target, "stream", TARGET), (decoder._target, "logits", TARGET)]
-    if decoder._draft is not None:
-        places += [(decoder, "_put_forward", DRAFT), (decoder._draft, "settle", DRAFT)]
+    places: list[tuple[object, str, str]] = [(decoder.target, "stream", TARGET), (decoder.target, "logits", TARGET)]
+    if decoder.draft is not None:
+        places += [(decoder, "put_forward", DRAFT), (decoder.draft, "settle", DRAFT)]
     for owner, name, part in places:
         setattr(owner, name, borders(part, getattr(owner, name)))
     try:
@@ -109,7 +109,7 @@ def bordered(decoder: Speculator, borders: Borders) -> Iterator[None]:
 def kernels_of(decoder: Speculator, K: int, context: int) -> list[tuple[str, str, float]]:
     """Every kernel of a round (on a CPU every operation): its part, its name and its µs on the device."""
     device, borders = decoder.device, Borders(decoder.device)
-    step = partial(decoder._step, K)
+    step = partial(decoder.step, K)
     with bordered(decoder, borders):
         decoder.pretend(context)
         if device.type == "cpu":

@@ -1,9 +1,9 @@
 """Imports only go down: no module of mambify imports one above it, no circle, no import hidden in a function.
 
-    errors ← {fingerprint, io, machine, norm, tokenization, trimmed_head} ← {config, feature_input, provenance}
-           ← layer_map ← card ← hub ← ops ← cache ← mixers ← model ← engine ← families ← conversion
-           ← {data, distill, decode, evaluate, export, integrations, selection} ← {serve, workflows} ← experiments
-           ← bench ← cli
+    errors ← {fingerprint, io, language_model, machine, norm, tokenization, trimmed_head}
+           ← {config, feature_input, provenance} ← layer_map ← card ← hub ← ops ← cache ← mixers ← model ← engine
+           ← families ← conversion ← {data, distill, decode, evaluate, export, integrations, selection}
+           ← {serve, workflows} ← experiments ← bench ← cli
 
 Parts in braces do not import each other: stages share directories of checkpoints. Commands import inside
 functions, so that ``mambify --help`` is quick, and the package's ``__init__`` resolves its public names
@@ -23,7 +23,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src"
 # From the bottom up; a line is a level, and the parts on one line do not import each other.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("fingerprint", "io", "machine", "norm", "tokenization", "trimmed_head"),
+    ("fingerprint", "io", "language_model", "machine", "norm", "tokenization", "trimmed_head"),
     ("config", "feature_input", "provenance"),
     ("layer_map",),
     ("card",),

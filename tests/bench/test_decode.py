@@ -86,7 +86,7 @@ def test_a_pretended_text_is_as_long_as_it_says() -> None:
     with torch.inference_mode():
         for _ in range(3):
             step()
-    assert speculator._target.length_S.tolist() == [43, 43]
+    assert speculator.target.length_S.tolist() == [43, 43]
     first = next(iter(speculator.run([[3, 4, 5]], max_new_tokens=4)))
     again = Speculator(model, None, num_slots=2, max_length=64, sampling=Sampling(temperature=0.0))
     assert first == next(iter(again.run([[3, 4, 5]], max_new_tokens=4)))

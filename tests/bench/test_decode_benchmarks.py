@@ -202,7 +202,7 @@ def test_a_draft_that_reads_hidden_states(saved: str, questions: Path, tmp_path:
     with torch.inference_mode():
         for _ in range(3):
             step()
-    assert decoder._draft.tower.length_S.tolist() == (decoder._target.length_S + 1).tolist()
+    assert decoder.draft.tower.length_S.tolist() == (decoder.target.length_S + 1).tolist()
 
 
 def test_from_the_command_line(saved: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

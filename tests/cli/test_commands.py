@@ -394,6 +394,14 @@ class TestChat:
         assert result.status == 0
         assert first != second
 
+    def test_only_attention_has_a_limit(self, run: Run, teacher: Path, tmp_path: Path) -> None:
+        command = ["--attention", 0, "--init", "paper", "--out", tmp_path / "mamba"]
+        assert run("convert", teacher, *command).status == 0
+        limit = json.loads((teacher / "config.json").read_text("utf-8"))["max_position_embeddings"]
+        said = run("chat", teacher, "--max-new-tokens", limit, stdin="hi\n")
+        assert (said.status, f"reads {limit} tokens in all" in " ".join(said.err.split())) == (2, True)
+        assert run("chat", tmp_path / "mamba", "--max-new-tokens", limit, "--temperature", 0, stdin="hi\n").status == 0
+
     def test_a_model_without_a_template_is_refused(self, run: Run, other_teacher: Path) -> None:
         result = run("chat", other_teacher)
         assert (result.status, "no chat template" in result.err) == (2, True)

@@ -20,6 +20,7 @@ from mambify.errors import (
     UnsupportedError,
     UsageError,
 )
+from mambify.model import HybridForCausalLM
 
 MakeModel = Callable[..., LlamaForCausalLM]
 MakeTokenizer = Callable[..., PreTrainedTokenizerFast]
@@ -253,6 +254,16 @@ def test_settings_out_of_range_are_refused_before_anything_is_written(
     with pytest.raises(InvalidOptionError):
         synthesize(model, tokenizer, tmp_path / "data", **SMALL | wrong)
     assert not list(tmp_path.iterdir())
+
+
+def test_only_attention_has_a_limit(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, tiny_hybrid: Callable[..., HybridForCausalLM]
+) -> None:
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 30}
+    settings = SMALL | {"num_tokens": 100}
+    with pytest.raises(InvalidOptionError, match="30 positions"):
+        synthesize(tiny_hybrid(["mamba2", "attention"], **sizes), tokenizer, tmp_path / "data", **settings)
+    assert synthesize(tiny_hybrid(["mamba2", "mamba1"], **sizes), tokenizer, tmp_path / "data", **settings).complete
 
 
 def test_auto_follows_the_template(

@@ -10,10 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import mambify
 from mambify.decode import generate
-from mambify.decode.generate import end_token_ids
 from mambify.decode.steps import StepDecoder
 from mambify.engine import Sampling, Speculator
 from mambify.errors import InvalidOptionError, UnsupportedError
+from mambify.language_model import end_token_ids
 from mambify.model import HybridForCausalLM
 
 Padded = tuple[Tensor, Tensor]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -23,6 +25,35 @@ def test_buffers_grow_as_prompts_do(hybrid: HybridForCausalLM, draft: Any) -> No
     assert told == [32, 100]
     with pytest.raises(InvalidOptionError, match="95 tokens and 6 new ones do not fit 100 tokens"):
         talk.answer([5] * 95, max_new_tokens=6)
+
+
+@pytest.mark.parametrize("transformers_own", [False, True])
+@pytest.mark.parametrize("length", [5, 90])  # in the same buffers, and in new ones
+def test_an_answer_is_dropped_when_the_next_is_asked_for(
+    hybrid: HybridForCausalLM, transformers_own: bool, length: int
+) -> None:
+    model = llama(300) if transformers_own else hybrid
+    talk = Session(model, byte_tokenizer(), Sampling(0.0), max_length=120, first=32)
+    over, first = talk.answer([5, 6], max_new_tokens=9), [7] * length
+    heard = "".join(over)
+    left = talk.answer([5, 6], max_new_tokens=20)
+    next(left)
+    answer = talk.answer(first, max_new_tokens=20)
+    for _ in range(2):
+        with pytest.raises(InvalidOptionError, match="this answer was dropped"):
+            next(left)
+    assert "".join(answer) == "".join(mambify.stream(model, byte_tokenizer(), first, max_new_tokens=20))
+    assert heard and list(over) == []
+
+
+def test_a_dropped_answer_lets_go_of_its_buffers(hybrid: HybridForCausalLM) -> None:
+    talk = Session(hybrid, byte_tokenizer(), Sampling(0.0), max_length=120, first=32)
+    buffers = weakref.ref(talk._decoder)
+    left = talk.answer([5, 6], max_new_tokens=20)
+    next(left)
+    talk.answer([7] * 90, max_new_tokens=20)
+    gc.collect()
+    assert buffers() is None
 
 
 def test_each_answer_has_its_seed(hybrid: HybridForCausalLM) -> None:

@@ -210,3 +210,26 @@ def test_acceptance_counts_only_rounds_that_drafted_so_far() -> None:
     assert statistics.acceptance_by_position == [14 / 20, 5 / 8]
     assert statistics.drafted == {1: 10, 2: 10}
     assert (statistics.passes, statistics.rounds, statistics.seconds) == ({1: 5, 2: 5}, 10, 3.0)
+
+
+@pytest.mark.parametrize("kind", [cut, feature_draft])
+@pytest.mark.parametrize("K", [1, 3])
+@torch.inference_mode()
+def test_what_is_drafted_can_be_taken_back(teacher: HybridForCausalLM, kind: Any, K: int) -> None:
+    """As benchmarks do, which draft by itself, again and again."""
+    target = converted(teacher)
+    speculator = Speculator(target, kind(target, 2), num_slots=2, max_length=64, sampling=GREEDY, num_draft_tokens=K)
+    run = speculator.run(PROMPTS[:2], max_new_tokens=30)
+    next(run), next(run)
+    assert speculator.draft is not None and speculator.active_S.all()
+    length_S = speculator.draft.tower.length_S.clone()
+    found = []
+    for _ in range(3):
+        speculator.put_forward(K)
+        found.append(speculator._read_ST.tolist())
+        speculator.draft.take_back(K)
+    assert found[0] == found[1] == found[2]
+    assert speculator.draft.tower.length_S.tolist() == length_S.tolist()
+    wanted = [greedy(target, prompt, 30) for prompt in PROMPTS[:2]]
+    rest = [token for number, piece in run for token in piece if number == 0]
+    assert rest == wanted[0][-len(rest) :]

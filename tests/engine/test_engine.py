@@ -190,6 +190,30 @@ def test_a_turn_that_does_not_fit_is_refused(tiny_hybrid: Hybrid) -> None:
         engine.run([Talk([1]), Talk([2, *range(3, 12)])])
 
 
+def test_nobody_to_speak(tiny_hybrid: Hybrid) -> None:
+    engine = engine_for(tiny_hybrid(LAYERS["hybrid"]), slots=1, stops=set())
+    engine.run([])
+    talk = Talk([1, 2, 3], limit=5)
+    engine.run([talk])
+    assert len(talk.ids) == 8
+
+
+def test_a_run_within_a_run_is_refused(tiny_hybrid: Hybrid) -> None:
+    """It would put its sequences into slots that are taken."""
+    model = tiny_hybrid(LAYERS["hybrid"])
+    engine = engine_for(model, slots=1, stops=set())
+
+    class Asks(Talk):
+        def hear(self, ids: list[int]) -> Turn | None:
+            with pytest.raises(InvalidOptionError, match="a run is under way"):
+                engine.run([Talk([1, 2, 3])])
+            return super().hear(ids)
+
+    asks = Asks([1, 7, 8], later=[[9]])
+    engine.run([asks])
+    assert asks.ids == alone(model, Talk([1, 7, 8], later=[[9]]), set())
+
+
 def test_the_real_teacher_says_the_same(smollm2: LoadedModel) -> None:
     tokenizer = smollm2.tokenizer
     assert tokenizer is not None

@@ -53,20 +53,20 @@ class Watched(Speculator):
         self.rounds, self.farthest, self._models = 0, 0.0, (target, draft)
         super().__init__(target, draft, **settings)
 
-    def _put_forward(self, K: int) -> tuple[Tensor | None, Tensor | None]:
-        assert self._draft is not None
-        logits_after, logits = self._draft.logits_after, list[Tensor]()
+    def put_forward(self, K: int) -> tuple[Tensor | None, Tensor | None]:
+        assert self.draft is not None
+        logits_after, logits = self.draft.logits_after, list[Tensor]()
 
         def watched(*arguments: Any) -> Tensor:
             logits.append(logits_after(*arguments)[:, 0])
             return logits[-1][:, None]
 
-        self._draft.logits_after = watched  # type: ignore[method-assign]
-        result = super()._put_forward(K)
-        self._draft.logits_after = logits_after  # type: ignore[method-assign]
+        self.draft.logits_after = watched  # type: ignore[method-assign]
+        result = super().put_forward(K)
+        self.draft.logits_after = logits_after  # type: ignore[method-assign]
         logits_SKW, drafted_SK = torch.stack(logits, 1), self._read_ST[:, 1 : K + 1]
-        for slot in self._active_S.nonzero()[:, 0].tolist():
-            text = self._history_SL[slot, : self._target.length_S[slot] + 1].tolist()
+        for slot in self.active_S.nonzero()[:, 0].tolist():
+            text = self._history_SL[slot, : self.target.length_S[slot] + 1].tolist()
             wanted_KW = wanted_logits(*self._models, text, drafted_SK[slot].tolist())
             self.farthest = max(
                 self.farthest, float((logits_SKW[slot] - wanted_KW).abs().max() / wanted_KW.abs().max())

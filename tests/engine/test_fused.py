@@ -154,7 +154,7 @@ def test_an_inactive_slot_stays_as_it_is(tiny_hybrid: Callable[..., HybridForCau
         one = tower(tiny_hybrid(MIXES["halves"]), "fused", most_new=1, final=final)
         found([one, one], [(1, [1, 1, 1])] * 2)
         one.place.active_S[1] = False
-        states = [state for state in one._states if isinstance(state, ReplayState)]
+        states = [state for state in one.states if isinstance(state, ReplayState)]
         before = [(state.ssm[1].clone(), state.conv[1].clone()) for state in states]
         found_before = one.length_S.clone()
         with torch.inference_mode():

@@ -29,7 +29,7 @@ def test_a_slot_is_counted_as_it_is(tiny_hybrid: Hybrid, most_new: int) -> None:
     active_S = torch.zeros(3, dtype=torch.bool)
     tower = Tower(model, num_slots=3, length=50, most_new=most_new, active_S=active_S)
     taken = 0
-    for state in tower._states:
+    for state in tower.states:
         if isinstance(state, SlotKV):
             taken += state.keys_SGLP.nbytes + state.values_SGLP.nbytes
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections.abc import Callable
 
 import pytest
@@ -78,8 +79,9 @@ def test_what_may_be_asked_for() -> None:
     for wrong in (0, 17, (0, 4), (5, 2), (3, 17)):
         with pytest.raises(InvalidOptionError, match="1 to 16"):
             draft_counts(wrong)
-    with pytest.raises(InvalidOptionError, match="a range or auto, not 'many'"):
-        draft_counts("many")
+    for wrong in ("many", 4.0, (2, 6.0), (2, 4, 6), None):
+        with pytest.raises(InvalidOptionError, match=re.escape(f"a number, a range or auto, not {wrong!r}")):
+            draft_counts(wrong)
 
 
 def test_rounds_are_timed_at_work(
@@ -90,14 +92,14 @@ def test_rounds_are_timed_at_work(
     steps: list[int] = []
 
     def looked_at(self: Speculator, K: int) -> None:
-        at_work.append(bool(self._active_S.all()))
+        at_work.append(bool(self.active_S.all()))
         steps.append(K)
         taken(self, K)
 
-    taken = Speculator._step
-    monkeypatch.setattr(Speculator, "_step", looked_at)
+    taken = Speculator.step
+    monkeypatch.setattr(Speculator, "step", looked_at)
     model = tiny_hybrid(["mamba2", "attention"])
     sampling = Sampling(temperature=0.0)
     speculator = Speculator(model, model, num_slots=2, max_length=20, sampling=sampling, num_draft_tokens=(2, 3))
     assert all(at_work) and steps[0] == 2 and steps.count(2) == steps.count(3) + 1
-    assert not speculator._active_S.any() and set(speculator._seconds) == {2, 3}
+    assert not speculator.active_S.any() and set(speculator.round_seconds) == {2, 3}

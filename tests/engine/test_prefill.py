@@ -34,11 +34,11 @@ def contents(
 ) -> list[list[Tensor]]:
     """What each slot holds after reading: keys and values of the prompt's places, states, windows."""
     tower.begin(slots, [[] for _ in slots])
-    read_prompts(tower.model, tower._states, slots, prompts, **settings)
+    read_prompts(tower.model, tower.states, slots, prompts, **settings)
     found: list[list[Tensor]] = []
     for slot, prompt in zip(slots, prompts, strict=True):
         held: list[Tensor] = []
-        for state in tower._states:
+        for state in tower.states:
             if isinstance(state, SlotKV):
                 held += [part[slot, :, : len(prompt)] for part in (state.keys_SGLP, state.values_SGLP)]
             else:

@@ -116,6 +116,32 @@ def test_a_run_that_was_left_does_not_disturb_the_next(teacher: HybridForCausalL
     assert answers(speculator, PROMPTS[:1], max_new_tokens=20) == [greedy(target, PROMPTS[0], 20)]
 
 
+def test_a_run_is_over_when_the_next_is_asked_for(teacher: HybridForCausalLM) -> None:
+    """Both would read and write the same slots."""
+    target = converted(teacher, "mamba2", 0.5)
+    speculator = Speculator(target, "lookup", num_slots=1, max_length=64, sampling=GREEDY)
+    first = speculator.run(PROMPTS[:1], max_new_tokens=30)
+    next(first)
+    second = speculator.run(PROMPTS[1:2], max_new_tokens=30)
+    with pytest.raises(InvalidOptionError, match="another run has begun"):
+        next(first)
+    assert [token for _, piece in second for token in piece] == greedy(target, PROMPTS[1], 30)
+    unheard = speculator.run(PROMPTS[:1], max_new_tokens=30)
+    speculator.pretend(20)
+    with pytest.raises(InvalidOptionError, match="another run has begun"):
+        next(unheard)
+
+
+def test_a_run_whose_tokens_have_all_come_ends_as_ever(teacher: HybridForCausalLM) -> None:
+    speculator = Speculator(teacher, None, num_slots=1, max_length=64, sampling=GREEDY)
+    first = speculator.run(PROMPTS[:1], max_new_tokens=1)
+    next(first)
+    found = answers(speculator, PROMPTS[1:2], max_new_tokens=5)
+    counted = speculator.statistics.tokens
+    assert list(first) == []
+    assert found == [greedy(teacher, PROMPTS[1], 5)] and speculator.statistics.tokens == counted == 5
+
+
 def test_statistics_are_known_when_nobody_listens_to_the_end(teacher: HybridForCausalLM) -> None:
     """As where an answer ends with a stop token: its reader stops there."""
     target = converted(teacher, "mamba2", 0.5)

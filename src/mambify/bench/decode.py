@@ -220,7 +220,7 @@ def step_seconds(model: HybridForCausalLM, case: Case, device: str, length: int 
         backend=case.way.split()[-1],
         overlap=case.way.startswith("overlap"),
     )
-    tower = speculator._target
+    tower = speculator.target
     step = speculator.pretend(case.context)
 
     def rounds() -> None:

@@ -40,7 +40,7 @@ class InjectedSpeculator(Speculator):
         _, next_S = super()._accept(logits_STV, draft_SKW, num_drafted_S)
         K = logits_STV.shape[1] - 1
         # The numbers of the tests: they decide nothing else.
-        number_SN = uniforms(self._seed_S, self._target.length_S, 2 * K, apart=NUMBERS)
+        number_SN = uniforms(self._seed_S, self.target.length_S, 2 * K, apart=NUMBERS)
         stands_SK = number_SN[:, K:] < self._rates_K[:K]
         kept_S = stands_SK.long().cumprod(1).sum(1)
         return kept_S if num_drafted_S is None else torch.minimum(kept_S, num_drafted_S), next_S

@@ -64,13 +64,13 @@ _K, _ANSWER = 4, 6  # drafted tokens; tokens of an answer of the law of distribu
 class Damaged(Speculator):
     """A :class:`Speculator` one of whose pending ring entries is changed before every round."""
 
-    def _step(self, K: int) -> None:
-        place = self._target.place
+    def step(self, K: int) -> None:
+        place = self.target.place
         row_S = torch.arange(len(place.head_S), device=place.head_S.device)
-        for state in self._target._states:
+        for state in self.target.states:
             if isinstance(state, ReplayState):
                 state.ring.x[row_S, (place.head_S - 1) % place.capacity] *= -3.0
-        super()._step(K)
+        super().step(K)
 
 
 class Trial(NamedTuple):

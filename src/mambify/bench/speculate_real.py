@@ -20,11 +20,11 @@ from mambify.bench.questions import CHAT, CODE_AND_MATH, read_questions
 from mambify.bench.sheet import Row
 from mambify.conversion.plan import state_bytes
 from mambify.decode.drafts import cut_if_named, is_made_of_target, require_drafts
-from mambify.decode.text import stop_ids
 from mambify.engine import Sampling, Speculator
 from mambify.engine.speculate import Draft
 from mambify.engine.statistics import Statistics
 from mambify.families.load import load, require_tokenizer
+from mambify.language_model import stop_ids
 from mambify.model import HybridForCausalLM
 
 _SWEPT = (CHAT, CODE_AND_MATH)

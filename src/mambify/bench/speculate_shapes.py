@@ -20,7 +20,6 @@ from mambify.bench.injected import InjectedSpeculator, rates_for
 from mambify.bench.pace import pace_of
 from mambify.bench.sheet import Row
 from mambify.engine import Sampling, Speculator
-from mambify.engine.drafting import ModelDraft
 from mambify.engine.pace import AUTO
 from mambify.engine.recording import recorded
 from mambify.model import HybridForCausalLM
@@ -210,18 +209,17 @@ class Bench:
 @torch.inference_mode()
 def _parts_of_a_round(decoder: Speculator, K: int, device: str) -> tuple[float, float]:
     """Seconds of drafting, and of the target's pass, each by itself, all slots taking part; sequences have ended."""
-    assert decoder._draft is not None
-    draft, target, T = decoder._draft.tower, decoder._target, K + 1
-    decoder._active_S.fill_(True)
-    kept = K if K > 1 and type(decoder._draft) is ModelDraft else 0  # of what is read to draft
-    token_ST = decoder._token_S[:, None].expand(-1, T).contiguous()
+    assert decoder.draft is not None
+    draft, target = decoder.draft, decoder.target
+    decoder.active_S.fill_(True)
+    token_ST = torch.zeros(target.num_slots, K + 1, dtype=torch.long, device=device)
 
     @torch.inference_mode()
     def put_forward() -> None:
-        decoder._put_forward(K)
-        draft.keep(-kept, 1, fold=K == 1)
+        decoder.put_forward(K)
+        draft.take_back(K)
 
     drafting = seconds_of(recorded(put_forward, device), device)
     reading = seconds_of(recorded(torch.inference_mode()(lambda: target.read(token_ST)), device), device)
-    decoder._active_S.zero_()
+    decoder.active_S.zero_()
     return drafting, reading

@@ -42,6 +42,7 @@ def chat(
     from mambify.decode import Conversation, Sampling, Session, stop_strings
     from mambify.decode.rows import require_count
     from mambify.families.load import load, require_tokenizer
+    from mambify.language_model import position_limit
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     require_count(max_new_tokens)
@@ -53,24 +54,24 @@ def chat(
     tokenizer = require_tokenizer(loaded)
     if not tokenizer.chat_template:
         raise UnsupportedError(f"{model} has no chat template: use `mambify generate`, which continues plain text")
-    limit = loaded.model.config.max_position_embeddings - max_new_tokens
-    if limit < 1:
-        reads = limit + max_new_tokens
+    limit = position_limit(loaded.model.config)
+    if limit is not None and limit <= max_new_tokens:
         raise InvalidOptionError(
-            f"--max-new-tokens {max_new_tokens} leaves no room: {model} reads {reads} tokens in all"
+            f"--max-new-tokens {max_new_tokens} leaves no room: {model} reads {limit} tokens in all"
         )
     console = stderr()
     session = Session(
         loaded.model,
         tokenizer,
         sampling,
-        max_length=limit + max_new_tokens,
+        max_length=limit,
         draft=options.load_draft(draft, target=loaded, device=place),
         num_draft_tokens=counts,
         stop=strings,
         on_growth=lambda holds: console.print(f"(buffers now hold {holds:,} tokens)", style="dim"),
     )
-    conversation = Conversation(tokenizer, system=system, max_prompt_tokens=limit)
+    room = None if limit is None else limit - max_new_tokens
+    conversation = Conversation(tokenizer, system=system, max_prompt_tokens=room)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     if interactive:
         console.print(_HELP, style="dim")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from mambify.data.questions import Question, Questions
 from mambify.data.sample import sample_continuations
 from mambify.engine import DecodeEngine, Sampling, Turn
 from mambify.errors import InvalidOptionError, UnsupportedError, did_you_mean
+from mambify.language_model import evaluating, position_limit, stop_ids
 from mambify.model import HybridForCausalLM
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Sampler:
             set() if self.format is None else {self.format.user_end, self.format.answer_end}
         )
         self.longest = self._longest()
-        limit = getattr(model.config, "max_position_embeddings", None)
+        limit = position_limit(model.config)
         if limit is not None and self.longest > limit:
             raise InvalidOptionError(
                 f"documents of up to {self.longest} tokens do not fit the teacher's {limit} positions: "
@@ -109,7 +109,7 @@ class Sampler:
         assert isinstance(self.model, HybridForCausalLM)
         form, s = self.format, self.settings
         given = [] if form is None else [form.before_user, form.before_answer, form.before_next_user]
-        with _evaluating(self.model):
+        with evaluating(self.model):
             return DecodeEngine(
                 self.model,
                 num_slots=s.batch_size,
@@ -161,7 +161,7 @@ class Sampler:
         return self._write([_Answer(self, prompt) for prompt in prompts])
 
     def _write(self, writers: Sequence[_Writer]) -> list[Document]:
-        with _evaluating(self.model):
+        with evaluating(self.model):
             if self.in_slots:
                 seeds = torch.randint(2**62, (len(writers),)).tolist()
                 for writer, seed in zip(writers, seeds, strict=True):
@@ -370,18 +370,6 @@ def _plain(form: ChatFormat) -> dict[str, Any]:
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Every token that ends a document: the tokenizer's, the model's (Llama 3 has several), plain text's."""
-    stops = {tokenizer.eos_token_id, document_end(tokenizer)}
-    named = getattr(model.generation_config, "eos_token_id", None)
-    stops |= set(named) if isinstance(named, list) else {named}
-    return {stop for stop in stops if stop is not None}
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
+    """Every token that ends a document: those of answers, and plain text's."""
+    end = document_end(tokenizer)
+    return stop_ids(model, tokenizer) | (set() if end is None else {end})

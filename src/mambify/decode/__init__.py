@@ -10,8 +10,9 @@ from mambify.decode.session import Session
 from mambify.decode.speed import Speed
 from mambify.decode.stop import Cutter, stop_strings
 from mambify.decode.stream import TextStream, stream, stream_tokens
-from mambify.decode.text import Message, encode_prompt, stop_ids
+from mambify.decode.text import Message, encode_prompt
 from mambify.engine import Sampling
+from mambify.language_model import stop_ids
 
 __all__ = [
     "Conversation",

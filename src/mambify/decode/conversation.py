@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from mambify.decode.text import Message, encode_prompt
@@ -12,13 +13,13 @@ if TYPE_CHECKING:
 
 
 class Conversation:
-    """What was said so far; the oldest exchanges are forgotten when it grows past ``max_prompt_tokens``."""
+    """What was said so far; the oldest exchanges are forgotten when it grows past ``max_prompt_tokens``, if given."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, max_prompt_tokens: int
+        self, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, max_prompt_tokens: int | None = None
     ) -> None:
         self._tokenizer = tokenizer
-        self._limit = max_prompt_tokens
+        self._limit = sys.maxsize if max_prompt_tokens is None else max_prompt_tokens
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._turns: list[Message] = []
 

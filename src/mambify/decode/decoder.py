@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from mambify.decode.adapters import unwrapped
 from mambify.decode.drafts import cut_if_named, is_made_of_target
 from mambify.decode.steps import StepDecoder
 from mambify.engine import DraftCount, Sampling, Speculator
+from mambify.engine.placement import is_spread, require_one_place
 from mambify.errors import UnsupportedError
+from mambify.mixers import RecurrentMixer
 from mambify.model import HybridForCausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from mambify.decode.drafts import Draft
+
+log = logging.getLogger(__name__)
 
 
 class Decoder(Protocol):
@@ -41,13 +47,19 @@ def decoder_for(
     num_draft_tokens: DraftCount = 4,
     num_slots: int = 1,
 ) -> Decoder:
-    """The engine for models of this package, with a draft or without; plain steps for any other of transformers'.
+    """The engine for models of this package, with a draft or without; plain steps for any other of transformers', and
+    for models whose weights are not all on one device.
 
     Raises:
         InvalidOptionError: a number of draft tokens out of range, a draft of another vocabulary, too little memory.
-        UnsupportedError: a draft, and it or the model is not one of this package's.
+        UnsupportedError: a draft, and it or the model is not one of this package's, or not on one device.
     """
+    model = unwrapped(model)
     if draft is None and not isinstance(model, HybridForCausalLM):
+        return StepDecoder(model, sampling, stop_ids=stop_ids)
+    if draft is None and is_spread(model):
+        _require_recurrent_layers_at_hand(model)
+        log.warning("the model's weights are spread by a device_map: it decodes step by step, not in the engine")
         return StepDecoder(model, sampling, stop_ids=stop_ids)
     return speculator(
         model,
@@ -80,8 +92,9 @@ def speculator(
 
     Raises:
         InvalidOptionError: a number of draft tokens out of range, a draft of another vocabulary, too little memory.
-        UnsupportedError: target or draft is not one of this package's models.
+        UnsupportedError: target or draft is not one of this package's models, or not on one device.
     """
+    target, draft = unwrapped(target), unwrapped(draft)
     for role, model in (("target", target), ("draft", draft)):
         if isinstance(model, HybridForCausalLM) or (role == "draft" and (model is None or is_made_of_target(model))):
             continue
@@ -89,6 +102,7 @@ def speculator(
             f"speculation needs a {role} of this package, not a {type(model).__name__}: load it with mambify.load"
         )
     assert isinstance(target, HybridForCausalLM)
+    require_one_place(target)
     return Speculator(
         target,
         cut_if_named(draft, target),  # type: ignore[arg-type]
@@ -98,3 +112,13 @@ def speculator(
         num_draft_tokens=num_draft_tokens,
         stop_ids=stop_ids,
     )
+
+
+def _require_recurrent_layers_at_hand(model: HybridForCausalLM) -> None:
+    """They read weights of their modules without calling these, and only a call makes accelerate bring them."""
+    mixers = (module for module in model.modules() if isinstance(module, RecurrentMixer))
+    if any(parameter.is_meta for mixer in mixers for parameter in mixer.parameters()):
+        raise UnsupportedError(
+            "recurrent layers cannot be offloaded, only attention: keep them on a device in the device_map, or load "
+            "the model with mambify.load"
+        )

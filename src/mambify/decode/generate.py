@@ -17,6 +17,7 @@ from mambify.decode.rows import require_count, require_positions, rows_of
 from mambify.decode.stop import Cutter, stop_strings
 from mambify.engine import DraftCount, Sampling
 from mambify.errors import InvalidOptionError
+from mambify.language_model import end_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -81,7 +82,9 @@ def generate(
     strings = stop_strings(stop)
     if strings and tokenizer is None:
         raise InvalidOptionError("stop strings are looked for in text: give the tokenizer as well")
-    stops = end_token_ids(model) if eos_token_id is None else _as_list(eos_token_id)
+    if eos_token_id is None:
+        eos_token_id = end_token_ids(model)
+    stops = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     answers = continue_rows(
         model,
         rows,
@@ -162,19 +165,7 @@ def filled_up(input_ids_BT: Tensor, answers: Sequence[Sequence[int]], padding_id
     return torch.cat([input_ids_BT, torch.tensor(padded, device=input_ids_BT.device)], dim=1)
 
 
-def end_token_ids(model: PreTrainedModel) -> list[int]:
-    """The tokens that end a text, by the model's own word (Llama 3 has several)."""
-    named = getattr(model.generation_config, "eos_token_id", None)
-    return _as_list(model.config.eos_token_id if named is None else named)
-
-
 def padding_id(model: PreTrainedModel, stops: Sequence[int]) -> int:
     """What fills up rows that ended: the padding token, the end token where there is none."""
     candidates = [getattr(model.generation_config, "pad_token_id", None), model.config.pad_token_id, *stops, 0]
     return next(int(candidate) for candidate in candidates if candidate is not None)
-
-
-def _as_list(value: int | Sequence[int] | None) -> list[int]:
-    if value is None:
-        return []
-    return [value] if isinstance(value, int) else list(value)

@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from mambify.decode.adapters import unwrapped
 from mambify.decode.decoder import Decoder, decoder_for
 from mambify.decode.drafts import cut_if_named
 from mambify.engine import DraftCount, Sampling, Speculator
@@ -68,7 +69,7 @@ def release(model: PreTrainedModel) -> None:
 
     They are freed with the model anyway; this is for whoever needs their memory before. The next call makes new ones.
     """
-    _kept.pop(cast("HybridForCausalLM", model), None)
+    _kept.pop(cast("HybridForCausalLM", unwrapped(model)), None)
 
 
 def kept_decoder(
@@ -86,6 +87,7 @@ def kept_decoder(
     One is left behind where graphs are recorded, on a GPU, and its buffers take at most a tenth of the free memory.
     They then hold a power of two of tokens, so that the next prompt, a little longer, fits as well.
     """
+    model, draft = unwrapped(model), unwrapped(draft)
     if not _may_keep(model, draft):
         release(model)
         return decoder_for(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from mambify.errors import InvalidOptionError
+from mambify.language_model import position_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,17 +53,13 @@ def require_count(max_new_tokens: int) -> None:
 
 
 def require_positions(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Attention has learned positions up to a limit, and what comes beyond it is noise: refused, not produced.
-
-    A model without attention has no such limit.
+    """Refuses what would pass the model's positions; see :func:`mambify.language_model.position_limit`.
 
     Raises:
         InvalidOptionError: the prompt and what follows it may pass the model's positions.
     """
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is None or getattr(model.config, "attention_layers", True) in ((), []):
-        return
-    if prompt_tokens + max_new_tokens > limit:
+    limit = position_limit(model.config)
+    if limit is not None and prompt_tokens + max_new_tokens > limit:
         raise InvalidOptionError(
             f"a prompt of {prompt_tokens} tokens and {max_new_tokens} new ones pass the {limit} positions that the "
             f"model's attention knows: at most {max(limit - prompt_tokens, 0)} new tokens fit (whoever wants more all "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -9,9 +10,9 @@ from mambify.decode.decoder import Decoder, decoder_for
 from mambify.decode.speed import Speed
 from mambify.decode.stop import stop_strings
 from mambify.decode.stream import TextStream, stream_tokens
-from mambify.decode.text import stop_ids
 from mambify.engine import DraftCount, Sampling, Speculator
 from mambify.errors import InvalidOptionError
+from mambify.language_model import stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +29,8 @@ class Session:
     context are not reserved for a short talk.
 
     Args:
-        max_length: the most tokens of a prompt and its answer; buffers never grow beyond it.
+        max_length: the most tokens of a prompt and its answer; buffers never grow beyond it, and as memory allows where
+            it is ``None``.
         first: tokens that the first buffers hold.
         stop: strings that end an answer.
         on_growth: told how many tokens new buffers hold, once they replace smaller ones.
@@ -44,24 +46,27 @@ class Session:
         tokenizer: PreTrainedTokenizerBase,
         sampling: Sampling,
         *,
-        max_length: int,
+        max_length: int | None,
         first: int = _FIRST,
         draft: Draft = None,
         num_draft_tokens: DraftCount = 4,
         stop: str | Sequence[str] | None = None,
         on_growth: Callable[[int], None] | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.sampling, self.max_length = model, tokenizer, sampling, max_length
+        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        self.max_length = sys.maxsize if max_length is None else max_length
         self._draft, self._num_draft_tokens = draft, num_draft_tokens
         self._strings, self._stops = stop_strings(stop), stop_ids(model, tokenizer)
         self._on_growth = on_growth
         self._decoder: Decoder | None = None
-        self._holds = min(first, max_length)
+        self._holds = min(first, self.max_length)
         self._prompt_tokens = 0
+        self._answer: TextStream | None = None
         self._make()
 
     def answer(self, prompt_ids: Sequence[int], *, max_new_tokens: int, seed: int | None = None) -> TextStream:
-        """The answer to one prompt; an earlier one that was not heard to its end is dropped.
+        """The answer to one prompt; an earlier one that was not heard to its end is dropped, and going on with it is an
+        error.
 
         Raises:
             InvalidOptionError: too long for the session, an empty prompt, or buffers that do not fit the memory.
@@ -72,6 +77,8 @@ class Session:
                 f"a prompt of {len(prompt_ids)} tokens and {max_new_tokens} new ones do not fit "
                 f"{self.max_length} tokens"
             )
+        if self._answer is not None:
+            self._answer.drop()
         if needed > self._holds:
             while self._holds < needed:
                 self._holds *= 2
@@ -81,7 +88,7 @@ class Session:
                 self._on_growth(self._holds)
         assert self._decoder is not None
         self._prompt_tokens = len(prompt_ids)
-        return stream_tokens(
+        self._answer = stream_tokens(
             self._decoder,
             self.tokenizer,
             prompt_ids,
@@ -90,6 +97,7 @@ class Session:
             strings=self._strings,
             seed=seed,
         )
+        return self._answer
 
     def speed(self, *, with_bandwidth: bool = False) -> Speed | None:
         """Of the last answer; ``None`` for a model that the engine does not run."""

@@ -46,6 +46,8 @@ class StepDecoder:
             raise InvalidOptionError("the prompt is empty")
         seeds = self.sampling.seeds(len(prompts)) if seeds is None else seeds
         device, settings = self.model.device, self.sampling.settings()
+        if device.type == "meta":  # weights that accelerate brings, as it does what they are applied to
+            device = torch.device("cpu")
         width = max(map(len, prompts))
         tokens_BT = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in prompts], device=device)
         length_B = torch.tensor([len(ids) for ids in prompts], device=device)
@@ -53,7 +55,7 @@ class StepDecoder:
         padded = not bool(mask_BT.all())
         seed_B = torch.tensor(list(seeds), device=device)
         seen_BV = None
-        self._dismissed.clear()
+        dismissed = self._dismissed = set()  # of this run: another may go on beside it
         active = list(range(len(prompts)))
         cache = None  # the model makes the kind of cache it needs
         for step in range(max_new_tokens):
@@ -83,11 +85,11 @@ class StepDecoder:
             for row, token in enumerate(next_B.tolist()):
                 if row in active:
                     yield row, [token]
-                    if token in self.stop_ids or row in self._dismissed:
+                    if token in self.stop_ids or row in dismissed:
                         active.remove(row)
             if not active:
                 return
 
     def dismiss(self, number: int) -> None:
-        """Ends a row of the present run before its time: to be called between two tokens of :meth:`run`."""
+        """Ends a row of the latest run before its time: to be called between two tokens of :meth:`run`."""
         self._dismissed.add(number)

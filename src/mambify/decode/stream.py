@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
 from mambify.decode.decoder import Decoder
@@ -10,8 +10,10 @@ from mambify.decode.detokenizer import Detokenizer
 from mambify.decode.kept import OneRun, kept_decoder
 from mambify.decode.rows import require_count, require_positions
 from mambify.decode.stop import Cutter, stop_strings
-from mambify.decode.text import Message, encode_prompt, stop_ids
+from mambify.decode.text import Message, encode_prompt
 from mambify.engine import DraftCount, Sampling
+from mambify.errors import InvalidOptionError
+from mambify.language_model import stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,12 +45,23 @@ class TextStream(Iterator[str]):
         self._detokenizer, self._cutter = Detokenizer(tokenizer), Cutter(strings)
         self._on_end = on_end
         self._pieces = self._speak()
+        self._over = self._dropped = False
 
     def __next__(self) -> str:
+        if self._dropped:
+            raise InvalidOptionError("this answer was dropped when the next was asked for: hear it to its end before")
         return next(self._pieces)
 
-    def _speak(self) -> Iterator[str]:
+    def drop(self) -> None:
+        """Nothing more of it is wanted: lets go of its decoder. Asking for another piece then is an error."""
+        if not self._over:
+            self._dropped = True
+            self._pieces.close()
+            self._tokens = iter(())
+
+    def _speak(self) -> Generator[str, None, None]:
         yield from self._read()
+        self._over = True
         if self._on_end is not None:
             self._on_end()
 

@@ -1,4 +1,4 @@
-"""Between text and token ids: prompts, and the tokens that end an answer."""
+"""Prompts as token ids: of text, and of conversations."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
-from mambify.decode.generate import end_token_ids
 from mambify.errors import InvalidOptionError, UnsupportedError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 #: one turn of a conversation: its ``role`` and its ``content``
 Message = Mapping[str, str]
@@ -44,9 +43,3 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mes
     if not ids:
         raise InvalidOptionError("the prompt is empty")
     return ids
-
-
-def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end an answer: the model's own, and the tokenizer's."""
-    stops = set(end_token_ids(model))
-    return stops if tokenizer.eos_token_id is None else stops | {tokenizer.eos_token_id}

@@ -76,6 +76,10 @@ class ModelDraft:
         last = 2 if K == 1 else 1  # tokens of the read that was not kept, of K + 1 in all
         self.tower.keep(count_S + self._behind_S, last, plus=last - (K + 1) - 1, fold=K == 1)
 
+    def take_back(self, K: int) -> None:
+        """In place of :meth:`settle`, where the target reads nothing: the K drafted tokens are forgotten."""
+        self.tower.keep(-K if K > 1 else 0, 1, fold=K == 1)
+
     def pretend(self, length: int) -> None:
         """As :meth:`Tower.pretend`, of a target that holds ``length`` tokens."""
         self.tower.pretend(length)
@@ -124,6 +128,9 @@ class FeatureDraft(ModelDraft):
         own_STD = self.tower.stream(read_ST, hidden_STD)
         self.tower.keep(count_S, K + 1)
         take_last(own_STD, count_S, self._after_SD)
+
+    def take_back(self, K: int) -> None:
+        pass  # done as they were drafted
 
     def pretend(self, length: int) -> None:
         self.tower.pretend(length + 1)

@@ -114,6 +114,7 @@ class DecodeEngine:
             )
             # No slot is active yet, so the trial runs change none. Of these graphs one is replayed at a time.
             pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
+            self._running = False
             self._steps = {
                 size: recorded(partial(self._slots.step, size), model.device, pool=pool) for size in self._sizes
             }
@@ -123,8 +124,19 @@ class DecodeEngine:
         """Decodes all of them to their ends; what each one says it hears itself.
 
         Raises:
-            InvalidOptionError: a turn does not fit the slots.
+            InvalidOptionError: a turn does not fit the slots, or a run is under way: a speaker asks for another.
         """
+        if self._running:
+            raise InvalidOptionError("a run is under way in these slots: let it end, or make an engine for each")
+        if not speakers:
+            return
+        self._running = True
+        try:
+            self._decode(speakers)
+        finally:
+            self._running = False
+
+    def _decode(self, speakers: Sequence[Speaker]) -> None:
         run = _Run(self._slots, self._sizes, speakers)
         while run.busy:
             run.looks.begin()

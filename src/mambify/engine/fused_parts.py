@@ -130,7 +130,12 @@ class Unfused:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody's hook has a say in what a module does; transformers' own, which only look, have none."""
+    """Whether somebody's hook has a say in what a module does; transformers' own, which only look, have none.
+
+    accelerate's are no hooks of PyTorch's: they take the place of ``forward``.
+    """
+    if hasattr(module, "_hf_hook"):
+        return True
     hooks = chain(module._forward_hooks.values(), module._forward_pre_hooks.values())
     return any(getattr(hook, "__module__", None) != _LOOKING for hook in hooks)
 

@@ -38,9 +38,10 @@ def draft_counts(num_draft_tokens: DraftCount) -> tuple[int, ...]:
     """
     if num_draft_tokens == "auto":
         num_draft_tokens = AUTO
-    if isinstance(num_draft_tokens, str):
-        raise InvalidOptionError(f"num_draft_tokens must be a number, a range or auto, not '{num_draft_tokens}'")
-    low, high = (num_draft_tokens, num_draft_tokens) if isinstance(num_draft_tokens, int) else num_draft_tokens
+    ends = (num_draft_tokens, num_draft_tokens) if isinstance(num_draft_tokens, int) else num_draft_tokens
+    if not isinstance(ends, tuple) or len(ends) != 2 or not all(isinstance(end, int) for end in ends):
+        raise InvalidOptionError(f"num_draft_tokens must be a number, a range or auto, not {num_draft_tokens!r}")
+    low, high = ends
     if not 1 <= low <= high <= MOST_DRAFTED:
         shown = low if low == high else f"{low} to {high}"
         raise InvalidOptionError(f"num_draft_tokens must be 1 to {MOST_DRAFTED}, not {shown}")

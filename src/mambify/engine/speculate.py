@@ -55,6 +55,13 @@ class Speculator:
         stop_ids: tokens that end a sequence.
         backend, overlap: of target and draft; see :class:`mambify.engine.tower.Tower`.
 
+    Attributes:
+        target: the target's slots.
+        draft: the draft's; ``None`` where no model drafts.
+        active_S: which slots take part in a round.
+        statistics: of the latest run.
+        round_seconds: K → what a round takes at the beginning of a text; measured where there is a choice of K, else 0.
+
     Raises:
         InvalidOptionError: K out of range, a draft of another vocabulary, a target that knows part of it, or more
             sequences than free memory holds.
@@ -91,7 +98,7 @@ class Speculator:
         def zeros(*sizes: int, dtype: torch.dtype = torch.long) -> Tensor:
             return torch.zeros(num_slots, *sizes, dtype=dtype, device=device)
 
-        self._active_S = zeros(dtype=torch.bool)
+        self.active_S = zeros(dtype=torch.bool)
         self._budget_S, self._seed_S, self._heard_S = zeros(), zeros(), zeros()
         #: what a round reads: each slot's token, and those that are put forward
         self._read_ST = zeros(most + 1)
@@ -102,6 +109,7 @@ class Speculator:
         # Which tokens occurred, where that matters; kept with the drafted ones by whoever looks beyond them.
         self._seen_SV = zeros(target.config.vocab_size, dtype=torch.bool) if sampling.penalises else None
         self._dismissed: set[int] = set()
+        self._run_number = 0  # of the run that the slots belong to
         self._history_SL = zeros(max_length + 1 + MOST_DRAFTED)
         self._accepted_T = torch.zeros(most + 1, dtype=torch.long, device=device)
         self._stops_E = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
@@ -110,76 +118,82 @@ class Speculator:
         self._told = [num_slots, num_slots, most + 1, num_slots * self._look_every * (most + 1)]
         self._told_X = torch.zeros(sum(self._told), dtype=torch.long, device=device)
         with torch.inference_mode():
-            common = {"num_slots": num_slots, "length": max_length, "active_S": self._active_S}
+            common = {"num_slots": num_slots, "length": max_length, "active_S": self.active_S}
             common |= {"backend": backend, "overlap": overlap}
-            self._target = Tower(target, most_new=most + 1, final=draft is None, **common)  # type: ignore[arg-type]
-            self._draft: ModelDraft | None = None
+            self.target = Tower(target, most_new=most + 1, final=draft is None, **common)  # type: ignore[arg-type]
+            self.draft: ModelDraft | None = None
             if isinstance(draft, HybridForCausalLM):
-                self._draft = model_draft(draft, self._target, self._history_SL, most_new=most + 1, **common)
+                self.draft = model_draft(draft, self.target, self._history_SL, most_new=most + 1, **common)
             self._looks_up = draft == "lookup"
             #: the words that each of them knows, where that is not all
             self._target_ids_W = known_ids(target.lm_head)
-            self._draft_ids_W = None if self._draft is None else self._draft.ids_W
+            self._draft_ids_W = None if self.draft is None else self.draft.ids_W
             self._draft_columns_V: Tensor | None = None
             if self._draft_ids_W is not None:
                 self._draft_columns_V = columns_of(self._draft_ids_W, target.config.vocab_size)
             # No slot is active yet, so the trial runs change none. Of all these graphs one is replayed at a time.
             pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-            self._rounds = {K: recorded(partial(self._step, K), device, pool=pool) for K in counts}
+            self._rounds = {K: recorded(partial(self.step, K), device, pool=pool) for K in counts}
             self._report = recorded(self._tell, device, pool=pool)
-            self._seconds = self._timed(device) if len(counts) > 1 else dict.fromkeys(counts, 0.0)
+            self.round_seconds = self._timed(device) if len(counts) > 1 else dict.fromkeys(counts, 0.0)
 
     def _timed(self, device: torch.device) -> dict[int, float]:
         """K → what a round takes with every slot at work at the beginning of a text."""
-        models = [model for model in (self._target, self._draft) if model is not None]
+        models = [model for model in (self.target, self.draft) if model is not None]
 
         def once(step: Callable[[], object]) -> None:
             for model in models:
                 model.rewind(1)
             step()
 
-        self._active_S.fill_(True)
+        self.active_S.fill_(True)
         self._budget_S.fill_(_ENDLESS)
         once(next(iter(self._rounds.values())))  # what is made when it is first needed is no part of the time
         found = {K: seconds_of(partial(once, step), device) for K, step in self._rounds.items()}
-        self._active_S.zero_()
+        self.active_S.zero_()
         return found
 
     # ---- a round, on the device ------------------------------------------------------------------------------------
 
-    def _step(self, K: int) -> None:
+    def step(self, K: int) -> None:
+        """One round with K drafted tokens, of all active slots. A run replays its recording."""
         if self.sampling.temperature > 0:
             # They depend on a slot's seed and position alone: K for the draft, K tests, one last draw.
-            self._number_SN = uniforms(self._seed_S, self._target.length_S, 2 * K + 1, apart=NUMBERS)
-        draft_SKW, num_drafted_S = self._put_forward(K)
+            self._number_SN = uniforms(self._seed_S, self.target.length_S, 2 * K + 1, apart=NUMBERS)
+        draft_SKW, num_drafted_S = self.put_forward(K)
         read_ST = self._read_ST[:, : K + 1]
-        hidden_STD = self._target.stream(read_ST)
-        logits_STV = self._target.logits(hidden_STD)
+        hidden_STD = self.target.stream(read_ST)
+        logits_STV = self.target.logits(hidden_STD)
         if self._seen_SV is not None:
             logits_STV = self._penalised(logits_STV, _columns(self._seen_SV, self._target_ids_W), read_ST[:, 1:])
         kept_S, next_S = self._accept(logits_STV, draft_SKW, num_drafted_S)
         count_S, goes_on_S = settle_round(
-            read_ST, kept_S, next_S, self._stops_E, self._target.length_S, self._active_S, self._budget_S,
+            read_ST, kept_S, next_S, self._stops_E, self.target.length_S, self.active_S, self._budget_S,
             self._history_SL, self._accepted_T,
         )  # fmt: skip
         if self._seen_SV is not None:
             self._see(read_ST[:, 1:], next_S, count_S)
-        if self._draft is not None:
-            self._draft.settle(count_S, K, hidden_STD)
-        self._target.keep(count_S, K + 1, goes_on_S=goes_on_S)  # the last to ask which slots were active
+        if self.draft is not None:
+            self.draft.settle(count_S, K, hidden_STD)
+        self.target.keep(count_S, K + 1, goes_on_S=goes_on_S)  # the last to ask which slots were active
 
-    def _put_forward(self, K: int) -> tuple[Tensor | None, Tensor | None]:
-        """Drafts K tokens; returns the logits they were drawn from, and how many there are in each slot."""
+    def put_forward(self, K: int) -> tuple[Tensor | None, Tensor | None]:
+        """The first part of a round: drafts K tokens.
+
+        Returns:
+            The logits that they were drawn from, ``[S, K, W]``, ``None`` where that does not matter; and how many there
+            are in each slot, ``None`` where all are.
+        """
         if self._looks_up:
-            drafted_SK, found_S = look_up(self._history_SL, self._target.length_S + 1, K)
+            drafted_SK, found_S = look_up(self._history_SL, self.target.length_S + 1, K)
             self._read_ST[:, 1 : K + 1] = drafted_SK
             return None, found_S
-        if self._draft is None:
+        if self.draft is None:
             return None, None
         seen_SV = None if self._seen_SV is None else self._seen_SV.clone()
         draft_SKW = None
         for k in range(K):
-            found_S1W = self._draft.logits_after(self._read_ST[:, k], k, K)
+            found_S1W = self.draft.logits_after(self._read_ST[:, k], k, K)
             if seen_SV is not None:
                 seen_SV.scatter_(1, self._read_ST[:, k : k + 1], True)
                 found_S1W = self._penalised(found_S1W, _columns(seen_SV, self._draft_ids_W))
@@ -189,7 +203,7 @@ class Speculator:
                 found_S1W[:, 0], self._number_SN[:, k], ids_V=self._draft_ids_W, out_S=self._read_ST[:, k + 1],
                 copy_SV=None if draft_SKW is None else draft_SKW[:, k], **self._settings,
             )  # fmt: skip
-        return draft_SKW, self._draft.num_drafted(K)
+        return draft_SKW, self.draft.num_drafted(K)
 
     def _accept(
         self, logits_STV: Tensor, draft_SKW: Tensor | None, num_drafted_S: Tensor | None
@@ -217,22 +231,23 @@ class Speculator:
         new_W = torch.arange(1, self._told[-1] // len(self._token_S) + 1, device=self._token_S.device)
         place_SW = (self._heard_S[:, None] + new_W).clamp(max=self._history_SL.shape[1] - 1)
         parts = (
-            self._target.length_S - self._heard_S, self._active_S, self._accepted_T,
+            self.target.length_S - self._heard_S, self.active_S, self._accepted_T,
             self._history_SL.gather(1, place_SW).flatten(),
         )  # fmt: skip
         torch.cat([part.long() for part in parts], out=self._told_X)
-        self._heard_S.copy_(self._target.length_S)
+        self._heard_S.copy_(self.target.length_S)
 
     def pretend(self, length: int) -> Callable[[], object]:
         """Every slot goes on as if it held ``length`` tokens; returns a round (of the largest K), to measure its cost.
 
-        Rounds may follow each other until the slots are full. A later :meth:`run` begins anew.
+        Rounds may follow each other until the slots are full. A later :meth:`run` begins anew, an earlier one is over.
         """
+        self._run_number += 1
         with torch.inference_mode():
-            self._target.pretend(length)
-            if self._draft is not None:
-                self._draft.pretend(length)
-            self._active_S.fill_(True)
+            self.target.pretend(length)
+            if self.draft is not None:
+                self.draft.pretend(length)
+            self.active_S.fill_(True)
             self._budget_S.fill_(_ENDLESS)
         return self._rounds[max(self._rounds)]
 
@@ -253,11 +268,14 @@ class Speculator:
     ) -> Iterator[tuple[int, list[int]]]:
         """Yields (number of a prompt, its next tokens) as they come, stop tokens included.
 
+        The slots belong to one run at a time, the latest that was asked for: one before it cannot be heard further.
+
         Args:
             seeds: one for each prompt; by default those of the sampling settings.
 
         Raises:
-            InvalidOptionError: an empty prompt, one too long for the slots, or a wrong number of seeds.
+            InvalidOptionError: an empty prompt, one too long for the slots, or a wrong number of seeds; while tokens
+                are taken, another run has begun meanwhile.
         """
         for prompt in prompts:
             if not len(prompt):
@@ -270,22 +288,25 @@ class Speculator:
         seeds = self.sampling.seeds(len(prompts)) if seeds is None else seeds
         if len(seeds) != len(prompts):
             raise InvalidOptionError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one for each")
-        return self._continue(
-            [_Prompt(n, ids, seed) for n, (ids, seed) in enumerate(zip(prompts, seeds, strict=True))], max_new_tokens
-        )
+        self._run_number += 1
+        numbered = [_Prompt(n, ids, seed) for n, (ids, seed) in enumerate(zip(prompts, seeds, strict=True))]
+        return self._continue(numbered, max_new_tokens, self._run_number)
 
     @torch.inference_mode()
-    def _continue(self, prompts: Sequence[_Prompt], max_new_tokens: int) -> Iterator[tuple[int, list[int]]]:
+    def _continue(
+        self, prompts: Sequence[_Prompt], max_new_tokens: int, run_number: int
+    ) -> Iterator[tuple[int, list[int]]]:
+        self._require_present(run_number)
         waiting = deque(prompts)
         seats: list[_Seat | None] = [None] * len(self._token_S)
-        self._active_S.zero_()  # a run that was not heard to its end
+        self.active_S.zero_()  # a run that was not heard to its end
         self._accepted_T.zero_()
         self.statistics = Statistics()
         self._dismissed.clear()
-        self._target.refresh()  # weights may have changed since the last run
-        if self._draft is not None:
-            self._draft.tower.refresh()
-        looks, pace = Looks(self._told_X.device), Pace(self._seconds)
+        self.target.refresh()  # weights may have changed since the last run
+        if self.draft is not None:
+            self.draft.tower.refresh()
+        looks, pace = Looks(self._told_X.device), Pace(self.round_seconds)
         counted = [0] * len(self._accepted_T)
         under_way: deque[int] = deque()  # K of every look that was not dealt with
         while waiting or any(seats):
@@ -307,7 +328,18 @@ class Speculator:
                 # Now: whoever meets a stop token listens no further.
                 self.statistics.add(K, accepted, passes=self._look_every, seconds=look.seconds)
                 pace.observe(K, accepted, look.seconds / self._look_every)
-                yield from self._hear(look, seats)
+                for piece in self._hear(look, seats):
+                    yield piece
+                    if waiting or any(seats):
+                        self._require_present(run_number)
+                    elif run_number != self._run_number:
+                        return  # it was heard to its end: what is left of the looks is empty
+
+    def _require_present(self, run_number: int) -> None:
+        if run_number != self._run_number:
+            raise InvalidOptionError(
+                "another run has begun in the slots of this one: hear each to its end, or make a decoder for each"
+            )
 
     def _hear(self, look: Look, seats: list[_Seat | None]) -> Iterator[tuple[int, list[int]]]:
         """Gives out what a look found, and frees the seats of sequences that have ended."""
@@ -323,21 +355,21 @@ class Speculator:
             if count:
                 yield seat.number, new[:count]
             if seat.number in self._dismissed and goes_on:
-                self._active_S[slot] = False
+                self.active_S[slot] = False
                 seats[slot] = None
 
     @property
     def device(self) -> torch.device:
         """Where it decodes."""
-        return self._active_S.device
+        return self.active_S.device
 
     def read_bytes(self, length: int, num_drafted: int) -> int:
         """Bytes that a round with this K must read: weights and what layers carry, ``length`` tokens a slot; a draft
         reads K times.
         """
-        found = read_bytes(self._target.model, num_slots=len(self._token_S), length=length)
-        if self._draft is not None:
-            found += num_drafted * read_bytes(self._draft.tower.model, num_slots=len(self._token_S), length=length)
+        found = read_bytes(self.target.model, num_slots=len(self._token_S), length=length)
+        if self.draft is not None:
+            found += num_drafted * read_bytes(self.draft.tower.model, num_slots=len(self._token_S), length=length)
         return found
 
     def dismiss(self, number: int) -> None:
@@ -358,17 +390,17 @@ class Speculator:
             packed = packed.pin_memory().to(self._token_S.device, non_blocking=True)
         slot_E, token_E, budget_E, seed_E, heard_E = packed[:, :5].unbind(1)
         prompts = [prompt.ids for prompt in begun.values()]
-        if self._draft is None:
-            self._target.begin(list(begun), [ids[:-1] for ids in prompts])
+        if self.draft is None:
+            self.target.begin(list(begun), [ids[:-1] for ids in prompts])
         else:
-            self._draft.begin(list(begun), prompts)
+            self.draft.begin(list(begun), prompts)
         self._token_S[slot_E], self._budget_S[slot_E], self._seed_S[slot_E] = token_E, budget_E, seed_E
         self._heard_S[slot_E] = heard_E
         self._history_SL[slot_E, :width] = packed[:, 5:]
         if self._seen_SV is not None:
             self._seen_SV.index_fill_(0, slot_E, False)
             self._seen_SV[slot_E[:, None], packed[:, 5:]] = True
-        self._active_S.index_fill_(0, slot_E, True)
+        self.active_S.index_fill_(0, slot_E, True)
 
 
 def _columns(seen_SV: Tensor, ids_W: Tensor | None) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from mambify.engine.fused import FusedStep, can_fuse, can_overlap, steps_at_once
 from mambify.engine.fused_parts import Product
 from mambify.engine.memory import packs
+from mambify.engine.placement import require_one_place
 from mambify.engine.prefill import read_prompts, read_prompts_ahead
 from mambify.errors import InvalidOptionError, did_you_mean
 from mambify.mixers import MixerContext, RecurrentMixer, RecurrentState, ReplayState
@@ -45,9 +46,12 @@ class Tower:
 
     Attributes:
         length_S: tokens that stand in each slot.
+        states: what each layer carries, in the slots' buffers.
+        place: where recurrent layers stand in their rings.
 
     Raises:
         InvalidOptionError: a backend that there is not, or not for this model.
+        UnsupportedError: weights that are not all on one device.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Tower:
         backend: str = "auto",
         overlap: bool | None = None,
     ) -> None:
+        require_one_place(model)
         available = ("modules", "fused") if can_fuse(model) else ("modules",)
         if backend not in ("auto", *available):
             raise InvalidOptionError(f"no backend '{backend}' for this model: {did_you_mean(backend, available)}")
@@ -70,7 +75,7 @@ class Tower:
         self.length_S = torch.zeros(num_slots, dtype=torch.long, device=device)
         self.place = replace(RingPlace.empty(num_slots, most_new, device=device), active_S=active_S)
         self._blocks = [block for block in model.model.layers if isinstance(block, HybridBlock)]
-        self._states: list[SlotKV | ReplayState | RecurrentState] = []
+        self.states: list[SlotKV | ReplayState | RecurrentState] = []
         self._packs = packs(model)
         quicker = device.type == "cuda" or self._packs
         fuses = backend == "fused" or (backend == "auto" and quicker and "fused" in available)
@@ -78,14 +83,14 @@ class Tower:
         steps = final and most_new == 1 and device.type == "cpu" and not fuses
         for block in self._blocks:
             if isinstance(block.mixer, RecurrentMixer) and steps:
-                self._states.append(_empty_state(block, num_slots, dtype, device))
+                self.states.append(_empty_state(block, num_slots, dtype, device))
             elif isinstance(block.mixer, RecurrentMixer):
-                self._states.append(block.mixer.replay_state(num_slots, self.place))
+                self.states.append(block.mixer.replay_state(num_slots, self.place))
             else:
                 assert config.num_key_value_heads and config.head_dim
                 shape = (num_slots, config.num_key_value_heads, length + most_new, config.head_dim)
                 keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-                self._states.append(SlotKV(keys, values, self.length_S))
+                self.states.append(SlotKV(keys, values, self.length_S))
         self._in_place = False  # whether states are views that others see as well
         self._overlap = can_overlap(device) if overlap is None else overlap
         self._places = length + most_new
@@ -95,7 +100,7 @@ class Tower:
     def _fused_step(self, product: Product | None = None) -> FusedStep:
         return FusedStep(
             self.model,
-            [state for state in self._states if not isinstance(state, RecurrentState)],
+            [state for state in self.states if not isinstance(state, RecurrentState)],
             self.length_S,
             places=self._places,
             at_once=self._at_once,
@@ -108,7 +113,7 @@ class Tower:
         """The first slots as a tower over the same buffers: a read of them costs no more than of so many."""
         part = copy.copy(self)
         part.num_slots, part.length_S, part.place = slots, self.length_S[:slots], self.place.first(slots)
-        part._states = [state.first(slots) for state in self._states]
+        part.states = [state.first(slots) for state in self.states]
         part._in_place = self._in_place = True
         if self._fused is not None:
             part._fused = part._fused_step(self._fused.product)
@@ -139,7 +144,7 @@ class Tower:
         with_positions = MixerContext()
         if self.model.config.attention_layers:
             with_positions = MixerContext(position_embeddings=core.rotary_emb(x_STD, position_ST))
-        for index, (block, state) in enumerate(zip(self._blocks, self._states, strict=True)):
+        for index, (block, state) in enumerate(zip(self._blocks, self.states, strict=True)):
             context = with_positions if isinstance(state, SlotKV) else MixerContext()
             here = state._replace(place=place) if isinstance(state, ReplayState) else state
             y_STD, after = block.mixer(block.input_layernorm(x_STD), context, here)
@@ -149,7 +154,7 @@ class Tower:
                     state.conv.copy_(stepped.conv)
                     state.ssm.copy_(stepped.ssm)
                 else:
-                    self._states[index] = stepped
+                    self.states[index] = stepped
             x_STD = block.feed_forward(x_STD + y_STD)
         return x_STD
 
@@ -185,7 +190,7 @@ class Tower:
             length: at most the slots' own.
         """
         self.rewind(length)
-        for state in self._states:
+        for state in self.states:
             for part in state[:2]:
                 part.normal_()
 
@@ -197,7 +202,7 @@ class Tower:
 
     def refresh(self) -> None:
         """Makes anew, in place, what was made of weights: for when these have changed where they lie."""
-        for block, state in zip(self._blocks, self._states, strict=True):
+        for block, state in zip(self._blocks, self.states, strict=True):
             if isinstance(state, ReplayState) and isinstance(block.mixer, RecurrentMixer):
                 block.mixer.refresh(state)
         if self._fused is not None:
@@ -212,7 +217,7 @@ class Tower:
         self.begin([0], [ids])
         self.rewind(len(ids))
         carried: list[RecurrentState | None] = []
-        for state in self._states:
+        for state in self.states:
             if isinstance(state, SlotKV):
                 for part_SGLP in state[:2]:
                     part_SGLP[1:, :, : len(ids)] = part_SGLP[:1, :, : len(ids)]
@@ -228,21 +233,21 @@ class Tower:
         """
         self.place.head_S.index_fill_(0, slot_E, 0)
         self.place.pending_S.index_fill_(0, slot_E, 0)
-        for state, start in zip(self._states, carried, strict=True):
+        for state, start in zip(self.states, carried, strict=True):
             if start is not None:
                 state.conv[slot_E], state.ssm[slot_E] = start.conv, start.ssm  # type: ignore[union-attr]
 
     def move(self, source_E: Tensor, target_E: Tensor) -> None:
         """Copies slots to other places."""
-        rings = [state.ring for state in self._states if isinstance(state, ReplayState)]
+        rings = [state.ring for state in self.states if isinstance(state, ReplayState)]
         counts = (self.length_S, self.place.head_S, self.place.pending_S)
-        for part in chain(counts, *(state[:2] for state in self._states), *rings):
+        for part in chain(counts, *(state[:2] for state in self.states), *rings):
             part[target_E] = part[source_E]
 
     def begin(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
         """Empties slots and reads a prompt into each, which may be empty; they are not active meanwhile."""
         self._empty(slots, prompts)
-        read_prompts(self.model, self._states, slots, prompts)
+        read_prompts(self.model, self.states, slots, prompts)
 
     def begin_with(self, draft: Tower, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
         """As :meth:`begin`, prompts without their last tokens; and into the same slots of a draft that reads hidden
@@ -253,7 +258,7 @@ class Tower:
         """
         self._empty(slots, [ids[:-1] for ids in prompts])
         draft._empty(slots, prompts)
-        both = (self.model, self._states), (draft.model, draft._states)
+        both = (self.model, self.states), (draft.model, draft.states)
         return read_prompts_ahead(*both, slots, prompts)
 
     def _empty(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:

@@ -9,8 +9,7 @@ Letters: N blocks, T tokens of a block, Q summed quantities.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from mambify.errors import InvalidOptionError, TokenizerMismatchError, UsageError
 from mambify.evaluate.bootstrap import Array, Estimate, bootstrap
 from mambify.evaluate.scoring import COLUMNS, Block, Scorer, as_block, make_batch, score_batch
+from mambify.language_model import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -116,7 +116,7 @@ def sums_over_blocks(
     sums_NQ = np.zeros((len(prepared), len(COLUMNS)))
     # Blocks of like length together: little of a batch is padding.
     order = sorted(range(len(prepared)), key=lambda index: -len(prepared[index]["input_ids"]))
-    with torch.inference_mode(), _evaluating(model), _evaluating(teacher):
+    with torch.inference_mode(), evaluating(model, teacher):
         student_scorer = Scorer(model)
         teacher_scorer = None if teacher is None else Scorer(teacher)
         for first in range(0, len(order), batch_size):
@@ -125,18 +125,6 @@ def sums_over_blocks(
             if progress is not None:
                 progress(first + len(batch.indices), len(order))
     return sums_NQ
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel | None) -> Iterator[None]:
-    was_training = model is not None and model.training
-    if model is not None:
-        model.eval()
-    try:
-        yield
-    finally:
-        if model is not None:
-            model.train(was_training)
 
 
 def _mean(column: str) -> Callable[[Array], Array]:

@@ -14,6 +14,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from mambify.errors import InvalidOptionError
 from mambify.evaluate.tasks.batching import batches, halving
+from mambify.language_model import stop_ids as end_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,7 +60,7 @@ def generate_until(
             f"answers of {max_new_tokens} tokens leave no room for a question: the model holds {max_length}"
         )
     added = tokenizer.get_added_vocab()
-    stop_ids = _end_ids(model, tokenizer) | {added[text] for text in until if text in added}
+    stop_ids = end_ids(model, tokenizer) | {added[text] for text in until if text in added}
     stop_texts = [text for text in until if text and text not in added]
     rows = [list(prompt)[-room:] for prompt in prompts]
 
@@ -112,15 +113,6 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int], stop_ids: set[int]
     end = next((index for index, token_id in enumerate(ids) if token_id in stop_ids), len(ids))
     text = str(tokenizer.decode(ids[:end], skip_special_tokens=True))
     return text[: min((text.find(stop) for stop in stop_texts if stop in text), default=len(text))]
-
-
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end an answer: the model's own, and the tokenizer's."""
-    named = model.generation_config.eos_token_id
-    if named is None:
-        named = model.config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(named if isinstance(named, list | tuple) else [named])}
-    return {int(token_id) for token_id in ends if token_id is not None}
 
 
 def _left_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
