@@ -188,3 +188,12 @@ def test_a_draft_says_what_it_is_for_and_what_is_accepted() -> None:
     assert "--draft PATH_OR_HUB_ID" in card
     assert "With student as the target" in card and "/home/me" not in card
     assert "| prompts, measured | 1 | 1.75 | 50%, 50% |" in card
+
+
+def test_a_draft_that_reads_hidden_states_names_the_model_it_runs_beside() -> None:
+    facts = config(layer_mixers=["attention"] * 2, num_hidden_layers=2, cut_from=[0, 3], draft_features=True)
+    card = render_card(facts, Provenance(recipe={"teacher": "/home/me/runs/half-student"}))
+    assert "# A draft for half-student, of 2 layers" in card and "with `half-student`, made from [" in card
+    assert "mambify chat half-student --draft PATH_OR_HUB_ID" in card
+    unknown = render_card(facts)
+    assert "# A draft for SmolLM2-135M-Instruct, of 2 layers" in unknown

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 import mambify
+from mambify.engine import Sampling, Speculator
 from mambify.errors import CheckpointError, InvalidOptionError, MissingDependencyError, UnknownSourceError
 from mambify.families.aliases import GROUP, find_alias, installed_aliases
 from mambify.families.load import load_config
@@ -164,3 +165,36 @@ def test_asking_for_aliases_imports_no_torch() -> None:
     program = f"import sys; sys.argv = [{str(command)!r}]; import mambify.families.aliases as a; a.installed_aliases()"
     check = f"{program}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], timeout=60, check=False).returncode == 0
+
+
+def test_the_packed_draft() -> None:
+    """The alias ``smollm2-hybrid-draft``: most of what it guesses stands, and the tokens are the hybrid's own."""
+    try:
+        path, target = find_alias("smollm2-hybrid-draft"), mambify.load("smollm2-hybrid")
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
+    assert path is not None
+    assert sum(file.stat().st_size for file in path.iterdir()) <= 45e6
+    draft = mambify.load("smollm2-hybrid-draft").model
+    assert draft.config.draft_features
+    assert draft.provenance is not None
+    assert draft.provenance.recipe["teacher"] == "smollm2-hybrid"
+    assert draft.provenance.results["acceptance"]["measured"]
+    tokenizer = target.tokenizer
+    assert tokenizer is not None
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": words}], add_generation_prompt=True, return_dict=False
+        )
+        for words in ("Write a Python function that reverses a string.", "What should I see in Rome?")
+    ]
+    settings = {"num_slots": 2, "max_length": 128, "sampling": Sampling(temperature=0.0)}
+    answers = []
+    for other in (None, draft):
+        decoder = Speculator(target.model, other, num_draft_tokens=4, **settings)
+        found: list[list[int]] = [[], []]
+        for number, tokens in decoder.run(prompts, max_new_tokens=48):
+            found[number] += tokens
+        answers.append(found)
+    assert answers[0] == answers[1]
+    assert decoder.statistics.tokens_per_round > 1.8

@@ -33,9 +33,9 @@ def render_card(
     """
     sections = [
         _header(config, provenance),
-        f"# {_title(config)}\n\n{_what_it_is(config)}",
+        f"# {_title(config, provenance)}\n\n{_what_it_is(config, provenance)}",
         f"## Layers\n\n{_layers(config)}",
-        f"## Use\n\n{_use(config) if use is None else use}",
+        f"## Use\n\n{_use(config, provenance) if use is None else use}",
     ]
     if provenance is not None and (provenance.stages or provenance.recipe):
         sections.append(f"## Training\n\n{_training(provenance)}")
@@ -73,21 +73,27 @@ def _teacher(config: HybridConfig) -> str:
     )
 
 
-def _title(config: HybridConfig) -> str:
+def _target(config: HybridConfig, provenance: Provenance | None) -> str | None:
+    """The one model that a draft runs beside, as it was called in training; ``None`` where it fits others, too."""
+    recipe = {} if provenance is None else provenance.recipe
+    return without_way(recipe["teacher"]) if config.draft_features and "teacher" in recipe else None
+
+
+def _title(config: HybridConfig, provenance: Provenance | None) -> str:
     teacher = _teacher(config).rpartition("/")[2] or "A hybrid model"
     if config.cut_from is not None:
-        return f"A draft for {teacher}, of {config.num_hidden_layers} layers"
+        return f"A draft for {_target(config, provenance) or teacher}, of {config.num_hidden_layers} layers"
     if not config.converted_layers or config.stock_layers:
         return teacher
     mixers = " and ".join(sorted({name(kind) for kind in config.layer_mixers or () if kind != "attention"}))
     return f"{teacher}, {len(config.converted_layers)} of {config.num_hidden_layers} layers as {mixers}"
 
 
-def _what_it_is(config: HybridConfig) -> str:
+def _what_it_is(config: HybridConfig, provenance: Provenance | None) -> str:
     teacher = _teacher(config)
     linked = f"[{teacher}](https://huggingface.co/{teacher})" if config.teacher_hub_id else teacher or "a Transformer"
     if config.cut_from is not None:
-        return _what_a_draft_is(config, linked)
+        return _what_a_draft_is(config, linked, _target(config, provenance))
     if not config.converted_layers or config.stock_layers:
         return f"The weights of {linked}, as mambify saves them; no layer is converted."
     read_as = without_way(config.teacher)
@@ -101,12 +107,13 @@ def _what_it_is(config: HybridConfig) -> str:
     return lines + _on_its_base(config)
 
 
-def _what_a_draft_is(config: HybridConfig, linked: str) -> str:
+def _what_a_draft_is(config: HybridConfig, linked: str, target: str | None) -> str:
     assert config.cut_from is not None
+    beside = f"{linked}, or with a hybrid made from it" if target is None else f"`{target}`, made from {linked}"
     lines = (
-        f"A draft for speculative decoding with {linked}, or with a hybrid made from it: layers "
-        f"{ranges(config.cut_from)} of it, with its embeddings. It guesses tokens, which the large model reads all at "
-        "once and keeps or refuses; what comes out is the large model's own."
+        f"A draft for speculative decoding with {beside}: layers {ranges(config.cut_from)} of it, with its embeddings. "
+        "It guesses tokens, which the large model reads all at once and keeps or refuses; what comes out is the large "
+        "model's own."
     )
     if config.draft_vocabulary is not None:
         lines += (
@@ -158,11 +165,11 @@ def _layers(config: HybridConfig) -> str:
     return f"```\n{plain_map(kinds)}\n{legend(kinds)}\n```\n\n" + table(("", ""), rows)
 
 
-def _use(config: HybridConfig) -> str:
+def _use(config: HybridConfig, provenance: Provenance | None) -> str:
     base = "" if config.base is None else f" and the base model `{_base_name(config)}`"
     command = "mambify chat PATH_OR_HUB_ID"
     if config.cut_from is not None:
-        command = f"mambify chat {_teacher(config) or 'TARGET'} --draft PATH_OR_HUB_ID"
+        command = f"mambify chat {_target(config, provenance) or _teacher(config) or 'TARGET'} --draft PATH_OR_HUB_ID"
     return f"""With `pip install mambify`{base}:
 
 ```python

@@ -46,6 +46,9 @@ KNOWN: Mapping[str, KnownAlias] = {
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
     "smollm2-hybrid": KnownAlias("mambify-smollm2-hybrid", "pip install --no-deps ./packages/mambify-smollm2-hybrid"),
+    "smollm2-hybrid-draft": KnownAlias(
+        "mambify-smollm2-hybrid-draft", "pip install --no-deps ./packages/mambify-smollm2-hybrid-draft"
+    ),
 }
 
 

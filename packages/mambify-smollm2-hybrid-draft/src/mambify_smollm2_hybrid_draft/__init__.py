@@ -1,0 +1,1 @@
+"""The model `smollm2-hybrid-draft` of mambify: data only."""
