@@ -5,6 +5,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from mambify.data.sample import _draw, _invert_distribution, sample_continuations
+from mambify.ops.draw import settings_of
+from mambify.ops.draw.reference import weights
 
 
 def test_the_draw_follows_the_distribution() -> None:
@@ -48,6 +50,20 @@ def greedy(model: LlamaForCausalLM, prompt: list[int], length: int, stops: set[i
         if ids[-1] in stops:
             break
     return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(2, 1.0), (0, 0.6), (5, 0.9), (1, 0.5), (0, 1e-6)])
+def test_equals_are_kept_or_cut_together_as_on_a_gpu(top_k: int, top_p: float) -> None:
+    """The law of the engine's slots, whose logits in bfloat16 are often equal."""
+    torch.manual_seed(0)
+    row = torch.tensor([0.0, 3.0, 2.0, 2.0, 2.0, 1.0, 1.0, -4.0])
+    rows = 20_000
+    settings = settings_of(temperature=0.9, top_k=top_k, top_p=top_p, min_p=0.0, rows=1, device=row.device)
+    expected = weights(row[None], settings)[0]
+    found = _draw(row.repeat(rows, 1), temperature=0.9, top_p=top_p, top_k=top_k)
+    shares = torch.bincount(found, minlength=len(row)) / rows
+    assert (shares - expected / expected.sum()).abs().max() < 0.02
+    assert shares[expected == 0].sum() == 0
 
 
 def test_padded_batches_with_rows_that_end_early_equal_one_row_at_a_time(model: LlamaForCausalLM) -> None:

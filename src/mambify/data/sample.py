@@ -98,18 +98,16 @@ def sample_continuations(
 def _draw(logits_BV: Tensor, *, temperature: float, top_p: float, top_k: int) -> Tensor:
     if temperature != 1.0:
         logits_BV = logits_BV / temperature
-    if not top_k and top_p == 1.0:
-        return _invert_distribution(logits_BV)
-    # Sorted, the likeliest first: what is kept is a beginning.
+    # Tokens as likely as the last one that is kept are kept too, as ops.draw does it.
     if top_k:
-        logits_BV, token_BV = logits_BV.topk(min(top_k, logits_BV.shape[-1]))
-    else:
-        logits_BV, token_BV = logits_BV.sort(descending=True)
+        last_B1 = logits_BV.topk(min(top_k, logits_BV.shape[-1])).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < last_B1, -torch.inf)
     if top_p < 1.0:
-        before_BV = logits_BV.softmax(-1).cumsum(-1).roll(1, -1)  # probability of all likelier tokens
-        before_BV[:, 0] = 0.0
-        logits_BV = logits_BV.masked_fill(before_BV >= top_p, -torch.inf)
-    return token_BV.gather(1, _invert_distribution(logits_BV)[:, None])[:, 0]
+        ordered_BV = logits_BV.sort(descending=True).values
+        short_BV = ordered_BV.softmax(-1).cumsum(-1) < top_p  # with all likelier ones: more are needed
+        last_B1 = ordered_BV.gather(1, short_BV.sum(-1, keepdim=True).clamp(max=logits_BV.shape[-1] - 1))
+        logits_BV = logits_BV.masked_fill(logits_BV < last_B1, -torch.inf)
+    return _invert_distribution(logits_BV)
 
 
 def _invert_distribution(logits_BV: Tensor) -> Tensor:
