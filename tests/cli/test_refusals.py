@@ -6,7 +6,8 @@ import errno
 import json
 import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -281,22 +282,23 @@ class TestCheckpoints:
         assert_refused(run("info", student), "config.json")
 
 
-class TestFullDisk:
-    """No file may grow past a limit: the system refuses the write itself, wherever it comes from."""
-
-    @pytest.fixture
-    def full_after(self) -> Iterator[Callable[[int | None], None]]:
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (soft if size is None else size, hard))
+@contextmanager
+def full_after(size: int) -> Iterator[None]:
+    """While open, no file may grow past ``size``: the system refuses the write itself, wherever it comes from."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
+
+class TestFullDisk:
     @pytest.mark.parametrize("size", [100, 1_000, 30_000])  # the shim, the configuration, the weights
-    def test_the_old_student_stays(
-        self, run: Run, teacher: Path, student: Path, full_after: Callable[[int | None], None], size: int
-    ) -> None:
+    def test_the_old_student_stays(self, run: Run, teacher: Path, student: Path, size: int) -> None:
         before = {path.name: path.read_bytes() for path in student.iterdir()}
-        full_after(size)
-        result = run("convert", teacher, "--attention", "0", "--out", student, "--overwrite", "--json")
+        with full_after(size):
+            result = run("convert", teacher, "--attention", "0", "--out", student, "--overwrite", "--json")
         assert_refused(result, "cannot write", str(student), "File too large", status=1)
         assert {path.name: path.read_bytes() for path in student.iterdir()} == before
         assert [path.name for path in student.parent.iterdir()] == [student.name]
@@ -313,15 +315,13 @@ class TestFullDisk:
         assert mambify.load(student).model.num_converted == 2
 
     @pytest.mark.parametrize("size", [500, 20_000, 50_000])  # metrics, trained weights, optimizer
-    def test_a_run_stops_and_the_same_command_continues_it(
-        self, run: Run, recipe: Path, full_after: Callable[[int | None], None], size: int
-    ) -> None:
+    def test_a_run_stops_and_the_same_command_continues_it(self, run: Run, recipe: Path, size: int) -> None:
         directory = recipe.parent / "run"
         command = ["distill", recipe, "--json", "checkpoint_every=2", "log_every=1"]
-        full_after(size)
-        assert_refused(run(*command), "cannot write", str(directory), status=1)
+        with full_after(size):
+            result = run(*command)
+        assert_refused(result, "cannot write", str(directory), status=1)
         assert not (directory / "student").exists()
-        full_after(None)
         result = run(*command)
         assert result.status == 0, result.err
         assert mambify.load(directory / "student").model.num_converted == 2
