@@ -79,8 +79,15 @@ class MissingDependencyError(MambifyError):
     """An optional package is not installed; the message names the extra that brings it."""
 
 
+_FEW = 40
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Names the nearest of ``known`` to ``word``, or lists them all: the tail of an error message."""
+    """Names the nearest of ``known`` to ``word``, or lists them, if they are few: the tail of an error message."""
     options = sorted(known)
     near = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
-    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(options)}"
+    if near:
+        return f"did you mean '{near[0]}'?"
+    return (
+        f"known: {', '.join(options)}" if len(options) <= _FEW else f"none of the {len(options)} known ones is like it"
+    )

@@ -46,8 +46,8 @@ def test_the_default_device_is_the_gpu_where_there_is_one() -> None:
 def test_a_bar_a_stage_with_the_loss_beside_it() -> None:
     from rich.progress import Progress as Bars
 
-    bars = Bars(console=Console(file=io.StringIO()))
-    listen = StageBars(bars)
+    bars = Bars(console=Console(file=io.StringIO(), force_terminal=True))
+    listen = StageBars(bars, pytest.fail)
     listen(Progress("01-align", 1, 4, {}))
     listen(Progress("01-align", 4, 4, {"loss": 0.5, "learning_rate": 1e-3}))
     listen(Progress("02-kd", 1, 8, {"loss": 0.25, "kl": 0.125}))
@@ -55,6 +55,23 @@ def test_a_bar_a_stage_with_the_loss_beside_it() -> None:
     assert (align.description, align.completed, align.total) == ("01-align", 4, 4)
     assert align.fields["note"] == "loss 0.5"
     assert kd.fields["note"] == "loss 0.25  kl 0.125"
+
+
+def test_lines_where_no_bars_are_drawn() -> None:
+    """The first figures of a stage, the last ones, and between them some."""
+    from rich.progress import Progress as Bars
+
+    said: list[str] = []
+    listen = StageBars(Bars(console=Console(file=io.StringIO())), said.append)
+    listen(Progress("01-align", 1, 1200, {}))
+    for step in (10, 20, 1200):
+        listen(Progress("01-align", step, 1200, {"loss": step / 100}))
+    listen(Progress("02-kd", 10, 20, {"loss": 0.25, "kl": 0.125}))
+    assert said == [
+        "01-align: step 10 of 1,200  loss 0.1",
+        "01-align: step 1,200 of 1,200  loss 12",
+        "02-kd: step 10 of 20  loss 0.25  kl 0.125",
+    ]
 
 
 @pytest.mark.parametrize("width", [100, 30])

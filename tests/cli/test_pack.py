@@ -94,4 +94,7 @@ def test_cards_that_cannot_be(run: Run, student: Path, teacher: Path, text: Path
     before = (student / "README.md").read_text(encoding="utf-8")
     assert_refused(run("card", student, "--results", tmp_path / "nothing.json"), "cannot read results")
     assert_refused(run("card", student, "--results", text), "cannot read results")
+    figures = tmp_path / "others.json"
+    figures.write_text(json.dumps({"model": str(teacher), "sources": {"a": {}}}))
+    assert_refused(run("card", student, "--results", figures), f"the figures of '{teacher}', which is not")
     assert (student / "README.md").read_text(encoding="utf-8") == before

@@ -221,7 +221,9 @@ class TestRecipes:
             ("stages.0.learning_rat=1", "did you mean 'learning_rate'?"),
             ("sede=1", "unknown key 'sede': did you mean 'seed'?"),
             ("stages.0.trainer={gradient_checkpoint: true}", "did you mean 'gradient_checkpointing'?"),
-            ("stages.0.trainer={lr_scheduler_type: no}", "stage align: "),
+            ("stages.0.trainer={optim: no}", "stage align: "),
+            ("stages.0.tokens=1", "less than the"),
+            ("stages.0.batch_tokens=33", "no whole number of sequences"),
             ("stages.0.schedule=cosin", "stage align: "),
             ("stages.3.tokens=1k", "'3' is not one of the entries"),
             ("seed", "key.path=value"),
@@ -247,7 +249,7 @@ class TestRecipes:
     def test_output_that_is_no_run(self, run: Run, recipe: Path, tmp_path: Path) -> None:
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "kept").write_text("mine")
-        assert_refused(run("distill", recipe), "is not empty", "--overwrite")  # before anything is loaded
+        assert_refused(run("distill", recipe), "is not empty and no run")  # before anything is loaded
         assert [path.name for path in (tmp_path / "run").iterdir()] == ["kept"]
         assert_refused(run("distill", recipe, f"output={recipe}"), f"{recipe} is not empty and no run")
 

@@ -71,6 +71,12 @@ def test_calibration_is_logged_and_lowers_the_error(make_recipe: MakeRecipe) -> 
     assert rows[0] < 1.0
 
 
+def test_the_last_step_is_logged_whatever_the_rhythm(make_recipe: MakeRecipe) -> None:
+    _, run = distill(make_recipe(stages=[_align(3, calibration_tokens=0), _kd(5)], log_every=4), device="cpu")
+    logged = [(row["stage"], row["step"]) for row in read_metrics(run / "metrics.jsonl")]
+    assert logged == [("01-align", 3), ("02-kd", 4), ("02-kd", 5)]
+
+
 def test_a_run_of_an_earlier_version_goes_on(make_recipe: MakeRecipe) -> None:
     """Its recipe was written out before there were drafts, and says nothing of them."""
     recipe = make_recipe(stages=[_align(1)])

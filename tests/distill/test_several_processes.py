@@ -443,6 +443,11 @@ def test_what_does_not_go_with_sharding_is_refused(
     [
         ({"gradient_checkpointing": True}, "key of the stage itself"),
         ({"fsdp": "full_shard"}, "accelerate launch"),
+        ({"max_steps": 2}, "'trainer.max_steps' has no place there: it is the stage's tokens"),
+        ({"gradient_accumulation_steps": 3}, "batch_tokens over its micro_batch"),
+        ({"output_dir": "/elsewhere"}, "the recipe's output"),
+        ({"eval_strategy": "steps"}, "has no effect: a stage only trains"),
+        ({"xyzzy": 1}, "none of the .* known ones is like it"),
         ({"optim": "galore_adamw"}, "galore_adamw is not supported"),
         ({"torch_compile": True}, "stage align: torch_compile"),
     ],

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from mambify.cli.console import quiet_libraries, stdout
-from mambify.errors import UnknownSourceError
+from mambify.errors import InvalidOptionError, UnknownSourceError
 
 EXAMPLE = "mambify card runs/half/student --results half.json"
 
@@ -30,5 +31,20 @@ def card(
     from mambify.hub import update_card
     from mambify.provenance import read_results
 
-    update_card(model, [read_results(path) for path in results or []])
+    found = {path: read_results(path) for path in results or []}
+    for path, result in found.items():
+        _require_of(model, result, path)
+    update_card(model, list(found.values()))
     stdout().print(f"card written: {model / 'README.md'}", markup=False)
+
+
+def _require_of(model: Path, results: Mapping[str, Any], file: Path) -> None:
+    """Raises InvalidOptionError for figures of a model that lies elsewhere; one that was moved since is believed."""
+    from mambify.families.aliases import find_alias
+
+    name = results.get("model")
+    if name is None:
+        return
+    place = Path(name) if Path(name).exists() else find_alias(name)
+    if place is not None and place.resolve() != model.resolve():
+        raise InvalidOptionError(f"{file} has the figures of '{name}', which is not {model}: evaluate that")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from mambify.distill.logs import Progress
 
 _PREFERRED = "rewards/accuracies"
+_SAY_EVERY = 15.0  # seconds
 EXAMPLE = "mambify distill recipes/smollm2-50-probe.yaml stages.1.tokens=8M output=runs/longer"
 
 
@@ -47,12 +50,13 @@ def distill(
     place = options.pick_device(device)
     first = process_rank() == 0
     with progress_bar(quiet=json or not first, transient=False) as bars:
+        announce = announcer(quiet=json, console=bars.console)
         _, run = run_recipe(
             checked,
             overwrite=overwrite,
             device=place,
-            listener=StageBars(bars),
-            announce=announcer(quiet=json, console=bars.console),
+            listener=StageBars(bars, announce),
+            announce=announce,
         )
     leave()
     if not first:
@@ -67,11 +71,16 @@ def distill(
 
 
 class StageBars:
-    """Listens to a run: one bar a stage, with the loss beside it."""
+    """Listens to a run: one bar a stage, with the loss beside it; where no bars are drawn, a line of words at times.
 
-    def __init__(self, bars: Bars) -> None:
-        self.bars = bars
+    Args:
+        announce: says the lines.
+    """
+
+    def __init__(self, bars: Bars, announce: Callable[[str], None]) -> None:
+        self.bars, self.announce = bars, announce
         self.tasks: dict[str, TaskID] = {}
+        self.said: tuple[str, float] = "", 0.0  # of which stage a line spoke last, and when
 
     def __call__(self, progress: Progress) -> None:
         if progress.stage not in self.tasks:
@@ -83,6 +92,13 @@ class StageBars:
         }
         note = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         self.bars.update(self.tasks[progress.stage], completed=progress.step, note=note)
+        if self.bars.console.is_terminal or not note:
+            return
+        stage, when = self.said
+        last = progress.step == progress.num_steps
+        if last or stage != progress.stage or time.monotonic() - when >= _SAY_EVERY:
+            self.announce(f"{progress.stage}: step {progress.step:,} of {progress.num_steps:,}  {note}")
+            self.said = progress.stage, time.monotonic()
 
 
 def _final_figures(row: dict[str, Any]) -> dict[str, float]:
@@ -93,18 +109,21 @@ def _show(result: dict[str, Any]) -> None:
     from rich.box import SIMPLE
     from rich.table import Table
 
-    table = Table(box=SIMPLE, pad_edge=False)
-    for heading in ("stage", "attention", "steps", "tokens", "seconds", "loss", "KL", "agreement", "preferred"):
+    stages = result["stages"]
+    figures = {"loss": ("loss", ".4f"), "kl": ("KL", ".4f"), "top1_agreement": ("agreement", ".1%")}
+    figures[_PREFERRED] = "preferred", ".1%"
+    shown = {name: figure for name, figure in figures.items() if any(name in stage for stage in stages)}
+    table = Table(box=SIMPLE, pad_edge=False, caption="figures of the last steps, on training text")
+    for heading in ("stage", "attention", "steps", "tokens", "seconds", *(heading for heading, _ in shown.values())):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
-    for stage in result["stages"]:
+    for stage in stages:
         table.add_row(
             stage["stage"],
             f"{stage['attention']:.0%}",
             f"{stage['steps']:,}",
             f"{stage['tokens']:,}",
             f"{stage['seconds']:.0f}",
-            *(f"{stage[name]:.4f}" if name in stage else "" for name in ("loss", "kl")),
-            *(f"{stage[name]:.1%}" if name in stage else "" for name in ("top1_agreement", _PREFERRED)),
+            *(format(stage[name], form) if name in stage else "" for name, (_, form) in shown.items()),
         )
     print_table(table)
     stdout().print(f"student saved in {result['student']}", markup=False)

@@ -68,14 +68,15 @@ def draft(
     settings = Settings(chosen, spread, mixer, tuple(data or ()), count, vocabulary, features, tuple(overrides or ()))
     checked = draft_recipe(target, settings, recipe=recipe, out=out)
     with progress_bar(quiet=json, transient=False) as bars:
+        announce = announcer(quiet=json, console=bars.console)
         report = train(
             checked,
             out,
             measure=Measure(num_prompts=prompts, expected_tokens=scored),
             overwrite=overwrite,
             device=options.pick_device(device),
-            listener=StageBars(bars),
-            announce=announcer(quiet=json, console=bars.console),
+            listener=StageBars(bars, announce),
+            announce=announce,
         )
     leave()
     if report is None:

@@ -36,6 +36,7 @@ def quickstart(
 
     place = options.pick_device(device)
     with progress_bar(quiet=json, transient=False) as bars:
+        announce = announcer(quiet=json, console=bars.console)
         tasks: dict[str, TaskID] = {}
 
         def progress(step: str, done: int, total: int) -> None:
@@ -47,8 +48,8 @@ def quickstart(
             out,
             device=place,
             overwrite=overwrite,
-            announce=announcer(quiet=json, console=bars.console),
-            listener=StageBars(bars),
+            announce=announce,
+            listener=StageBars(bars, announce),
             progress=progress,
         )
     if json:

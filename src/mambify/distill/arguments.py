@@ -18,8 +18,34 @@ from mambify.distill.recipe import Recipe
 from mambify.distill.settings import Dpo, OnPolicy, Stage
 from mambify.errors import MissingDependencyError, RecipeError, UnsupportedError, did_you_mean
 
+_SCORES_NOTHING = "has no effect: a stage only trains, and the student is scored by mambify evaluate"
 #: what a stage's ``trainer`` may not hold, and where it is said instead
 _ELSEWHERE = {
+    "output_dir": "is the recipe's output",
+    "logging_dir": "is in the recipe's output",
+    "max_steps": "is the stage's tokens over its batch_tokens",
+    "num_train_epochs": "is the stage's tokens, which are read again where there are fewer",
+    "per_device_train_batch_size": "is the stage's micro_batch",
+    "gradient_accumulation_steps": "is the stage's batch_tokens over its micro_batch",
+    "learning_rate": "is the stage's own learning_rate",
+    "warmup_steps": "is the stage's warmup",
+    "warmup_ratio": "is the stage's warmup",
+    "lr_scheduler_type": "is the stage's schedule",
+    "weight_decay": "is the stage's own weight_decay",
+    "adam_beta1": "is the first of the stage's betas",
+    "adam_beta2": "is the second of the stage's betas",
+    "max_grad_norm": "is the stage's clip",
+    "bf16": "is the recipe's precision",
+    "fp16": "is none: the recipe's precision is float32 or bfloat16",
+    "use_cpu": "is said when a run is started: --device cpu",
+    "seed": "is the recipe's seed",
+    "logging_steps": "is the recipe's log_every",
+    "save_steps": "is the recipe's checkpoint_every",
+    "report_to": "is the recipe's report_to",
+    "eval_strategy": _SCORES_NOTHING,
+    "eval_steps": _SCORES_NOTHING,
+    "do_eval": _SCORES_NOTHING,
+    "load_best_model_at_end": _SCORES_NOTHING,
     "gradient_checkpointing": "is a key of the stage itself",
     "activation_checkpointing": "is the stage's own gradient_checkpointing",
     "average_tokens_across_devices": "is always so: a step's tokens count alike on all processes",
@@ -46,9 +72,16 @@ def micro_batches(stage: Stage, item_tokens: int, count: int) -> tuple[int, int]
         count: processes that share each step.
 
     Raises:
-        RecipeError: it cannot be cut evenly.
+        RecipeError: it cannot be cut evenly, or all the stage's tokens do not make one.
     """
-    items, noun = max(stage.batch_tokens // item_tokens, 1), "pairs" if stage.rows == 2 else "sequences"
+    noun = "pairs" if stage.rows == 2 else "sequences"
+    items, rest = divmod(stage.batch_tokens, item_tokens)
+    if rest or not items:
+        nearest = max(round(stage.batch_tokens / item_tokens), 1) * item_tokens
+        raise RecipeError(
+            f"stage {stage.kind}: batch_tokens {stage.batch_tokens} is no whole number of {noun} of {item_tokens}: the "
+            f"nearest that is one is {nearest}"
+        )
     share, rest = divmod(items, count)
     if rest or not share:
         nearest = max(round(items / count), 1) * count * item_tokens
@@ -63,6 +96,11 @@ def micro_batches(stage: Stage, item_tokens: int, count: int) -> tuple[int, int]
         raise RecipeError(
             f"stage {stage.kind}: micro_batch {micro} does not divide the {share} {noun}{each} in a step: "
             f"the nearest that does is {nearest}"
+        )
+    if stage.tokens < stage.batch_tokens:
+        raise RecipeError(
+            f"stage {stage.kind}: {stage.tokens} tokens are less than the {stage.batch_tokens} of one step: raise "
+            "tokens or lower batch_tokens"
         )
     return micro, share // micro
 
@@ -82,7 +120,7 @@ def training_arguments(
     """
     tokens = item_tokens(stage, recipe)
     micro, accumulation = micro_batches(stage, tokens, count)
-    steps = max(stage.tokens // (micro * accumulation * count * tokens), 1)
+    steps = stage.tokens // (micro * accumulation * count * tokens)
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     for key in stage.trainer:
         if key not in known:

@@ -124,6 +124,7 @@ class StageTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         self.processes, self.item_tokens, self.in_order = processes, item_tokens, in_order
         super().__init__(*args, **kwargs)
+        self.add_callback(_LastStepLogged())
         self.average = WeightAverage(trained_parameters(self.model), ema) if ema else None
         if self.average is not None:
             self.add_callback(_Averaging(self.average))
@@ -320,6 +321,14 @@ class StageTrainer(Trainer):  # type: ignore[misc]
                     values[name] = spread_like(value, parameters[index])
         self.optimizer.load_state_dict(state)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / _SCHEDULER, weights_only=True))
+
+
+class _LastStepLogged(TrainerCallback):  # type: ignore[misc]
+    """What a stage ends with is logged, whatever the rhythm; in every process, for they gather figures."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == state.max_steps:
+            control.should_log = True
 
 
 class _Averaging(TrainerCallback):  # type: ignore[misc]
