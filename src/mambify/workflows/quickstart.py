@@ -241,6 +241,8 @@ def _recipe(settings: Settings, out: Path) -> Recipe:
             "output": str(out / "run"),
             "seed": settings.seed,
             "log_every": 1,
+            # On a CPU, where a step takes seconds, an interrupted stage is not begun anew.
+            "checkpoint_every": min(100, max(1, settings.kd_tokens // settings.batch_tokens // 3)),
         }
     )
 
