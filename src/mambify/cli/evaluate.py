@@ -28,7 +28,9 @@ _STDOUT = Path("-")
 def evaluate(
     model: options.Model,
     teacher: Annotated[str | None, typer.Option(help="Measure the distance to this model as well.")] = None,
-    text: Annotated[list[Path] | None, typer.Option(help="A text file; may be given several times.")] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="A text, or rows (.jsonl, .json); may be given several times.")
+    ] = None,
     data: Annotated[list[Path] | None, typer.Option(help="Synthesized text: its held-out side.")] = None,
     context_length: Annotated[int, typer.Option(help="Tokens of a block; the first of each is only context.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Of each text at most about so many tokens.")] = None,

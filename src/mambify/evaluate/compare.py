@@ -42,7 +42,7 @@ def compare(
     Args:
         student: The model in question.
         teacher: What it is measured against; None scores the student alone.
-        sources: By name: a text file, a synthesized directory (its held-out side), or blocks as
+        sources: By name: a file of plain text, a synthesized directory (its held-out side), or blocks as
             :func:`~mambify.evaluate.perplexity.evaluate_language_model` takes them.
         tokenizer: The student's; needed for files and directories.
         teacher_tokenizer: Checked against the student's when given.

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from mambify.data.documents import read_documents
 from mambify.data.preferences import PreferenceDataset, as_blocks, describe, read_preferences
 from mambify.errors import UnknownSourceError
-from mambify.evaluate.blocks import read_blocks
+from mambify.evaluate.blocks import ROWS as FILES_OF_ROWS
+from mambify.evaluate.blocks import cut_into_blocks, read_blocks
 from mambify.evaluate.compare import compare
 from mambify.evaluate.preferences import as_json, preference_accuracy
 from mambify.evaluate.tasks import TaskSet, compare_on_tasks, load_tasks
@@ -65,7 +67,8 @@ def read_material(
 
     Args:
         tokenizer, teacher_tokenizer: the models' own; where one has none it is asked in the other's tokens.
-        texts: files, and the held-out sides of directories made by ``synthesize``.
+        texts: files, and the held-out sides of directories made by ``synthesize``; a ``.jsonl`` or ``.json`` list holds
+            rows, as text to train on does: see :func:`~mambify.data.documents.read_documents`.
         preferences: pairs of answers; see :func:`~mambify.data.preferences.read_preferences`.
         tasks: names; see :func:`~mambify.evaluate.tasks.load_tasks`, as for ``data_dir`` and ``num_fewshot``.
         context_length: tokens of a block; of an answer with its question ``pair_length``, by default the same.
@@ -84,9 +87,7 @@ def read_material(
         raise UnknownSourceError("the model has no tokenizer, and what it is asked must be tokenized")
     if (texts or preferences) and own is not teachers:
         require_same_tokenizer(teachers, own, names=("teacher", "model"))
-    blocks = {
-        str(source): read_blocks(source, own, context_length=context_length, max_tokens=max_tokens) for source in texts
-    }
+    blocks = {str(source): _blocks(source, own, context_length, max_tokens) for source in texts}
     pairs = {}
     for source in preferences:
         read = read_preferences(source, own)
@@ -97,6 +98,16 @@ def read_material(
     if tasks:
         questions = load_tasks(tasks, data_dir=data_dir, num_fewshot=num_fewshot)
     return Material(blocks, pairs, questions, own, teachers)
+
+
+def _blocks(
+    source: str | Path, tokenizer: PreTrainedTokenizerBase, context_length: int, max_tokens: int | None
+) -> list[Tensor]:
+    path = Path(source)
+    if path.suffix not in FILES_OF_ROWS or path.is_dir():
+        return read_blocks(path, tokenizer, context_length=context_length, max_tokens=max_tokens)
+    documents = read_documents(path, tokenizer, split="all", max_tokens=max_tokens)
+    return cut_into_blocks([row.input_ids.tolist() for row in documents], context_length, max_tokens=max_tokens)
 
 
 def evaluate(
