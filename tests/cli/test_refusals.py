@@ -353,6 +353,16 @@ class TestEvaluate:
         assert_refused(run("evaluate", student, "--text", tmp_path / "none.txt"), "none.txt")
         assert_refused(run("evaluate", student, "--data", tmp_path / "none"), "none", "synthesize")
 
+    def test_blocks_longer_than_the_positions(
+        self, run: Run, teacher: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def load(*_: Any, **__: Any) -> None:
+            raise AssertionError("weights were loaded")
+
+        monkeypatch.setattr("mambify.families.load.load", load)
+        result = run("evaluate", teacher, "--text", text, "--context-length", 257)
+        assert_refused(result, "257 tokens at once pass the 256 positions", str(teacher), "at most 256")
+
     def test_pairs_that_are_none(self, run: Run, student: Path, text: Path, tmp_path: Path) -> None:
         assert_refused(run("evaluate", student, "--preferences", tmp_path / "none.jsonl"), "none.jsonl")
         assert_refused(run("evaluate", student, "--preferences", text), "known file types are .jsonl and .json")

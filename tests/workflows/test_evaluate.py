@@ -9,7 +9,7 @@ import pytest
 
 import mambify
 from mambify.data.documents import read_documents
-from mambify.errors import TokenizerMismatchError, UnknownSourceError, UsageError
+from mambify.errors import InvalidOptionError, TokenizerMismatchError, UnknownSourceError, UsageError
 from mambify.evaluate import read_blocks
 from mambify.workflows.evaluate import evaluate, read_material
 from tiny import byte_tokenizer, llama
@@ -70,6 +70,16 @@ def test_files_of_rows_are_read_as_documents(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"body": "no text"}')
     with pytest.raises(UsageError, match="line 1: no usable field"):
         read_material(tokenizer, texts=[tmp_path / "rows.jsonl"])
+
+
+def test_blocks_longer_than_the_positions(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    model = llama(len(tokenizer))
+    text = tmp_path / "text.txt"
+    text.write_text("All happy families are alike. " * 40)
+    material = read_material(tokenizer, texts=[text], context_length=257)
+    with pytest.raises(InvalidOptionError, match="the teacher knows: give a context length of at most 256"):
+        evaluate(llama(len(tokenizer), max_position_embeddings=512), model, material, context_length=257)
 
 
 def test_models_that_cannot_be_asked(tmp_path: Path) -> None:

@@ -68,11 +68,11 @@ def evaluate(
     quiet_libraries()
     from mambify.families.load import as_dtype, load, load_config, load_tokenizer
     from mambify.workflows.evaluate import evaluate as score
-    from mambify.workflows.evaluate import read_material
+    from mambify.workflows.evaluate import read_material, require_positions
 
     as_dtype(dtype)
     place = options.pick_device(device)
-    load_config(model)
+    configs = {name: load_config(name) for name in (model, teacher) if name is not None}
     announce = announcer(quiet=quiet)
     # Texts and questions before models: what cannot be read is known before any weight is loaded.
     material = read_material(
@@ -87,6 +87,8 @@ def evaluate(
         num_fewshot=num_fewshot,
         announce=announce,
     )
+    for name, config in configs.items():
+        require_positions(material, config, name)
     announce(f"loading {model}")
     student = load(model, dtype=dtype, device=place, with_tokenizer=False).model
     reference = None

@@ -5,6 +5,7 @@ What is asked is read before any weight is loaded, so that what cannot be read i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +15,17 @@ from torch import Tensor
 
 from mambify.data.documents import read_documents
 from mambify.data.preferences import PreferenceDataset, as_blocks, describe, read_preferences
-from mambify.errors import UnknownSourceError
+from mambify.errors import InvalidOptionError, UnknownSourceError
 from mambify.evaluate.blocks import ROWS as FILES_OF_ROWS
 from mambify.evaluate.blocks import cut_into_blocks, read_blocks
 from mambify.evaluate.compare import compare
 from mambify.evaluate.preferences import as_json, preference_accuracy
 from mambify.evaluate.tasks import TaskSet, compare_on_tasks, load_tasks
+from mambify.language_model import position_limit
 from mambify.tokenization import require_same_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 #: told of what is being scored (a text, pairs, or the model that answers tasks): done, of how many, and a note
 Progress = Callable[[str, int, int, str], None]
@@ -110,6 +112,25 @@ def _blocks(
     return cut_into_blocks([row.input_ids.tolist() for row in documents], context_length, max_tokens=max_tokens)
 
 
+def require_positions(material: Material, config: PreTrainedConfig, name: str) -> None:
+    """Refuses texts and pairs that pass a model's positions; see :func:`mambify.language_model.position_limit`.
+
+    Raises:
+        InvalidOptionError: a block or conversation is longer.
+    """
+    limit = position_limit(config)
+    texts = (block.numel() for blocks in material.texts.values() for block in blocks)
+    answers = (
+        len(one) for known in material.pairs.values() for pair in known.pairs for one in (pair.chosen, pair.rejected)
+    )
+    longest = max(itertools.chain(texts, answers), default=0)
+    if limit is not None and longest > limit:
+        raise InvalidOptionError(
+            f"{longest} tokens at once pass the {limit} positions that the attention of {name} knows: give a context "
+            f"length of at most {limit}"
+        )
+
+
 def evaluate(
     model: PreTrainedModel,
     teacher: PreTrainedModel | None,
@@ -134,7 +155,13 @@ def evaluate(
         ``sources`` and what else :func:`~mambify.evaluate.compare.compare` gives, ``preferences`` by name
         (:func:`~mambify.evaluate.preferences.as_json`), and what
         :func:`~mambify.evaluate.tasks.compare_on_tasks` gives; of each only what was asked.
+
+    Raises:
+        InvalidOptionError: texts or pairs that are longer than the positions that a model's attention knows.
     """
+    require_positions(material, model.config, "the model")
+    if teacher is not None:
+        require_positions(material, teacher.config, "the teacher")
     told: Progress = progress or (lambda *_: None)
     rows = batch_size or ROWS
     result: dict[str, Any] = {}
