@@ -227,6 +227,8 @@ class TestEvaluate:
         assert len(figures["reward_accuracy_interval"]) == 2
         alone = parse(run(*command[:2], *command[4:], "--json", "-").out)["preferences"][str(pairs)]
         assert alone["accuracy"] == figures["accuracy"] and "reward_accuracy" not in alone
+        few = parse(run(*command[:2], *command[4:], "--limit", 2, "--json", "-").out)["preferences"][str(pairs)]
+        assert few["num_pairs"] == 2
 
     @pytest.fixture
     def questions(self, tmp_path: Path) -> Path:

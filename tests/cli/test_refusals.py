@@ -346,7 +346,7 @@ class TestEvaluate:
         assert_refused(run(*ask, "copaa", "--data-dir", tmp_path), "from files: did you mean 'copa'?")
         assert_refused(run(*ask, "copa", "--data-dir", tmp_path / "none"), "no data directory")
         assert_refused(run(*ask, "copa,,piqa"), "'copa,,piqa' is no list of tasks")
-        assert_refused(run("evaluate", student, "--limit", 3), "--limit is for tasks", "--tasks NAMES")
+        assert_refused(run("evaluate", student, "--limit", 3), "--limit is for tasks and pairs", "--tasks NAMES")
         assert_refused(run(*ask, "copa", "--limit", 0), "'--limit'", "1")
 
     def test_text_that_is_not_there(self, run: Run, student: Path, tmp_path: Path) -> None:

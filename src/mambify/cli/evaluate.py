@@ -37,7 +37,9 @@ def evaluate(
     preferences: Annotated[list[Path] | None, typer.Option(help="Pairs of answers, of which one is preferred.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, by name: arc_easy,piqa,openbookqa.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Read the tasks' questions from jsonl files here.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Of each task only so many questions.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Of each task only so many questions, of preferences pairs.")
+    ] = None,
     num_fewshot: Annotated[
         int | None, typer.Option(min=0, help="Worked examples in a prompt; else the task's own.")
     ] = None,
@@ -58,7 +60,9 @@ def evaluate(
     Each figure comes with a 95% bootstrap interval, over blocks of text, pairs or questions.
     """
     sources = _sources(text or [], data or [])
-    names = _task_names(tasks, data_dir=data_dir, limit=limit, num_fewshot=num_fewshot, chat_template=chat_template)
+    names = _task_names(tasks, data_dir=data_dir, num_fewshot=num_fewshot, chat_template=chat_template)
+    if limit is not None and not names and not preferences:
+        raise InvalidOptionError("--limit is for tasks and pairs: give --tasks NAMES or --preferences FILE too")
     if not sources and not names and not preferences:
         raise UsageError("nothing to evaluate on: give --text FILE, --data DIR, --preferences FILE or --tasks NAMES")
     if json is not None and json != _STDOUT:
@@ -85,6 +89,7 @@ def evaluate(
         max_tokens=max_tokens,
         data_dir=data_dir,
         num_fewshot=num_fewshot,
+        limit=limit,
         announce=announce,
     )
     for name, config in configs.items():

@@ -63,6 +63,7 @@ def read_material(
     max_tokens: int | None = None,
     data_dir: str | Path | None = None,
     num_fewshot: int | None = None,
+    limit: int | None = None,
     announce: Callable[[str], None] | None = None,
 ) -> Material:
     """Reads all that a model, and the teacher beside it, are to be scored on.
@@ -75,6 +76,7 @@ def read_material(
         tasks: names; see :func:`~mambify.evaluate.tasks.load_tasks`, as for ``data_dir`` and ``num_fewshot``.
         context_length: tokens of a block; of an answer with its question ``pair_length``, by default the same.
         max_tokens: of each text.
+        limit: so many pairs of each source, from its beginning.
         announce: told in words what is read.
 
     Raises:
@@ -93,7 +95,7 @@ def read_material(
     pairs = {}
     for source in preferences:
         read = read_preferences(source, own)
-        dataset = PreferenceDataset(read.pairs, pair_length or context_length, dropped=read.dropped)
+        dataset = PreferenceDataset(read.pairs[:limit], pair_length or context_length, dropped=read.dropped)
         say(f"{source}: {describe(len(dataset), dataset.dropped)}")
         pairs[str(source)] = dataset
     questions = None
