@@ -205,7 +205,7 @@ class TestEvaluate:
 
     def test_a_model_beside_itself_to_stdout(self, run: Run, teacher: Path, text: Path) -> None:
         command = ["evaluate", teacher, "--teacher", teacher, "--text", text, "--max-tokens", 200, "--json", "-"]
-        result = run(*command)
+        result = run(*command, "--context-length", 64)
         assert result.status == 0
         assert result.err == ""
         figures = parse(result.out)["sources"][str(text)]["student"]
@@ -263,7 +263,7 @@ class TestEvaluate:
 
     def test_tasks_beside_text_to_stdout(self, run_process: Run, teacher: Path, text: Path, questions: Path) -> None:
         command = ["evaluate", teacher, "--text", text, "--tasks", "copa", "--data-dir", questions, "--json", "-"]
-        result = run_process(*command, "--batch-size", 3, "--chat-template")
+        result = run_process(*command, "--batch-size", 3, "--chat-template", "--context-length", 64)
         assert (result.status, result.err) == (0, "")
         figures = parse(result.out)
         assert figures["sources"][str(text)]["student"]["perplexity"] > 1

@@ -53,6 +53,7 @@ def generate(
     quiet_libraries()
     from mambify.decode import Sampling, Session, encode_prompt, stop_strings
     from mambify.decode.rows import require_count, require_positions
+    from mambify.engine import rounded_shares
     from mambify.families.load import load, require_tokenizer
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
@@ -112,7 +113,7 @@ def generate(
                 "num_draft_tokens": counts,
                 "rounds_by_num_draft_tokens": speed.drafted,
                 "tokens_per_round": round(speed.tokens_per_round, 3),
-                "acceptance_by_position": [round(share, 4) for share in speed.acceptance_by_position],
+                "acceptance_by_position": rounded_shares(speed.acceptance_by_position),
             }
     print_json(result)
 
