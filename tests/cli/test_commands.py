@@ -143,6 +143,14 @@ class TestSynthesizeAndDistill:
         assert result.err == ""
         return out
 
+    def test_too_little_text_to_hold_any_out(self, run: Run, teacher: Path, tmp_path: Path) -> None:
+        settings = ("--max-new-tokens", 8, "--max-user-tokens", 8, "--batch-size", 1, "--json")
+        result = run("synthesize", teacher, "--tokens", "20", "--out", tmp_path / "little", *settings)
+        assert result.status == 0, result.err
+        assert parse(result.out)["heldout"] == {"documents": 0, "tokens": 0}
+        assert "nothing is held out" in result.err and "more --tokens" in result.err
+        assert result.err.count("\n") == 1
+
     @pytest.fixture
     def recipe(self, data: Path, teacher: Path, tmp_path: Path) -> Path:
         stages = [
