@@ -397,6 +397,7 @@ class TestEvaluate:
         (["--max-new-tokens", "300"], "pass the 256 positions"),
         (["--seed", "-1"], "'--seed'"),
         (["--seed", "4294967296"], "'--seed'"),
+        (["--num-draft-tokens", "4"], "--num-draft-tokens is for drafts: give --draft"),
         (["--draft", "lokup"], "(a draft may also be lookup or cut:2)"),
     ],
 )
@@ -416,6 +417,10 @@ def test_a_draft_of_another_vocabulary(run: Run, teacher: Path, other_teacher: P
     )
     result = run("generate", teacher, "hi", "--draft", swapped)
     assert_refused(result, "the target and the draft do not share a tokenizer")
+
+
+def test_chat_without_a_draft(run: Run, teacher: Path) -> None:
+    assert_refused(run("chat", teacher, "--num-draft-tokens", "auto"), "--num-draft-tokens is for drafts")
 
 
 def test_an_empty_prompt(run: Run, teacher: Path) -> None:

@@ -34,7 +34,7 @@ def generate(
     stop: options.Stop = None,
     seed: options.Seed = 0,
     draft: options.Draft = None,
-    num_draft_tokens: options.NumDraftTokens = "4",
+    num_draft_tokens: options.NumDraftTokens = None,
     chat: Annotated[
         bool, typer.Option("--chat/--no-chat", help="Put the prompt through the chat template where there is one.")
     ] = True,
@@ -59,7 +59,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     require_count(max_new_tokens)
     strings = stop_strings(stop)
-    counts = options.parse_draft_counts(num_draft_tokens)
+    counts = options.parse_draft_counts(num_draft_tokens, draft)
     place = options.pick_device(device)
     with working(f"loading {model}", quiet=json):
         loaded = load(model, dtype=dtype, device=place)
