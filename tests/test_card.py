@@ -179,7 +179,7 @@ def test_results_that_are_none(content: str | None, tmp_path: Path) -> None:
 
 
 def test_a_draft_says_what_it_is_for_and_what_is_accepted() -> None:
-    found = {"temperature": 1.0, "num_draft_tokens": 2, "tokens_per_round": 1.75, "acceptance_by_position": [0.5, 0.5]}
+    found = {"temperature": 1.0, "num_draft_tokens": 2, "tokens_per_round": 1.75, "acceptance_by_position": [0.5, None]}
     results = {"acceptance": {"target": "/home/me/student", "expected": found, "measured": [found]}}
     facts = config(layer_mixers=["attention"] * 2, num_hidden_layers=2, cut_from=[0, 3], draft_vocabulary=100)
     card = render_card(facts, Provenance(recipe={"teacher": "smollm2"}, results=results))
@@ -187,7 +187,7 @@ def test_a_draft_says_what_it_is_for_and_what_is_accepted() -> None:
     assert "layers 0, 3 of it" in card and "Its head knows 100 of 32,000 words" in card
     assert "--draft PATH_OR_HUB_ID" in card
     assert "With student as the target" in card and "/home/me" not in card
-    assert "| prompts, measured | 1 | 1.75 | 50%, 50% |" in card
+    assert "| prompts, measured | 1 | 1.75 | 50%, – |" in card
 
 
 def test_a_draft_that_reads_hidden_states_names_the_model_it_runs_beside() -> None:

@@ -13,11 +13,29 @@ import torch
 import transformers
 
 from mambify import __version__
+from mambify.errors import InvalidOptionError
 
 
 def default_device() -> str:
     """The GPU where there is one, else the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def require_device(name: torch.device | str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        InvalidOptionError: no such device on this machine.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InvalidOptionError(f"unknown device '{name}': choose cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InvalidOptionError(
+            f"no device '{name}' here: this machine has {torch.cuda.device_count()} CUDA devices; cpu is always there"
+        )
+    return device
 
 
 def device_name(device: str) -> str:

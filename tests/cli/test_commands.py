@@ -143,6 +143,14 @@ class TestSynthesizeAndDistill:
         assert result.err == ""
         return out
 
+    def test_too_little_text_to_hold_any_out(self, run: Run, teacher: Path, tmp_path: Path) -> None:
+        settings = ("--max-new-tokens", 8, "--max-user-tokens", 8, "--batch-size", 1, "--json")
+        result = run("synthesize", teacher, "--tokens", "20", "--out", tmp_path / "little", *settings)
+        assert result.status == 0, result.err
+        assert parse(result.out)["heldout"] == {"documents": 0, "tokens": 0}
+        assert "nothing is held out" in result.err and "more --tokens" in result.err
+        assert result.err.count("\n") == 1
+
     @pytest.fixture
     def recipe(self, data: Path, teacher: Path, tmp_path: Path) -> Path:
         stages = [
@@ -205,7 +213,7 @@ class TestEvaluate:
 
     def test_a_model_beside_itself_to_stdout(self, run: Run, teacher: Path, text: Path) -> None:
         command = ["evaluate", teacher, "--teacher", teacher, "--text", text, "--max-tokens", 200, "--json", "-"]
-        result = run(*command)
+        result = run(*command, "--context-length", 64)
         assert result.status == 0
         assert result.err == ""
         figures = parse(result.out)["sources"][str(text)]["student"]
@@ -227,6 +235,8 @@ class TestEvaluate:
         assert len(figures["reward_accuracy_interval"]) == 2
         alone = parse(run(*command[:2], *command[4:], "--json", "-").out)["preferences"][str(pairs)]
         assert alone["accuracy"] == figures["accuracy"] and "reward_accuracy" not in alone
+        few = parse(run(*command[:2], *command[4:], "--limit", 2, "--json", "-").out)["preferences"][str(pairs)]
+        assert few["num_pairs"] == 2
 
     @pytest.fixture
     def questions(self, tmp_path: Path) -> Path:
@@ -261,7 +271,7 @@ class TestEvaluate:
 
     def test_tasks_beside_text_to_stdout(self, run_process: Run, teacher: Path, text: Path, questions: Path) -> None:
         command = ["evaluate", teacher, "--text", text, "--tasks", "copa", "--data-dir", questions, "--json", "-"]
-        result = run_process(*command, "--batch-size", 3, "--chat-template")
+        result = run_process(*command, "--batch-size", 3, "--chat-template", "--context-length", 64)
         assert (result.status, result.err) == (0, "")
         figures = parse(result.out)
         assert figures["sources"][str(text)]["student"]["perplexity"] > 1

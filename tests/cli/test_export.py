@@ -65,6 +65,12 @@ def test_no_output_path(run: Run, student: Path) -> None:
     assert_refused(run("export", student), "--out PATH", "--check")
 
 
+def test_check_with_what_is_for_writing(run: Run, student: Path, tmp_path: Path) -> None:
+    for option in (["--out", tmp_path / "out"], ["--dtype", "bfloat16"], ["--modelfile"], ["--pad-state"]):
+        assert_refused(run("export", student, "--check", *option), "--check writes nothing", option[0])
+    assert not (tmp_path / "out").exists()
+
+
 def test_taken_output_path(run: Run, student: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in student.rglob("*")}
     assert_refused(run("export", student, "--out", student), "is not empty", "--overwrite")

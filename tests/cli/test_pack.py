@@ -75,6 +75,7 @@ def test_results_get_into_the_card_and_go_along(run: Run, student: Path, text: P
         (["--base", "smolm2"], "'smolm2' is not here"),
         (["--dtype", "int4"], "unknown dtype 'int4': choose auto, float32, bfloat16, float16"),
         (["--alias", "Tiny Model"], "'Tiny Model' cannot be an alias"),
+        (["--alias", "smollm2"], "'smollm2' always means the model that mambify knows"),
     ],
 )
 def test_what_cannot_be_packed(run: Run, student: Path, tmp_path: Path, options: list[str], said: str) -> None:

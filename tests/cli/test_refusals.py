@@ -348,12 +348,22 @@ class TestEvaluate:
         assert_refused(run(*ask, "copaa", "--data-dir", tmp_path), "from files: did you mean 'copa'?")
         assert_refused(run(*ask, "copa", "--data-dir", tmp_path / "none"), "no data directory")
         assert_refused(run(*ask, "copa,,piqa"), "'copa,,piqa' is no list of tasks")
-        assert_refused(run("evaluate", student, "--limit", 3), "--limit is for tasks", "--tasks NAMES")
+        assert_refused(run("evaluate", student, "--limit", 3), "--limit is for tasks and pairs", "--tasks NAMES")
         assert_refused(run(*ask, "copa", "--limit", 0), "'--limit'", "1")
 
     def test_text_that_is_not_there(self, run: Run, student: Path, tmp_path: Path) -> None:
         assert_refused(run("evaluate", student, "--text", tmp_path / "none.txt"), "none.txt")
         assert_refused(run("evaluate", student, "--data", tmp_path / "none"), "none", "synthesize")
+
+    def test_blocks_longer_than_the_positions(
+        self, run: Run, teacher: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def load(*_: Any, **__: Any) -> None:
+            raise AssertionError("weights were loaded")
+
+        monkeypatch.setattr("mambify.families.load.load", load)
+        result = run("evaluate", teacher, "--text", text, "--context-length", 257)
+        assert_refused(result, "257 tokens at once pass the 256 positions", str(teacher), "at most 256")
 
     def test_pairs_that_are_none(self, run: Run, student: Path, text: Path, tmp_path: Path) -> None:
         assert_refused(run("evaluate", student, "--preferences", tmp_path / "none.jsonl"), "none.jsonl")
@@ -389,6 +399,7 @@ class TestEvaluate:
         (["--max-new-tokens", "300"], "pass the 256 positions"),
         (["--seed", "-1"], "'--seed'"),
         (["--seed", "4294967296"], "'--seed'"),
+        (["--num-draft-tokens", "4"], "--num-draft-tokens is for drafts: give --draft"),
         (["--draft", "lokup"], "(a draft may also be lookup or cut:2)"),
     ],
 )
@@ -408,6 +419,10 @@ def test_a_draft_of_another_vocabulary(run: Run, teacher: Path, other_teacher: P
     )
     result = run("generate", teacher, "hi", "--draft", swapped)
     assert_refused(result, "the target and the draft do not share a tokenizer")
+
+
+def test_chat_without_a_draft(run: Run, teacher: Path) -> None:
+    assert_refused(run("chat", teacher, "--num-draft-tokens", "auto"), "--num-draft-tokens is for drafts")
 
 
 def test_an_empty_prompt(run: Run, teacher: Path) -> None:

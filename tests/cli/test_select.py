@@ -90,5 +90,10 @@ def test_refusals(run: Run, teacher: Path, rows: Path, tmp_path: Path, options: 
     assert not out.exists()
 
 
+def test_a_share_and_a_size(run: Run, teacher: Path, rows: Path) -> None:
+    result = run("select", teacher, "--text", rows, "--budget", "0.5", "--max-memory", "1B")
+    assert_refused(result, "--budget and --max-memory", "give one")
+
+
 def test_a_hybrid_has_chosen_already(run: Run, student: Path, rows: Path) -> None:
     assert_refused(run("select", student, "--text", rows), "is converted already")

@@ -92,6 +92,24 @@ def test_a_text_file_is_one_document_or_passages(tmp_path: Path, tokenizer: PreT
     assert not sides[0] & sides[1]
 
 
+@pytest.mark.parametrize("between", [" \n \n", " \n"])
+def test_a_text_without_empty_lines_is_split_too(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, between: str
+) -> None:
+    path = tmp_path / "wiki.txt"
+    lines = [" ".join(f"w{(i * j + i // 40) % 37}" for j in range(1, 60)) for i in range(300)]
+    path.write_text(between.join(lines), encoding="utf-8")
+    sides = [read_documents(path, tokenizer, split=split, heldout=0.3) for split in ("train", "heldout")]
+    assert all(len(side) > 3 for side in sides)
+    passages = [document.text for side in sides for document in side]
+    assert max(map(len, passages)) < 3000
+    whole = {line.strip() for text in passages for line in text.split("\n") if line.strip()}
+    assert whole == set(lines)
+    path.write_text("w1 " * 5000 + "\n" + "w2 w3", encoding="utf-8")  # a line is never cut
+    kept = read_documents(path, tokenizer, split="train", heldout=0.0)
+    assert [document.text.strip() for document in kept] == [("w1 " * 5000).strip(), "w2 w3"]
+
+
 def test_synthesized_text_comes_back_as_it_was_sampled(
     tmp_path: Path,
     model: LlamaForCausalLM,

@@ -23,6 +23,12 @@ def test_it_is_the_public_generate() -> None:
     assert mambify.generate is generate
 
 
+@pytest.mark.parametrize("prompt", ["Hello", ["Hello", "you"]])
+def test_text_is_no_list_of_token_ids(model: PreTrainedModel, prompt: Any) -> None:
+    with pytest.raises(InvalidOptionError, match=r"token ids and not text: .*mambify\.stream"):
+        generate(model, prompt)
+
+
 def test_greedy_is_what_transformers_generates(model: PreTrainedModel) -> None:
     ids_BT = torch.randint(3, 50, (2, 6), generator=torch.Generator().manual_seed(1))
     ours = generate(model, ids_BT, max_new_tokens=16, eos_token_id=[])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mambify.conversion.cut import choose_layers, cut, most_frequent
-from mambify.engine import Sampling, Speculator, Statistics
+from mambify.engine import Sampling, Speculator, Statistics, rounded_shares, written_shares
 from mambify.engine.memory import read_bytes, working_bytes
 from mambify.errors import InvalidOptionError
 from mambify.model import HybridForCausalLM
@@ -208,6 +208,11 @@ def test_acceptance_counts_only_rounds_that_drafted_so_far() -> None:
     statistics.add(1, [4, 6, 0], passes=5, seconds=1.0)  # ten rounds of one token, six of which kept it
     statistics.add(2, [2, 3, 5], passes=5, seconds=2.0)  # ten of two: eight kept the first, five of them the second too
     assert statistics.acceptance_by_position == [14 / 20, 5 / 8]
+    untried = Statistics()
+    untried.add(2, [5, 0, 0, 0], passes=5, seconds=1.0)  # the second never came to its turn, a third was never drafted
+    assert untried.acceptance_by_position == [0.0, None, None]
+    assert rounded_shares(untried.acceptance_by_position) == [0.0, None, None]
+    assert written_shares([0.5, *untried.acceptance_by_position]) == ["50%", "0%", "–", "–"]
     assert statistics.drafted == {1: 10, 2: 10}
     assert (statistics.passes, statistics.rounds, statistics.seconds) == ({1: 5, 2: 5}, 10, 3.0)
 

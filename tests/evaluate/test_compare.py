@@ -5,6 +5,7 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -12,7 +13,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mambify.errors import InvalidOptionError, TokenizerMismatchError, UnknownSourceError, UsageError
-from mambify.evaluate import compare, comparison_table, cut_into_blocks, evaluate_language_model, read_blocks
+from mambify.evaluate import (
+    compare,
+    comparison_table,
+    cut_into_blocks,
+    evaluate_language_model,
+    preference_accuracy,
+    preference_table,
+    read_blocks,
+)
+from mambify.evaluate.preferences import as_json
+from mambify.evaluate.tasks import task_table
+from mambify.evaluate.tasks.compare import _figures
 from mambify.tokenization import tokenizer_fingerprint
 
 
@@ -125,6 +137,36 @@ def test_the_table_shows_every_figure() -> None:
     assert "KL" in text
     assert "KL" not in alone
     assert "teacher" not in alone
+
+
+def test_a_single_block_has_no_interval() -> None:
+    result = compare(STUDENT, TEACHER, {"a text": torch.tensor([[3, 4, 5, 6]])})
+    figures = result["sources"]["a text"]["student"]
+    assert set(figures) == {"perplexity", "nll", "perplexity_ratio", "kl", "top1_agreement"}
+    assert f"{figures['perplexity']:.2f}" in shown(result)
+    assert "(" not in shown(result)
+    assert "(" in shown(compare(STUDENT, TEACHER, {"a text": torch.tensor([[3, 4, 5, 6], [4, 5, 6, 7]])}))
+
+
+def test_a_single_pair_or_question_has_no_interval() -> None:
+    pair = {"input_ids": torch.tensor([3, 4]), "labels": torch.tensor([-100, 4])}
+    flat = as_json(preference_accuracy(STUDENT, None, [(pair, pair)]))
+    assert flat == {"num_pairs": 1, "accuracy": 0.5, "accuracy_per_token": 0.5}
+    table = io.StringIO()
+    Console(file=table, width=140).print(preference_table({"pairs": flat}))
+    assert "50.0%" in table.getvalue()
+    assert "50.0% (" not in table.getvalue()
+    tasks = {
+        role: {"one": {"acc": np.ones(1)}, "two": {"acc": np.array([0.0, 1.0])}} for role in ("teacher", "student")
+    }
+    results, means = _figures(tasks, resamples=50, seed=0)
+    assert results["one"]["metrics"]["acc"] == {"teacher": 1.0, "student": 1.0, "difference": 0.0}
+    assert results["two"]["metrics"]["acc"]["difference_interval"] == [0.0, 0.0]
+    assert means["acc"] == {"tasks": {"one": "acc", "two": "acc"}, "teacher": 0.75, "student": 0.75, "difference": 0.0}
+    table = io.StringIO()
+    Console(file=table, width=140).print(task_table({"tasks": results, "means": means}))
+    assert "100.0 " in table.getvalue()
+    assert "100.0 (" not in table.getvalue()
 
 
 def test_what_cannot_be_compared_is_an_error(tmp_path: Path) -> None:

@@ -77,6 +77,12 @@ def test_unknown_source(source: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("device", ["cuda:77", torch.device("cuda", 77), "tpu9"])
+def test_a_device_that_is_not_there(device: torch.device | str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidOptionError, match=r"no device 'cuda:77' here|unknown device 'tpu9'"):
+        mambify.load(tmp_path, device=device)
+
+
 def test_paths_that_are_no_model(tmp_path: Path) -> None:
     with pytest.raises(UnknownSourceError, match=r"holds no config\.json"):
         mambify.load(tmp_path)

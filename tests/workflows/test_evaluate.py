@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 import mambify
-from mambify.errors import TokenizerMismatchError, UnknownSourceError
+from mambify.data.documents import read_documents
+from mambify.errors import InvalidOptionError, TokenizerMismatchError, UnknownSourceError, UsageError
+from mambify.evaluate import read_blocks
 from mambify.workflows.evaluate import evaluate, read_material
 from tiny import byte_tokenizer, llama
 
@@ -47,6 +49,37 @@ def test_texts_and_pairs_beside_a_teacher(tmp_path: Path) -> None:
     assert alone["sources"][str(text)]["student"]["perplexity"] == pytest.approx(perplexity)
     assert "reward_accuracy" not in alone["preferences"][str(pairs)]
     assert evaluate(models[0], None, read_material(tokenizer)) == {}
+
+
+def test_files_of_rows_are_read_as_documents(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A fox."}]
+    rows = [{"text": "All happy families are alike."}, {"messages": turns}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    for name in ("rows.jsonl", "rows.json"):
+        source = tmp_path / name
+        documents = read_documents(source, tokenizer, split="all")
+        blocks = read_material(tokenizer, texts=[source], context_length=512).texts[str(source)]
+        assert [block.tolist() for block in blocks] == [document.input_ids.tolist() for document in documents]
+        assert "{" not in tokenizer.decode(blocks[0])
+        with pytest.raises(UsageError, match="holds rows and not one text"):
+            read_blocks(source, tokenizer, context_length=512)
+    few = read_material(tokenizer, texts=[tmp_path / "rows.json"], context_length=8, max_tokens=9)
+    assert len(few.texts[str(tmp_path / "rows.json")]) == 2
+    (tmp_path / "rows.jsonl").write_text('{"body": "no text"}')
+    with pytest.raises(UsageError, match="line 1: no usable field"):
+        read_material(tokenizer, texts=[tmp_path / "rows.jsonl"])
+
+
+def test_blocks_longer_than_the_positions(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    model = llama(len(tokenizer))
+    text = tmp_path / "text.txt"
+    text.write_text("All happy families are alike. " * 40)
+    material = read_material(tokenizer, texts=[text], context_length=257)
+    with pytest.raises(InvalidOptionError, match="the teacher knows: give a context length of at most 256"):
+        evaluate(llama(len(tokenizer), max_position_embeddings=512), model, material, context_length=257)
 
 
 def test_models_that_cannot_be_asked(tmp_path: Path) -> None:

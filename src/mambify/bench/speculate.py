@@ -109,7 +109,7 @@ def _shape_cells(row: dict[str, Any]) -> list[str]:
 
 
 def _real_cells(row: dict[str, Any]) -> list[str]:
-    positions = " ".join(f"{share:.2f}" for share in row["acceptance_by_position"])
+    positions = " ".join("–" if share is None else f"{share:.2f}" for share in row["acceptance_by_position"])
     same = "" if row["same_answers"] is None else f"; {row['same_answers']:.0%} as plain"
     return [
         row["part"], row["draft"], f"{row['group']}, temperature {row['temperature']:g}", str(row["K"]),

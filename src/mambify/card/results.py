@@ -29,7 +29,7 @@ def acceptance_section(report: Figures) -> str:
             on,
             f"{found['temperature']:g}",
             f"{found['tokens_per_round']:.2f}",
-            ", ".join(f"{share:.0%}" for share in found["acceptance_by_position"]),
+            ", ".join("–" if share is None else f"{share:.0%}" for share in found["acceptance_by_position"]),
         )
         for on, found in [(f"held-out text, expected{first}", report["expected"]), *measured]
     ]

@@ -29,7 +29,7 @@ def chat(
     stop: options.Stop = None,
     seed: options.Seed = 0,
     draft: options.Draft = None,
-    num_draft_tokens: options.NumDraftTokens = "4",
+    num_draft_tokens: options.NumDraftTokens = None,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
     stats: options.Stats = False,
@@ -47,7 +47,7 @@ def chat(
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     require_count(max_new_tokens)
     strings = stop_strings(stop)
-    counts = options.parse_draft_counts(num_draft_tokens)
+    counts = options.parse_draft_counts(num_draft_tokens, draft)
     place = options.pick_device(device)
     with working(f"loading {model}"):
         loaded = load(model, dtype=dtype, device=place)

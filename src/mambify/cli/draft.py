@@ -98,6 +98,8 @@ def _show(report: dict[str, Any], out: Path, target: str) -> None:
     from rich.box import SIMPLE
     from rich.table import Table
 
+    from mambify.engine import written_shares
+
     table = Table(box=SIMPLE, pad_edge=False)
     for heading in ("acceptance", "temperature", "drafted", "tokens a round", "by position"):
         table.add_column(heading, justify="left" if heading in ("acceptance", "by position") else "right")
@@ -108,7 +110,7 @@ def _show(report: dict[str, Any], out: Path, target: str) -> None:
             f"{found['temperature']:g}",
             str(found["num_draft_tokens"]),
             f"{found['tokens_per_round']:.2f}",
-            " ".join(f"{share:.0%}" for share in found["acceptance_by_position"]),
+            " ".join(written_shares(found["acceptance_by_position"])),
         )
     print_table(table)
     stdout().print(f"draft saved in {out}. To use it:", markup=False)

@@ -28,14 +28,18 @@ _STDOUT = Path("-")
 def evaluate(
     model: options.Model,
     teacher: Annotated[str | None, typer.Option(help="Measure the distance to this model as well.")] = None,
-    text: Annotated[list[Path] | None, typer.Option(help="A text file; may be given several times.")] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="A text, or rows (.jsonl, .json); may be given several times.")
+    ] = None,
     data: Annotated[list[Path] | None, typer.Option(help="Synthesized text: its held-out side.")] = None,
     context_length: Annotated[int, typer.Option(help="Tokens of a block; the first of each is only context.")] = 512,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Of each text at most about so many tokens.")] = None,
     preferences: Annotated[list[Path] | None, typer.Option(help="Pairs of answers, of which one is preferred.")] = None,
     tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, by name: arc_easy,piqa,openbookqa.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Read the tasks' questions from jsonl files here.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Of each task only so many questions.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Of each task only so many questions, of preferences pairs.")
+    ] = None,
     num_fewshot: Annotated[
         int | None, typer.Option(min=0, help="Worked examples in a prompt; else the task's own.")
     ] = None,
@@ -56,7 +60,9 @@ def evaluate(
     Each figure comes with a 95% bootstrap interval, over blocks of text, pairs or questions.
     """
     sources = _sources(text or [], data or [])
-    names = _task_names(tasks, data_dir=data_dir, limit=limit, num_fewshot=num_fewshot, chat_template=chat_template)
+    names = _task_names(tasks, data_dir=data_dir, num_fewshot=num_fewshot, chat_template=chat_template)
+    if limit is not None and not names and not preferences:
+        raise InvalidOptionError("--limit is for tasks and pairs: give --tasks NAMES or --preferences FILE too")
     if not sources and not names and not preferences:
         raise UsageError("nothing to evaluate on: give --text FILE, --data DIR, --preferences FILE or --tasks NAMES")
     if json is not None and json != _STDOUT:
@@ -66,11 +72,11 @@ def evaluate(
     quiet_libraries()
     from mambify.families.load import as_dtype, load, load_config, load_tokenizer
     from mambify.workflows.evaluate import evaluate as score
-    from mambify.workflows.evaluate import read_material
+    from mambify.workflows.evaluate import read_material, require_positions
 
     as_dtype(dtype)
     place = options.pick_device(device)
-    load_config(model)
+    configs = {name: load_config(name) for name in (model, teacher) if name is not None}
     announce = announcer(quiet=quiet)
     # Texts and questions before models: what cannot be read is known before any weight is loaded.
     material = read_material(
@@ -83,8 +89,11 @@ def evaluate(
         max_tokens=max_tokens,
         data_dir=data_dir,
         num_fewshot=num_fewshot,
+        limit=limit,
         announce=announce,
     )
+    for name, config in configs.items():
+        require_positions(material, config, name)
     announce(f"loading {model}")
     student = load(model, dtype=dtype, device=place, with_tokenizer=False).model
     reference = None

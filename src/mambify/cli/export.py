@@ -50,6 +50,16 @@ def export(
     What the form cannot carry exactly is refused with the reason, before any weight is read.
     """
     if check:
+        for_writing = {
+            "out": out,
+            "dtype": dtype,
+            "split-heads": split_heads,
+            "modelfile": modelfile,
+            "pad-state": pad_state,
+        }
+        for name, value in for_writing.items():
+            if value not in (None, False):
+                raise InvalidOptionError(f"--check writes nothing, and --{name} is for what is written: leave one out")
         quiet_libraries()
         _check(model, json=json)
         return

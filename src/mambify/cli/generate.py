@@ -34,7 +34,7 @@ def generate(
     stop: options.Stop = None,
     seed: options.Seed = 0,
     draft: options.Draft = None,
-    num_draft_tokens: options.NumDraftTokens = "4",
+    num_draft_tokens: options.NumDraftTokens = None,
     chat: Annotated[
         bool, typer.Option("--chat/--no-chat", help="Put the prompt through the chat template where there is one.")
     ] = True,
@@ -53,12 +53,13 @@ def generate(
     quiet_libraries()
     from mambify.decode import Sampling, Session, encode_prompt, stop_strings
     from mambify.decode.rows import require_count, require_positions
+    from mambify.engine import rounded_shares
     from mambify.families.load import load, require_tokenizer
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     require_count(max_new_tokens)
     strings = stop_strings(stop)
-    counts = options.parse_draft_counts(num_draft_tokens)
+    counts = options.parse_draft_counts(num_draft_tokens, draft)
     place = options.pick_device(device)
     with working(f"loading {model}", quiet=json):
         loaded = load(model, dtype=dtype, device=place)
@@ -112,7 +113,7 @@ def generate(
                 "num_draft_tokens": counts,
                 "rounds_by_num_draft_tokens": speed.drafted,
                 "tokens_per_round": round(speed.tokens_per_round, 3),
-                "acceptance_by_position": [round(share, 4) for share in speed.acceptance_by_position],
+                "acceptance_by_position": rounded_shares(speed.acceptance_by_position),
             }
     print_json(result)
 

@@ -40,7 +40,8 @@ Draft = Annotated[
     ),
 ]
 NumDraftTokens = Annotated[
-    str, typer.Option(help="How many tokens are guessed at a time, 1 to 16; 2-6 or auto: as many as pay.")
+    str | None,
+    typer.Option(help="How many tokens are guessed at a time, 1 to 16, else 4; 2-6 or auto: as many as pay."),
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything drawn at random.")]
 
@@ -55,16 +56,11 @@ def pick_device(name: str | None) -> str:
     """
     import torch
 
-    from mambify.machine import default_device
+    from mambify.machine import default_device, require_device
 
     if name is None:
         return default_device()
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InvalidOptionError(f"unknown device '{name}': choose cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InvalidOptionError(f"no device '{name}' here: this machine has {torch.cuda.device_count()} CUDA devices")
+    device = require_device(name)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return name
@@ -100,14 +96,18 @@ def load_draft(name: str | None, *, target: LoadedModel, device: str, quiet: boo
     return loaded.model
 
 
-def parse_draft_counts(text: str) -> int | tuple[int, int] | str:
-    """``"4"`` → 4, ``"2-6"`` → (2, 6), ``"auto"`` as it is.
+def parse_draft_counts(text: str | None, draft: str | None) -> int | tuple[int, int] | str:
+    """``"4"`` → 4, ``"2-6"`` → (2, 6), ``"auto"`` as it is; 4 where nothing is said.
 
     Raises:
-        InvalidOptionError: anything else, or a number out of range.
+        InvalidOptionError: anything else, a number out of range, or one without ``draft``.
     """
     from mambify.engine.pace import draft_counts
 
+    if text is None:
+        return 4
+    if draft is None:
+        raise InvalidOptionError("--num-draft-tokens is for drafts: give --draft DRAFT (or lookup, or cut:2) too")
     first, dash, last = text.partition("-")
     if text != "auto" and not (first.isdecimal() and (last.isdecimal() or not dash)):
         raise InvalidOptionError(f"--num-draft-tokens '{text}' is no number of tokens: write it like 4, 2-6 or auto")

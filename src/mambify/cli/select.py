@@ -31,7 +31,9 @@ def select(
     text: Annotated[
         str, typer.Option(help="Synthesized directory or text: its training side is learned, the rest scored.")
     ],
-    budget: Annotated[float, typer.Option(help="Share of the layers that keep attention.")] = 0.5,
+    budget: Annotated[
+        float | None, typer.Option(help="Share of the layers that keep attention; 0.5 by default.")
+    ] = None,
     max_memory: Annotated[
         str | None, typer.Option(help="Bytes one sequence may hold instead: 40M; at --memory-context tokens.")
     ] = None,
@@ -63,8 +65,11 @@ def select(
     tokens = 0 if align_tokens.strip() == "0" else options.parse_tokens(align_tokens)
     scored, context = options.parse_tokens(score_tokens), options.parse_tokens(memory_context)
     most = None if max_memory is None else options.parse_tokens(max_memory)
+    if budget is not None and most is not None:
+        raise InvalidOptionError("--budget and --max-memory both say how much attention there may be: give one")
     if scored < 2 * context_length:
         raise InvalidOptionError(f"--score-tokens {scored} is too little: two blocks are {2 * context_length}")
+    share = 0.5 if budget is None and most is None else budget
     quiet_libraries()
     from mambify.workflows.select import Budget
     from mambify.workflows.select import select as choose
@@ -81,7 +86,7 @@ def select(
         report = choose(
             teacher,
             text,
-            Budget(share=budget if most is None else None, max_bytes=most, context=context),
+            Budget(share=share, max_bytes=most, context=context),
             method=method,
             mixer=mixer,
             init=init,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mambify.cli import options
-from mambify.cli.console import announcer, print_json, progress_bar, quiet_libraries, stdout
+from mambify.cli.console import announcer, print_json, progress_bar, quiet_libraries, stderr, stdout
 from mambify.errors import InvalidOptionError
 from mambify.io import require_new
 
@@ -105,6 +105,12 @@ def synthesize(
         }
         for split in ("train", "heldout")
     }
+    if not sides["heldout"]["documents"]:
+        stderr().print(
+            f"{out}: nothing is held out of so little text, and `evaluate --data` needs that: ask for more --tokens",
+            markup=False,
+            soft_wrap=True,
+        )
     if json:
         print_json({"out": str(out), "teacher": teacher, "num_tokens": manifest.num_tokens} | sides)
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,8 @@ Weighted = tuple[Source, float]
 
 DEFAULT_HELDOUT = 0.02
 _PASSAGE_CHARACTERS = 2000
+_PARAGRAPH_CHARACTERS = 3 * _PASSAGE_CHARACTERS  # the most that are left whole
+_BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +154,7 @@ def read_documents(
         heldout: The fraction held out of a source that brings no split of its own.
 
     A ``.txt`` file is one document under ``all``; to be split it is cut at blank lines into passages of about
-    2,000 characters.
+    2,000 characters, and at the ends of lines where a paragraph is much longer.
 
     Raises:
         UnknownSourceError: no such file or data set.
@@ -278,13 +281,26 @@ def _text_rows(path: Path, *, whole: bool) -> Iterator[tuple[str, Row]]:
             yield str(path), text
         return
     passage: list[str] = []
-    for paragraph in text.split("\n\n"):
-        passage.append(paragraph)
-        if sum(map(len, passage)) >= _PASSAGE_CHARACTERS:
-            yield str(path), "\n\n".join(passage)
-            passage = []
+    for paragraph in _BLANK_LINE.split(text):
+        for part in [paragraph] if len(paragraph) <= _PARAGRAPH_CHARACTERS else _cut_at_lines(paragraph):
+            passage.append(part)
+            if sum(map(len, passage)) >= _PASSAGE_CHARACTERS:
+                yield str(path), "\n\n".join(passage)
+                passage = []
     if "".join(passage).strip():
         yield str(path), "\n\n".join(passage)
+
+
+def _cut_at_lines(paragraph: str) -> Iterator[str]:
+    """Whole lines of a passage's length or more, but for the last part."""
+    lines: list[str] = []
+    for line in paragraph.split("\n"):
+        lines.append(line)
+        if sum(map(len, lines)) >= _PASSAGE_CHARACTERS:
+            yield "\n".join(lines)
+            lines = []
+    if lines:
+        yield "\n".join(lines)
 
 
 def raw_rows(source: Source) -> Iterator[tuple[str, Any]]:

@@ -25,8 +25,14 @@ def rows_of(input_ids: Tensor | Sequence[Sequence[int]], mask_BT: Tensor | None 
         mask_BT: 0 where a row of a tensor is padded, on the left.
 
     Raises:
-        InvalidOptionError: no prompt, an empty one, padding on the right, or a mask of another shape.
+        InvalidOptionError: no prompt, an empty one, text, padding on the right, or a mask of another shape.
     """
+    given: object = input_ids
+    if isinstance(given, str) or (isinstance(given, Sequence) and any(isinstance(row, str) for row in given)):
+        raise InvalidOptionError(
+            "input_ids are token ids and not text: give [tokenizer.encode(text)], or let "
+            "mambify.stream(model, tokenizer, text) do it"
+        )
     if not isinstance(input_ids, Tensor):
         if mask_BT is not None:
             raise InvalidOptionError("lists of token ids need no attention_mask: give one with a tensor")

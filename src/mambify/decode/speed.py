@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mambify.engine import Speculator
+from mambify.engine import Speculator, written_shares
 from mambify.machine import memory_bandwidth
 
 
@@ -26,7 +26,7 @@ class Speed:
     tokens: int
     seconds: float
     tokens_per_round: float
-    acceptance_by_position: list[float]
+    acceptance_by_position: list[float | None]
     drafted: dict[int, int]
     share_of_bandwidth: float | None = None
 
@@ -55,7 +55,7 @@ class Speed:
         """For people."""
         said = f"{self.tokens} tokens, {self.tokens_per_second:.1f} a second"
         if self.acceptance_by_position:
-            shares = ", ".join(f"{share:.0%}" for share in self.acceptance_by_position)
+            shares = ", ".join(written_shares(self.acceptance_by_position))
             said += f", {self.tokens_per_round:.2f} a round; accepted by position: {shares}"
         if self.share_of_bandwidth is not None:
             said += f"; {self.share_of_bandwidth:.0%} of the memory bandwidth"

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
+
+
+def rounded_shares(shares: Iterable[float | None]) -> list[float | None]:
+    """Acceptance by position for programs; ``None`` where a position was never tried."""
+    return [None if share is None else round(share, 4) for share in shares]
+
+
+def written_shares(shares: Iterable[float | None]) -> list[str]:
+    """The same in percent, for people."""
+    return ["–" if share is None else f"{share:.0%}" for share in shares]
 
 
 @dataclass
@@ -56,10 +66,13 @@ class Statistics:
         return self.tokens / max(sum(self.accepted), 1)
 
     @property
-    def acceptance_by_position(self) -> list[float]:
-        """Of the rounds that drafted k tokens and kept all before the k-th, the share that kept it as well."""
-        shares = []
+    def acceptance_by_position(self) -> list[float | None]:
+        """Of the rounds that drafted k tokens and kept all before the k-th, the share that kept it as well.
+
+        ``None`` where there was no such round.
+        """
+        shares: list[float | None] = []
         for k in range(1, len(self.accepted)):
             tried, kept = sum(self.accepted[k - 1 :]) - self.whole[k - 1], sum(self.accepted[k:])
-            shares.append(kept / tried if tried else 0.0)
+            shares.append(kept / tried if tried else None)
         return shares

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mambify.engine import Sampling, Speculator
+from mambify.engine import Sampling, Speculator, rounded_shares
 from mambify.errors import InvalidOptionError
 from mambify.feature_input import shifted
 from mambify.model import HybridForCausalLM
@@ -36,14 +36,15 @@ class Expected(NamedTuple):
 
     Attributes:
         positions: places of the text that were counted as the beginning of a round.
-        acceptance_by_position: the k-th drafted token's chance, where all before it were accepted.
+        acceptance_by_position: the k-th drafted token's chance, where all before it were accepted; ``None`` where they
+            never are.
         tokens_per_round: 1 and the chances that k drafted tokens are accepted, for k up to K.
         known_probability: what the target gives to the words that the draft's head knows: no draft with these words
             can do better at the first position. 1 where it knows all.
     """
 
     positions: int
-    acceptance_by_position: tuple[float, ...]
+    acceptance_by_position: tuple[float | None, ...]
     tokens_per_round: float
     known_probability: float
 
@@ -95,7 +96,7 @@ def expected_acceptance(
     if not count:
         raise InvalidOptionError(f"no {K} tokens in a row of this text are counted: give longer answers, or more text")
     chances = [1.0, *(reached_K / count).tolist()]
-    by_position = tuple(after / before if before else 0.0 for before, after in itertools.pairwise(chances))
+    by_position = tuple(after / before if before else None for before, after in itertools.pairwise(chances))
     return Expected(count, by_position, sum(chances), known / seen)
 
 
@@ -167,6 +168,6 @@ def measured_acceptance(
         "num_prompts": len(prompts),
         "num_tokens": found.tokens,
         "tokens_per_round": round(found.tokens_per_round, 4),
-        "acceptance_by_position": [round(share, 4) for share in found.acceptance_by_position],
+        "acceptance_by_position": rounded_shares(found.acceptance_by_position),
         "tokens_per_second": round(found.tokens / seconds, 2),
     }

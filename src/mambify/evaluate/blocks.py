@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 _MANIFEST = "manifest.json"
 
+#: files that hold rows, each a text or a conversation of its own; others are one text
+ROWS = (".jsonl", ".json")
+
 
 def cut_into_blocks(
     sequences: Iterable[Sequence[int] | Tensor], context_length: int, *, max_tokens: int | None = None
@@ -61,12 +64,15 @@ def read_blocks(
 
     Raises:
         UnknownSourceError: nothing there.
-        UsageError: not text, empty, or not a finished synthesized directory.
+        UsageError: not text, empty, or not a finished synthesized directory; or a file of rows, which
+            :func:`mambify.workflows.evaluate.read_material` reads.
         TokenizerMismatchError: a synthesized directory written with another tokenizer.
     """
     path = Path(source)
     if path.is_dir():
         sequences = _heldout_ids(path, tokenizer)
+    elif path.is_file() and path.suffix in ROWS:
+        raise UsageError(f"{path} holds rows and not one text: read them by mambify.workflows.evaluate.read_material")
     elif path.is_file():
         sequences = [tokenizer.encode(read_text(path), verbose=False)]
     else:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mambify.errors import UsageError
 from mambify.evaluate.blocks import read_blocks
-from mambify.evaluate.bootstrap import Estimate
+from mambify.evaluate.bootstrap import Estimate, written
 from mambify.evaluate.perplexity import LanguageModelScore, evaluate_language_model
 from mambify.evaluate.scoring import Block
 from mambify.tokenization import require_same_tokenizer
@@ -42,7 +42,7 @@ def compare(
     Args:
         student: The model in question.
         teacher: What it is measured against; None scores the student alone.
-        sources: By name: a text file, a synthesized directory (its held-out side), or blocks as
+        sources: By name: a file of plain text, a synthesized directory (its held-out side), or blocks as
             :func:`~mambify.evaluate.perplexity.evaluate_language_model` takes them.
         tokenizer: The student's; needed for files and directories.
         teacher_tokenizer: Checked against the student's when given.
@@ -56,7 +56,8 @@ def compare(
     Returns:
         ``{"context_length", "sources": {name: {"num_blocks", "num_tokens", "student", "teacher"}}}``; a
         model's part holds each figure (``perplexity``, ``nll``; the student's also ``kl``, ``top1_agreement``,
-        ``perplexity_ratio``) and its 95% interval as ``<figure>_interval: [low, high]``.
+        ``perplexity_ratio``) and its 95% interval as ``<figure>_interval: [low, high]``, which a
+        single block has not.
 
     Raises:
         TokenizerMismatchError: tokenizers or vocabularies that differ.
@@ -116,13 +117,13 @@ def comparison_table(result: Mapping[str, Any], *, title: str | None = None) -> 
     for name, source in sources.items():
         cells = [name, f"{source['num_tokens']:,}"]
         if has_teacher:
-            cells.append(_cell(source["teacher"], "perplexity", ".2f"))
-        cells.append(_cell(source["student"], "perplexity", ".2f"))
+            cells.append(written(source["teacher"], "perplexity", ".2f"))
+        cells.append(written(source["student"], "perplexity", ".2f"))
         if has_teacher:
             cells += [
-                _cell(source["student"], "perplexity_ratio", ".3f"),
-                _cell(source["student"], "kl", ".4f"),
-                _cell(source["student"], "top1_agreement", ".1%"),
+                written(source["student"], "perplexity_ratio", ".3f"),
+                written(source["student"], "kl", ".4f"),
+                written(source["student"], "top1_agreement", ".1%"),
             ]
         table.add_row(*cells)
     return table
@@ -149,11 +150,5 @@ def _flat(figures: Mapping[str, Estimate | None]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, estimate in figures.items():
         if estimate is not None:
-            flat[name] = estimate.value
-            flat[f"{name}_interval"] = [estimate.low, estimate.high]
+            flat |= estimate.figures(name)
     return flat
-
-
-def _cell(figures: Mapping[str, Any], name: str, form: str) -> str:
-    low, high = figures[f"{name}_interval"]
-    return f"{figures[name]:{form}} [dim]({low:{form}}–{high:{form}})[/dim]"

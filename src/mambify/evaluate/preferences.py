@@ -16,7 +16,7 @@ import numpy as np
 from rich.table import Table
 
 from mambify.errors import TokenizerMismatchError, UsageError
-from mambify.evaluate.bootstrap import Array, Estimate, bootstrap
+from mambify.evaluate.bootstrap import Array, Estimate, bootstrap, written
 from mambify.evaluate.perplexity import Progress, sums_over_blocks
 from mambify.evaluate.scoring import COLUMNS, Block
 
@@ -109,11 +109,14 @@ def _mean(index: int) -> Callable[[Array], Array]:
 
 
 def as_json(score: PreferenceScore) -> dict[str, Any]:
-    """A score as plain JSON values: each figure, and its interval as ``<figure>_interval: [low, high]``."""
+    """A score as plain JSON values: each figure, and its interval as ``<figure>_interval: [low, high]``.
+
+    A single pair has no interval.
+    """
     flat: dict[str, Any] = {"num_pairs": score.num_pairs}
     for name, value in vars(score).items():
         if isinstance(value, Estimate):
-            flat |= {name: value.value, f"{name}_interval": [value.low, value.high]}
+            flat |= value.figures(name)
     return flat
 
 
@@ -136,7 +139,6 @@ def preference_table(results: dict[str, dict[str, Any]]) -> Table:
         label = f"{name} ({figures['num_pairs']:,})"
         for key, words in _ROWS.items():
             if key in figures:
-                low, high = figures[f"{key}_interval"]
-                table.add_row(label, words, f"{figures[key]:.1%} [dim]({low:.1%}–{high:.1%})[/dim]")
+                table.add_row(label, words, written(figures, key, ".1%"))
                 label = ""
     return table

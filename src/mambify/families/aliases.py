@@ -61,7 +61,7 @@ def find_alias(name: str) -> Path | None:
     """
     declared = {entry.value: entry for entry in entry_points(group=GROUP, name=name) if _is_name(entry.name)}
     known = KNOWN.get(name)
-    if known is not None and known.location is not None:
+    if known is not None and known.location is not None:  # see is_reserved
         location, distribution = known.location, known.distribution
     elif declared:
         if len(declared) > 1:
@@ -83,6 +83,11 @@ def find_alias(name: str) -> Path | None:
     if not path.exists():
         raise CheckpointError(f"the package {distribution} says that '{name}' is {path}, which is not there")
     return path
+
+
+def is_reserved(name: str) -> bool:
+    """Whether ``name`` stands for one model, whatever packages declare."""
+    return name in KNOWN and KNOWN[name].location is not None
 
 
 def installed_aliases() -> list[str]:

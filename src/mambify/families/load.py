@@ -23,6 +23,7 @@ from mambify.families.mixers_only import completed
 from mambify.families.pretokenizers import pre_tokenizer
 from mambify.families.sources import Source, resolve
 from mambify.io import atomic_directory
+from mambify.machine import require_device
 from mambify.model import HybridForCausalLM, HybridRotaryEmbedding
 from mambify.provenance import Provenance
 
@@ -65,14 +66,14 @@ def load(
 
     Raises:
         UnknownSourceError, UnsupportedError, CheckpointError: see :mod:`mambify.errors`.
+        InvalidOptionError: no such dtype, or no such device on this machine.
     """
+    wanted, device = as_dtype(dtype), require_device(device)
     where = resolve(source)
     checkpoint = _whole(where)
     tokenizer = load_tokenizer(where) if with_tokenizer else None  # first: what it needs for a moment is free again
     config = checkpoint.config
-    model = build(
-        config, checkpoint.weights(), dtype=as_dtype(dtype) or checkpoint.dtype, device=device, source=where.name
-    )
+    model = build(config, checkpoint.weights(), dtype=wanted or checkpoint.dtype, device=device, source=where.name)
     model.generation_config = _generation_config(where, config)
     model.provenance = checkpoint.provenance
     return LoadedModel(model, tokenizer, where.name, config.teacher_family)

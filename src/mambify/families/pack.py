@@ -17,7 +17,7 @@ from torch import Tensor
 from mambify import __version__
 from mambify.errors import CheckpointError, InvalidOptionError
 from mambify.families import safetensors
-from mambify.families.aliases import GROUP, find_alias
+from mambify.families.aliases import GROUP, find_alias, is_reserved
 from mambify.families.load import LoadedModel, as_dtype, dtype_of, load
 from mambify.families.mixers_only import HEAD, KNOWN, MIXERS, Fingerprint, head_of, open_base
 from mambify.hub import prepare_config, write_companions
@@ -77,6 +77,10 @@ def pack(
     stored = as_dtype(dtype)
     if alias is not None and not _ALIAS.fullmatch(alias):
         raise InvalidOptionError(f"'{alias}' cannot be an alias: take small letters, digits, - and ., as in my-model")
+    if alias is not None and is_reserved(alias):
+        raise InvalidOptionError(
+            f"'{alias}' always means the model that mambify knows by this name: take another alias"
+        )
     student = load(source)
     name = base or student.model.config.teacher
     if not name:

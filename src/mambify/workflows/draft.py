@@ -22,6 +22,7 @@ from mambify.distill.logs import Listener
 from mambify.distill.parallel import process_rank
 from mambify.distill.recipe import Recipe, load_recipe
 from mambify.distill.run import check_run, in_dtype
+from mambify.engine import rounded_shares
 from mambify.errors import InvalidOptionError, RecipeError, did_you_mean
 from mambify.evaluate.acceptance import expected_acceptance, measured_acceptance
 from mambify.families.load import LoadedModel, load, load_config, require_tokenizer
@@ -262,7 +263,7 @@ def acceptance_report(
             "num_draft_tokens": K,
             "positions": expected.positions,
             "tokens_per_round": round(expected.tokens_per_round, 4),
-            "acceptance_by_position": [round(share, 4) for share in expected.acceptance_by_position],
+            "acceptance_by_position": rounded_shares(expected.acceptance_by_position),
             "known_probability": round(expected.known_probability, 4),
         },
         "measured": [

@@ -308,7 +308,7 @@ def _report(
             "state_bytes": {tokens: state_bytes(student.config, tokens) for tokens in CONTEXTS},
             "layer_types": student.config.layer_mixers,
             "intervals": {"level": 0.95}
-            | {name: ours[f"{name}_interval"] for name in ("perplexity", "kl", "top1_agreement")},
+            | {name: ours.get(f"{name}_interval") for name in ("perplexity", "kl", "top1_agreement")},
         },
         "stages": stages,
         "alignment": _alignment(metrics),

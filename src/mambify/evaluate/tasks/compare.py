@@ -16,7 +16,7 @@ import numpy as np
 from rich.table import Table
 
 from mambify.errors import InvalidOptionError
-from mambify.evaluate.bootstrap import Array, resampled_totals
+from mambify.evaluate.bootstrap import Array, resampled_totals, written
 from mambify.evaluate.tasks.lm import TaskModel
 from mambify.evaluate.tasks.run import Scores, TaskSet, lm_eval_version, load_tasks, run_tasks
 from mambify.machine import environment
@@ -73,7 +73,7 @@ def compare_on_tasks(
         ``{"tasks": {name: {"num_questions", "version", "num_fewshot", …, "metrics": {metric: figures}}},
         "means": {metric: {"tasks", **figures}}, "normalisation", "limit", "chat_template", "resamples", "seed",
         "environment"}``, where figures are ``student``, ``teacher`` and ``difference`` (student minus teacher) as
-        shares of 1, each with its 95% interval ``<figure>_interval: [low, high]``.
+        shares of 1, each with its 95% interval ``<figure>_interval: [low, high]``, which a single question has not.
 
     Raises:
         MissingDependencyError: lm-eval is not installed.
@@ -121,7 +121,8 @@ def _figures(
             values[task, metric] = values_NM.mean(0)
             # One seed a task: the metrics of a task meet the same resamples, different tasks different ones.
             resampled[task, metric] = resampled_totals(values_NM, resamples, [seed, index]) / len(values_NM)
-            metrics[metric] = _with_intervals(roles, values[task, metric], resampled[task, metric])
+            counted = resampled[task, metric] if len(values_NM) > 1 else None
+            metrics[metric] = _with_intervals(roles, values[task, metric], counted)
         results[task] = {"num_questions": max(map(len, of_task.values())), "metrics": metrics}
     means: dict[str, dict[str, Any]] = {}
     for name, wanted in MEANS.items():
@@ -129,7 +130,8 @@ def _figures(
         known = [mean["tasks"] for mean in means.values()]
         if len(chosen) > 1 and dict(chosen) not in known:
             mean_M = np.mean([values[key] for key in chosen], axis=0)
-            resampled_RM = np.mean([resampled[key] for key in chosen], axis=0)
+            several = all("student_interval" in results[task]["metrics"][metric] for task, metric in chosen)
+            resampled_RM = np.mean([resampled[key] for key in chosen], axis=0) if several else None
             means[name] = {"tasks": dict(chosen), **_with_intervals(roles, mean_M, resampled_RM)}
     return results, means
 
@@ -138,15 +140,15 @@ def _first(wanted: Sequence[str], known: Mapping[str, Any]) -> str | None:
     return next((metric for metric in wanted if metric in known), None)
 
 
-def _with_intervals(roles: Sequence[str], value_M: Array, resampled_RM: Array) -> dict[str, Any]:
-    columns = {role: (value_M[index], resampled_RM[:, index]) for index, role in enumerate(roles)}
+def _with_intervals(roles: Sequence[str], value_M: Array, resampled_RM: Array | None) -> dict[str, Any]:
+    columns = {role: np.eye(len(roles))[index] for index, role in enumerate(roles)}
     if "teacher" in columns:
-        teacher, student = columns["teacher"], columns["student"]
-        columns["difference"] = (student[0] - teacher[0], student[1] - teacher[1])
+        columns["difference"] = columns["student"] - columns["teacher"]
     figures: dict[str, Any] = {}
-    for name, (value, resampled_R) in columns.items():
-        figures[name] = float(value)
-        figures[f"{name}_interval"] = [float(edge) for edge in np.quantile(resampled_R, [0.025, 0.975])]
+    for name, weights_M in columns.items():
+        figures[name] = float(value_M @ weights_M)
+        if resampled_RM is not None:
+            figures[f"{name}_interval"] = np.quantile(resampled_RM @ weights_M, [0.025, 0.975]).tolist()
     return figures
 
 
@@ -178,10 +180,9 @@ def task_table(result: Mapping[str, Any], *, title: str | None = None) -> Table:
 
 
 def _cell(figures: Mapping[str, Any], name: str) -> str:
-    low, high = (100 * edge for edge in figures[f"{name}_interval"])
-    form = "+.1f" if name == "difference" else ".1f"
-    between = " to " if name == "difference" else "–"
-    return f"{100 * figures[name]:{form}} [dim]({low:{form}}{between}{high:{form}})[/dim]"
+    if name == "difference":
+        return written(figures, name, "+.1f", " to ", scale=100)
+    return written(figures, name, ".1f", scale=100)
 
 
 def _named(progress: ModelProgress, role: str) -> Callable[[str, int, int], None]:
