@@ -77,7 +77,7 @@ def _results(number: int, tmp_path: Path, flags: list[str], *more: str) -> dict[
 def test_table_6(home: Path, tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     more = ["--instruct", "talk", "--preferences", "pairs", "--heldout-preferences", "other-pairs"]
     more = [part if part.startswith("--") else str(home / f"{part}.jsonl") for part in more]
-    result = _results(6, tmp_path, flags, *more)
+    result = _results(6, tmp_path, flags, *more, "--tuning-tokens", "128")
     rows = {row["row"]: row for row in result["results"]}
     assert len(rows) == 12
     assert rows["100%"]["ours"].keys() == {"perplexity", "preferred"}

@@ -83,8 +83,11 @@ def tuned(label: str, request: Request, after: Job, kind: str, tokens: int) -> J
     raw = whole.model_dump(mode="json")
     raw["student"] |= {"attention": 1.0}  # of what still has attention: whatever is converted stays so
     raw["stages"] = [stage for stage in raw["stages"] if stage["kind"] == kind]
+    length = 2 * request.context_length
+    item = (2 if kind == "dpo" else 1) * length  # a pair has two sequences
     for stage in raw["stages"]:
-        stage["data"] |= {"context_length": 2 * request.context_length}
+        stage["data"] |= {"context_length": length}
+        stage["batch_tokens"] = -(-stage["batch_tokens"] // item) * item
         if request.tuning_tokens is not None:
             stage["tokens"] = request.tuning_tokens
         if kind == "dpo":
