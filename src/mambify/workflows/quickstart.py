@@ -54,6 +54,7 @@ class Settings:
         align_tokens, kd_tokens: to train on in each stage, in steps of ``batch_tokens``.
         context_length: of training and evaluation.
         evaluation_tokens: held-out tokens that are scored.
+        init: how new mixers start.
     """
 
     teacher: str
@@ -71,6 +72,7 @@ class Settings:
     kd_learning_rate: float
     context_length: int
     evaluation_tokens: int
+    init: str = "identity"
     temperature: float = 0.8
     top_k: int = 50
     seed: int = 0
@@ -91,10 +93,11 @@ def settings_for(device: str, teacher: str = "smollm2") -> Settings:
             align_tokens=20_480,
             kd_tokens=24_576,
             batch_tokens=2048,
-            align_learning_rate=5e-4,
-            kd_learning_rate=3e-4,
+            align_learning_rate=1.5e-3,
+            kd_learning_rate=4e-4,
             context_length=256,
             evaluation_tokens=8192,
+            init="measured",
         )
     return Settings(
         teacher=teacher,
@@ -223,7 +226,7 @@ def _recipe(settings: Settings, out: Path) -> Recipe:
     return parse_recipe(
         {
             "teacher": settings.teacher,
-            "student": {"mixer": "mamba2", "attention": settings.attention},
+            "student": {"mixer": "mamba2", "attention": settings.attention, "init": settings.init},
             "data": {
                 "train": str(out / "data"),
                 "heldout": str(out / "data"),
