@@ -47,7 +47,7 @@ def require_new(path: str | Path, *, overwrite: bool = False) -> Path:
     """
     path = Path(path)
     _put_back(path)
-    taken = any(path.iterdir()) if path.is_dir() else path.exists()
+    taken = not is_free(path)
     if taken and overwrite:
         require_apart(path, Path.cwd())
     if taken and path.is_dir() and not _is_ours(path):
@@ -58,6 +58,11 @@ def require_new(path: str | Path, *, overwrite: bool = False) -> Path:
         raise OutputExistsError(f"{path} {what}: choose another path or pass --overwrite")
     require_room(path)
     return path
+
+
+def is_free(path: Path) -> bool:
+    """Whether nothing is at ``path``, or an empty directory."""
+    return not any(path.iterdir()) if path.is_dir() else not path.exists()
 
 
 def _is_ours(directory: Path) -> bool:

@@ -365,11 +365,12 @@ def test_progress_rises_to_the_number_asked_for(
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
-    """46 questions in several forms, some twice, ten of three turns, one with a system message, one too long."""
+    """47 questions in several forms, some twice, ten of three turns, one with a system message, one too long."""
     given: list[Any] = [f"w{i} w{i + 3}" for i in range(10)]
     given += [{"prompt": f"w{i} w5", "response": "w1 w2 w3"} for i in range(10)] + [{"prompt": "w0 w5"}]
     given += [{"question": f"w{i} w6"} for i in range(10)]
     given += [{"instruction": f"w{i} w7", "input": "w4" if i else ""} for i in range(7)]
+    given += [{"instruction": "w30 w31", "instances": [{"input": "w32", "output": "w1"}]}]
     given += [{"turns": [f"w8 w{i}", "w3 w3", "w2"]} for i in range(20, 30)]
     given += [{"messages": [{"role": "system", "content": "w6 w6"}, {"role": "user", "content": "w1"},
                             {"role": "assistant", "content": "w2"}]}]  # fmt: skip
@@ -387,13 +388,13 @@ def test_given_questions_are_answered(
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     manifest = synthesize(model, tokenizer, tmp_path / "a", prompts=prompts, **ASKED)
-    assert "left out of 47 questions, being longer than 40 tokens: 1" in caplog.text
+    assert "left out of 48 questions, being longer than 40 tokens: 1" in caplog.text
     assert manifest.complete
     answer = tokenizer.encode("<|im_end|><|im_start|>assistant")
     found = rows(tmp_path / "a")
     asked = {row["messages"][0]["content"] for row in found}
-    assert {"w0 w3", "w9 w5", "w4 w6", "w3 w7\n\nw4", "w0 w7", "w8 w21", "w6 w6"} <= asked
-    assert 40 < len(asked) <= 46  # what is answered by nothing is left out
+    assert {"w0 w3", "w9 w5", "w4 w6", "w3 w7\n\nw4", "w0 w7", "w30 w31\n\nw32", "w8 w21", "w6 w6"} <= asked
+    assert 40 < len(asked) <= 47  # what is answered by nothing is left out
     for row in found:
         roles = [message["role"] for message in row["messages"]]
         assert roles[-1] == "assistant"
@@ -468,7 +469,7 @@ def test_questions_that_cannot_be_asked(
     for settings, error, words in (
         ({"kind": "text"}, InvalidOptionError, "go with kind chat, not text"),
         ({"turns": 2}, InvalidOptionError, "leave turns out"),
-        ({"max_user_tokens": 2}, UsageError, "all 50 are longer than 2 tokens"),
+        ({"max_user_tokens": 2}, UsageError, "all 51 are longer than 2 tokens"),
         ({"prompts": tmp_path / "none.jsonl"}, UsageError, "none.jsonl"),
     ):
         with pytest.raises(error, match=words):

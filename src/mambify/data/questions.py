@@ -6,17 +6,18 @@ are left out: what a student learns from are the teacher's own.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from mambify.data.chat import ChatFormat, Message, encode_text, render
 from mambify.data.documents import Source, document_id, raw_rows
-from mambify.data.rows import interpret_messages
+from mambify.data.rows import instruction_of, interpret_messages
 from mambify.errors import UsageError
+from mambify.fingerprint import arrays_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,10 +71,9 @@ class Questions:
     @property
     def fingerprint(self) -> str:
         """A hash of all that is asked, in order."""
-        digest = hashlib.sha256()
-        for question in self.questions:
-            digest.update(repr((question.input_ids, [ids for _, ids in question.later])).encode())
-        return digest.hexdigest()[:32]
+        # Every turn, and how many of them are one question's.
+        turns = ((question.input_ids, *(ids for _, ids in question.later)) for question in self.questions)
+        return arrays_fingerprint(np.array(ids) for question in turns for ids in (*question, [len(question)]))
 
     def in_turn(self, *, seed: int, start: int) -> Iterator[Question]:
         """Without end: all in an order drawn from the seed, then all again in another; from place ``start`` on."""
@@ -134,8 +134,7 @@ def interpret_question(row: Any, where: str) -> list[Message]:
     elif isinstance(row.get("turns"), list):
         messages = [{"role": "user", "content": turn} for turn in row["turns"]]
     elif "instruction" in row:
-        given = row.get("input") or ""
-        messages = [{"role": "user", "content": f"{row['instruction']}\n\n{given}" if given else row["instruction"]}]
+        messages = [{"role": "user", "content": instruction_of(row, where)[0]}]
     else:
         name = next((name for name in _ONE_TURN if name in row), None)
         if name is None:

@@ -50,11 +50,20 @@ def _turn(prompt: str, answer: str) -> Conversation:
 
 
 def _instruction(row: Mapping[str, Any], where: str) -> Conversation:
+    prompt, instance = instruction_of(row, where)
+    return _turn(prompt, _words(instance, _answer_field(instance, where), where))
+
+
+def instruction_of(row: Mapping[str, Any], where: str) -> tuple[str, Mapping[str, Any]]:
+    """An instruction with its input, and what of the row holds the answer; ``where`` names it in errors.
+
+    Raises:
+        UsageError: no instruction, or one that is no text.
+    """
     instances = row.get("instances")  # self-instruct: one instruction, several {input, output}
     instance = instances[0] if isinstance(instances, list) and instances else row
     given = instance.get("input") or ""
-    prompt = _words(row, "instruction", where) + (f"\n\n{given}" if given else "")
-    return _turn(prompt, _words(instance, _answer_field(instance, where), where))
+    return _words(row, "instruction", where) + (f"\n\n{given}" if given else ""), instance
 
 
 def _answer_field(row: Mapping[str, Any], where: str) -> str:

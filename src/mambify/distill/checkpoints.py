@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mambify.distill.parallel import Processes, part, spread_like, whole
 from mambify.errors import CheckpointError, OutputWriteError
-from mambify.io import sync
+from mambify.io import atomic_file
 
 #: the marker
 COMPLETE = "complete"
@@ -50,15 +50,11 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     Raises:
         OutputWriteError: the disk refused.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        sync(temporary)  # before anything says that it is there
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise OutputWriteError(f"cannot write {path}: {error}") from error
+    with atomic_file(path, overwrite=True) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OutputWriteError(f"cannot write {path}: {error}") from error
 
 
 def load_trained(module: nn.Module, path: Path) -> None:

@@ -53,6 +53,7 @@ from mambify.fingerprint import weights_fingerprint
 from mambify.io import (
     append_jsonl,
     atomic_write_text,
+    is_free,
     read_json,
     remove,
     require_apart,
@@ -89,9 +90,9 @@ def check_run(recipe: Recipe, *, overwrite: bool = False, save_to: Path | None =
     if existing.is_file():
         if _as_now_written(existing.read_text(encoding="utf-8")) != dump_recipe(recipe):
             raise OutputExistsError(f"{run} holds a run of another recipe: choose another output or pass --overwrite")
-    elif run.is_file() or (run.exists() and any(run.iterdir())):
+    elif not is_free(run):
         raise OutputExistsError(f"{run} is not empty and no run: choose another output")
-    if save_to is not None and not _is_free(save_to) and not _is_student_of(save_to, recipe):
+    if save_to is not None and not is_free(save_to) and not _is_student_of(save_to, recipe):
         raise OutputExistsError(
             f"{save_to} is not empty and no student of this recipe: choose another path or pass --overwrite"
         )
@@ -100,11 +101,9 @@ def check_run(recipe: Recipe, *, overwrite: bool = False, save_to: Path | None =
 
 def inputs_of(teacher: LoadedModel, base: LoadedModel, texts: Sequence[str | None]) -> dict[str, Any]:
     """Hashes of what a run reads; of the text of every stage, given here, ``None`` where there is none."""
-    return {
-        "teacher": weights_fingerprint(teacher.model),
-        "base": weights_fingerprint(base.model),
-        "texts": list(texts),
-    }
+    weights = weights_fingerprint(teacher.model)
+    of_base = weights if base.model is teacher.model else weights_fingerprint(base.model)
+    return {"teacher": weights, "base": of_base, "texts": list(texts)}
 
 
 def open_run(
@@ -157,10 +156,6 @@ def _require_same(inputs: Mapping[str, Any], run: Path) -> None:
             f"{run} was begun with other {names} under the same name: put back what it was, choose another output, or "
             "pass --overwrite"
         )
-
-
-def _is_free(path: Path) -> bool:
-    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
 def _is_student_of(path: Path, recipe: Recipe) -> bool:

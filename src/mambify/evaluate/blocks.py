@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _MANIFEST = "manifest.json"
 
 #: files that hold rows, each a text or a conversation of its own; others are one text
-ROWS = (".jsonl", ".json")
+FILES_OF_ROWS = (".jsonl", ".json")
 
 
 def cut_into_blocks(
@@ -71,7 +71,7 @@ def read_blocks(
     path = Path(source)
     if path.is_dir():
         sequences = _heldout_ids(path, tokenizer)
-    elif path.is_file() and path.suffix in ROWS:
+    elif path.is_file() and path.suffix in FILES_OF_ROWS:
         raise UsageError(f"{path} holds rows and not one text: read them by mambify.workflows.evaluate.read_material")
     elif path.is_file():
         sequences = [tokenizer.encode(read_text(path), verbose=False)]

@@ -16,8 +16,7 @@ from torch import Tensor
 from mambify.data.documents import read_documents
 from mambify.data.preferences import PreferenceDataset, as_blocks, describe, read_preferences
 from mambify.errors import InvalidOptionError, UnknownSourceError
-from mambify.evaluate.blocks import ROWS as FILES_OF_ROWS
-from mambify.evaluate.blocks import cut_into_blocks, read_blocks
+from mambify.evaluate.blocks import FILES_OF_ROWS, cut_into_blocks, read_blocks
 from mambify.evaluate.compare import compare
 from mambify.evaluate.preferences import as_json, preference_accuracy
 from mambify.evaluate.tasks import TaskSet, compare_on_tasks, load_tasks
