@@ -19,6 +19,7 @@ from replaying import advance
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
 BACKENDS = ["reference", pytest.param("triton", marks=needs_triton)]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # Triton's interpreter multiplies no matrices of bfloat16
 
 
 def expected(
@@ -95,17 +96,19 @@ def test_some_outputs_are_convolved(backend: str, slots: int, new: int, first: i
 @pytest.mark.parametrize("normed", [True, False])
 def test_a_stream_wider_than_the_weights(backend: str, normed: bool) -> None:
     """Its rows are rounded to the weights' dtype, and what is added to it is not."""
-    x, weight = torch.randn(3, 72, device=DEVICE), torch.randn(10, 72, device=DEVICE).bfloat16() / 8
-    norm = torch.rand(72, device=DEVICE).bfloat16() if normed else None
+    x, weight = torch.randn(3, 72, device=DEVICE), torch.randn(10, 72, device=DEVICE).to(HALF) / 8
+    norm = torch.rand(72, device=DEVICE).to(HALF) if normed else None
     found = decode_linear(x, [weight], norm_D=norm, eps=1e-5, backend=backend)
-    assert found.dtype == torch.bfloat16
-    wanted = expected(x.bfloat16(), [weight], [None], norm, False, None)
+    assert found.dtype == HALF
+    wanted = expected(x.to(HALF), [weight], [None], norm, False, None)
     assert (found.double() - wanted).abs().max() < 0.02 * wanted.abs().max()
     stream = 100 * torch.randn(3, 10, device=DEVICE)
-    added = decode_linear(x.bfloat16(), [weight], add_to_MO=stream.clone(), backend=backend)
+    added = decode_linear(x.to(HALF), [weight], add_to_MO=stream.clone(), backend=backend)
     assert added.dtype == torch.float32
-    wanted = expected(x.bfloat16(), [weight], [None], None, False, stream)
-    assert (added.double() - wanted).abs().max() < 0.02  # in bfloat16 a stream of this size would be off by 0.5
+    wanted = expected(x.to(HALF), [weight], [None], None, False, stream)
+    assert (
+        added.double() - wanted
+    ).abs().max() < 0.02  # in half precision a stream of this size would be off by 0.06 or more
 
 
 @needs_triton
@@ -131,19 +134,73 @@ def test_tensor_cores(
 
 
 @needs_triton
+@pytest.mark.parametrize(("rows", "inputs"), [(1, 576), (3, 200), (5, 77), (8, 1100)])
+@pytest.mark.parametrize(
+    ("heights", "gated", "normed", "biased", "adds"),
+    [([24, 7, 7], False, True, True, False), ([40], False, False, False, True), ([21, 21], True, True, True, False)],
+)
+def test_inputs_shared_among_warps(
+    rows: int, inputs: int, heights: list[int], gated: bool, normed: bool, biased: bool, adds: bool
+) -> None:
+    """The kernel that small weights in half precision take, and that a row's result is the same in any company."""
+    from mambify.ops.decode_linear import triton_shared
+
+    def half(*sizes: int) -> Tensor:
+        return torch.randn(sizes, device=DEVICE).half()
+
+    x, weights = half(rows, inputs), [half(height, inputs) / inputs**0.5 for height in heights]
+    biases = [half(height) if biased else None for height in heights]
+    norm = half(inputs) if normed else None
+    add = half(rows, heights[0] if gated else sum(heights)) if adds else None
+    wanted = expected(x, weights, biases, norm, gated, add)
+
+    def found(first: int, last: int) -> Tensor:
+        sums = None if add is None else add[first:last].clone()
+        return triton_shared.decode_linear(x[first:last], weights, biases, norm, 1e-5, gated, sums, None, False)
+
+    together = found(0, rows)
+    assert (together.double() - wanted).abs().max() < 4e-3 * wanted.abs().max()
+    assert torch.equal(torch.cat([found(row, row + 1) for row in range(rows)]), together)
+
+
+@needs_triton
+@pytest.mark.parametrize(("slots", "new"), [(1, 1), (1, 5), (4, 2)])
+@pytest.mark.parametrize(("first", "channels"), [(0, 20), (9, 30), (16, 32)])
+def test_a_convolution_of_outputs_whose_inputs_are_shared(slots: int, new: int, first: int, channels: int) -> None:
+    from mambify.ops.decode_linear import triton_shared
+
+    weight, bias = torch.randn(50, 72, device=DEVICE).half() / 8, torch.randn(50, device=DEVICE).half()
+    taps, conv_bias = torch.randn(channels, 4, device=DEVICE).half(), torch.randn(channels, device=DEVICE).half()
+    place = RingPlace.empty(slots, new, device=DEVICE)
+    place.active_S.copy_(torch.arange(slots) != 1)
+    ring = torch.randn(slots, place.capacity, channels, device=DEVICE).half()
+    rings = ring, ring.clone()
+    for _ in range(2):
+        x = torch.randn(slots * new, 72, device=DEVICE).half()
+        convolution = Convolution(first, taps, conv_bias, rings[0], place)
+        found = triton_shared.decode_linear(x, [weight], [bias], None, 0.0, False, None, convolution, False)
+        wanted = triton_shared.decode_linear(x, [weight], [bias], None, 0.0, False, None, None, False)
+        part = wanted[:, first : first + channels]
+        part.copy_(conv_replay(part.view(slots, new, channels), taps, conv_bias, rings[1], place).flatten(0, 1))
+        advance(place, torch.full((slots,), new, device=DEVICE), new)
+        assert torch.equal(*rings)
+        assert (found - wanted).abs().max() < 0.01
+
+
+@needs_triton
 def test_which_kernel_multiplies() -> None:
-    """Tensor cores where there are rows enough and programs enough, or more rows than the other kernel takes."""
-    from mambify.ops.decode_linear.triton import on_tensor_cores
+    """Large weights and small ones, by rows and by outputs; small ones in one way whatever the number of rows."""
+    from mambify.ops.decode_linear.triton import way_of
 
-    def chosen(rows: int, *heights: int, dtype: torch.dtype = torch.bfloat16, gated: bool = False) -> bool:
-        weights = [torch.empty(height, 64, dtype=dtype, device="meta") for height in heights]
-        return on_tensor_cores(rows, weights, gated=gated)
+    def way(rows: int, *heights: int, inputs: int = 576, dtype: torch.dtype = torch.bfloat16, **gated: bool) -> str:
+        return way_of(rows, [torch.empty(height, inputs, dtype=dtype, device="meta") for height in heights], **gated)
 
-    assert [chosen(rows, 4096, 1024, 1024) for rows in (1, 2, 3, 5, 16)] == [False, False, True, True, True]
-    assert [chosen(rows, 576, 192, 192) for rows in (2, 3, 8, 9)] == [False, False, False, True]
-    assert chosen(5, 2112) and not chosen(5, 2096)
-    assert chosen(5, 1200, 1200) and not chosen(5, 1200, 1200, gated=True)
-    assert not chosen(5, 8192, dtype=torch.float32)
+    assert [way(rows, 4096, 1024, 1024) for rows in (1, 2, 3, 5, 16)] == ["rows"] * 2 + ["tiles"] * 3
+    assert [way(rows, 576, 192, 192) for rows in (1, 2, 3, 8, 9)] == ["shared"] * 4 + ["tiles"]
+    assert way(5, 2112) == "tiles" and way(5, 2096) == "shared"
+    assert way(5, 1200, 1200) == "tiles" and way(5, 1200, 1200, gated=True) == "shared"
+    assert way(5, 192, inputs=1536) == "shared" and way(5, 192, inputs=5120) == "rows"
+    assert [way(rows, height, dtype=torch.float32) for rows in (1, 5) for height in (576, 8192)] == ["rows"] * 4
 
 
 @needs_triton
@@ -157,8 +214,9 @@ def test_weights_and_inputs_may_be_views() -> None:
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
-    x, weight = torch.randn(2, 520, device=DEVICE).to(dtype), torch.randn(24, 520, device=DEVICE).to(dtype)
-    norm = torch.rand(520, device=DEVICE).to(dtype)
+    """Of more inputs than small weights have."""
+    x, weight = torch.randn(2, 1600, device=DEVICE).to(dtype), torch.randn(24, 1600, device=DEVICE).to(dtype)
+    norm = torch.rand(1600, device=DEVICE).to(dtype)
     found = decode_linear(x, [weight], norm_D=norm, eps=1e-5, backend="triton")
     wanted = expected(x, [weight], [None], norm, False, None)
     assert found.dtype == dtype

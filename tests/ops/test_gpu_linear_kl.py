@@ -100,7 +100,7 @@ def test_values_and_gradients(dtype: torch.dtype, one_head: bool, objective: Wei
     sums, unit = [k for k in errors if k not in ("hidden", "head")], torch.finfo(dtype).eps
     if objective[3] and (one_head or dtype == torch.float32):
         # The total variation's gradient has a step where two probabilities meet. Rounding moves a share of the tokens
-        # across it that grows with the last bit, each by the whole step, twice its gradient: in the norm, twice the root.
+        # across it that grows with the last bit, each by the whole step, twice its gradient: twice the root.
         assert max(errors[k] for k in sums) < max(unit, 2e-5), errors
         assert max(errors[k] for k in ("hidden", "head")) < 2 * unit**0.5, errors
         return

@@ -64,9 +64,9 @@ def decode_linear(
             dependent launch, compute capability 9.0 on); everything else it reads after that one has ended.
         backend: "auto", "reference" (PyTorch's own products) or "triton" (up to 8 rows, 16 of half precision,
             contiguous weights of one dtype, no float64). In float32 the order of sums depends on D alone: a row's
-            result is the same to the last bit however many rows there are. In half precision that is so for one and two
-            rows, and for those that tensor cores multiply: three to sixteen where there are some two thousand outputs
-            or more, nine to sixteen where there are fewer.
+            result is the same to the last bit however many rows there are. In half precision that is so for up to eight
+            rows where there are fewer than some two thousand outputs, of up to 1,536 inputs; else for one and two, and
+            for three to sixteen.
 
     Returns:
         y_MO in the weights' dtype, whose rows may lie further apart than O; ``add_to_MO`` where it is given.
@@ -92,7 +92,7 @@ def decode_linear(
     given = (x_MD, weights, biases, norm_D, eps, gated, add_to_MO)
     if chosen == "reference":
         y_MO = reference.decode_linear(*given)
-    elif convolution is None or kernels.on_tensor_cores(M, weights, gated=gated):
+    elif convolution is None or kernels.way_of(M, weights, gated=gated) == "tiles":
         y_MO = kernels.decode_linear(*given, None, overlap)
     else:
         return kernels.decode_linear(*given, convolution, overlap)
@@ -107,7 +107,7 @@ def convolves(rows: int, weight: Tensor) -> bool:
     Where it does not, :func:`decode_linear` has it made by another kernel and puts it back among the outputs; whoever
     can read it elsewhere spares that.
     """
-    return rows <= _MOST_CONVOLVED and not (HAS_TRITON and kernels.on_tensor_cores(rows, [weight]))
+    return rows <= _MOST_CONVOLVED and not (HAS_TRITON and kernels.way_of(rows, [weight]) == "tiles")
 
 
 def _check_convolution(convolution: Convolution, rows: int, outputs: int, *, alone: bool) -> None:

@@ -1,7 +1,7 @@
 """Linear layers of a few rows as one Triton kernel, which reads weights as fast as the memory gives them.
 
-That of up to eight rows in float32. In half precision from three rows on tensor cores multiply weights of many outputs
-(:mod:`mambify.ops.decode_linear.triton_dots`), and any weight from nine rows on.
+That of up to eight rows in float32, and of one and two of large weights in half precision; :func:`way_of` says which
+kernel takes what else.
 
 A program has BLOCK_O outputs and goes along all their inputs: there are no parts to put together, so nothing is summed
 in an order that changes. A thread holds 16 bytes of each of these rows of the weight at a time, and asks for the next
@@ -24,22 +24,25 @@ BLOCK_D / VEC are the threads of a tile.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mambify.ops.decode_linear import triton_dots
+from mambify.ops.decode_linear import triton_dots, triton_shared
 from mambify.ops.decode_linear.convolution import Convolution
 from mambify.ops.decode_linear.outputs import Outputs
+from mambify.ops.decode_linear.triton_convolution import arguments_of, asked_for, convolved
 from mambify.ops.overlap import launch_options, wait_for_others
-from mambify.ops.ring import check_contiguous
 
 MOST_ROWS = 8
 _MULTIPROCESSORS = 132  # of an H100
 _PROGRAMS = 2 * _MULTIPROCESSORS  # that keep it busy
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+Way = Literal["rows", "shared", "tiles"]
 
 
 def supports(
@@ -61,16 +64,22 @@ def _suits(convolution: Convolution, dtype: torch.dtype) -> bool:
     return 1 <= convolution.weight_CK.shape[1] <= 8 and convolution.ring_SRC.dtype == dtype
 
 
-def on_tensor_cores(rows: int, weights: Sequence[Tensor], *, gated: bool = False) -> bool:
-    """Whether the kernel is that of :mod:`mambify.ops.decode_linear.triton_dots`, which does not convolve.
+def way_of(rows: int, weights: Sequence[Tensor], *, gated: bool = False) -> Way:
+    """Which kernel multiplies.
 
-    A program of that kernel is one warp with a chain of products along all inputs. Weights of few outputs make few such
-    programs, each slower than a launch of this kernel with a program for every few outputs.
+    In float32 "rows", this one. In half precision "shared" for small weights
+    (:mod:`mambify.ops.decode_linear.triton_shared`), of any number of rows up to eight, so that a row's result is the
+    same alone and among others. "tiles" (:mod:`mambify.ops.decode_linear.triton_dots`) for large ones from three rows
+    on, and for all from nine: a program of that kernel is one warp with a chain of products along all inputs, and
+    weights of few outputs make few such programs.
     """
-    if weights[0].dtype == torch.float32 or rows < triton_dots.FEWEST_ROWS:
-        return False
+    if weights[0].dtype == torch.float32:
+        return "rows"
     heights = map(len, weights[:1] if gated else weights)
-    return rows > MOST_ROWS or triton_dots.num_programs(heights) >= _MULTIPROCESSORS
+    many = triton_dots.num_programs(heights) >= _MULTIPROCESSORS
+    if rows > MOST_ROWS or (many and rows >= triton_dots.FEWEST_ROWS):
+        return "tiles"
+    return "rows" if many or weights[0].shape[1] > triton_shared.MOST_INPUTS else "shared"
 
 
 def num_warps_of(inputs: int) -> int:
@@ -100,16 +109,19 @@ def decode_linear(
 ) -> Tensor:
     """See :func:`mambify.ops.decode_linear.decode_linear`; ``block``: outputs a program, by default what suits."""
     M, D = x_MD.shape
-    if block is None and on_tensor_cores(M, weights, gated=gated):
+    way = "rows" if block is not None else way_of(M, weights, gated=gated)
+    if way == "tiles":
         assert convolution is None
         return triton_dots.decode_linear(x_MD, weights, biases, norm_D, eps, gated, add_to_MO, overlap)
+    if way == "shared":
+        return triton_shared.decode_linear(x_MD, weights, biases, norm_D, eps, gated, add_to_MO, convolution, overlap)
     outputs = Outputs.of(M, weights, biases, add_to_MO, gated=gated)
     y_MO = outputs.y_MO
     if not M:
         return y_MO
     block = block or block_of(M, sum(outputs.heights), gated=gated)
     warps, vector = num_warps_of(D), 16 // weights[0].element_size()
-    tensors, sizes = _convolution_of(convolution, M)
+    tensors, sizes = arguments_of(convolution, M)
     with torch.cuda.device_of(x_MD):  # Triton launches on the current device
         _stream[outputs.grid(block)](
             x_MD, norm_D, y_MO, *outputs.weights, *outputs.biases, *tensors, eps, x_MD.stride(0), y_MO.stride(0),
@@ -117,18 +129,6 @@ def decode_linear(
             BLOCK_O=block, BLOCK_D=32 * warps * vector, VEC=vector, num_warps=warps, **launch_options(overlap),
         )  # fmt: skip
     return y_MO
-
-
-def _convolution_of(convolution: Convolution | None, rows: int) -> tuple[tuple[Tensor | None, ...], dict[str, int]]:
-    """What the kernel takes of it: tensors, and sizes, of which C = 0 says that there is none."""
-    if convolution is None:
-        return (None,) * 5, {"FIRST": 0, "C": 0, "K": 1, "R": 1, "T": 1}
-    first, weight_CK, bias_C, ring_SRC, place = convolution
-    check_contiguous("decode_linear", ring_SRC)
-    channels, width = weight_CK.shape
-    bias_C = None if bias_C is None else bias_C.contiguous()
-    sizes = {"FIRST": first, "C": channels, "K": width, "R": place.capacity, "T": rows // len(ring_SRC)}
-    return (weight_CK.contiguous(), bias_C, ring_SRC, place.head_S, place.active_S), sizes
 
 
 @triton.jit
@@ -201,7 +201,7 @@ def _rows_of(
     wait_for_others(OVERLAP)  # weights have been asked for: they do not depend on the kernel before, all else may
     past, taps = (), ()
     if C > 0:
-        past, taps = _asked_for(taps_ptr, ring_ptr, head_ptr, o, FIRST, C, K, R, M // T)
+        past, taps = asked_for(taps_ptr, ring_ptr, head_ptr, o, FIRST, C, K, R, M // T)
     sums, up_sums, squares = (), (), ()
     for _ in tl.static_range(ROWS):
         sums += (tl.zeros((BLOCK_O, E), tl.float32),)
@@ -255,64 +255,12 @@ def _rows_of(
     if GATED:
         y = y * tl.sigmoid(y) * up_y
     if C > 0:
-        y = _convolved(
-            y, taps, past, conv_bias_ptr, ring_ptr, head_ptr, active_ptr, o, m, FIRST, C, K, R, T, M, BLOCK_O
-        )
+        y = convolved(y, taps, past, conv_bias_ptr, ring_ptr, head_ptr, active_ptr, o, m, FIRST, C, K, R, T, M, BLOCK_O)
     target = y_ptr + m[None, :] * y_row + o[:, None]
     written = (m < M)[None, :] & here
     if ADD:
         y += tl.load(target, mask=written, other=0.0).to(tl.float32)
     tl.store(target, y.to(y_ptr.dtype.element_ty), mask=written)
-
-
-@triton.jit
-def _asked_for(
-    taps_ptr, ring_ptr, head_ptr, o,
-    FIRST: tl.constexpr, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, S: tl.constexpr,
-):  # fmt: skip
-    """The K − 1 inputs before the head of every slot, slot by slot, and the taps, of the program's channels."""
-    c, is_channel = o - FIRST, (o >= FIRST) & (o < FIRST + C)
-    past, taps = (), ()
-    for k in tl.static_range(K):
-        taps += (tl.load(taps_ptr + c * K + k, mask=is_channel, other=0.0),)
-    for s in tl.static_range(S):
-        head = tl.load(head_ptr + s).to(tl.int32)
-        for k in tl.static_range(K - 1):
-            place = ring_ptr + (s * R + ((head + k - (K - 1)) & (R - 1))) * C + c
-            past += (tl.load(place, mask=is_channel, other=0.0),)
-    return past, taps
-
-
-@triton.jit
-def _convolved(
-    y, taps, past, bias_ptr, ring_ptr, head_ptr, active_ptr, o, m,
-    FIRST: tl.constexpr, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr, T: tl.constexpr, M: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-):  # fmt: skip
-    """Outputs ``[BLOCK_O, ROWS]`` of which those that are channels are convolved, with sums in the order of
-    ops.conv_replay; their inputs go into the ring, at places that no program reads now."""
-    c, is_channel = o - FIRST, (o >= FIRST) & (o < FIRST + C)
-    bias = tl.zeros((BLOCK_O,), tl.float32)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + c, mask=is_channel, other=0.0).to(tl.float32)
-    whole = y
-    for s in tl.static_range(M // T):
-        head, active = tl.load(head_ptr + s).to(tl.int32), tl.load(active_ptr + s) != 0
-        window = ()
-        for k in tl.static_range(K - 1):
-            window += (past[s * (K - 1) + k].to(tl.float32),)
-        for t in tl.static_range(T):
-            new = tl.sum(tl.where((m == s * T + t)[None, :], y, 0.0), 1).to(ring_ptr.dtype.element_ty)
-            place = ring_ptr + (s * R + ((head + t) & (R - 1))) * C + c
-            tl.store(place, new, mask=is_channel & (c < tl.where(active, C, 0)))
-            window += (new.to(tl.float32),)
-        for t in tl.static_range(T):
-            total = bias
-            for k in tl.static_range(K):
-                total += window[t + k] * taps[k].to(tl.float32)
-            total = tl.where(active, total * tl.sigmoid(total), 0.0)
-            whole = tl.where((m == s * T + t)[None, :] & is_channel[:, None], total[:, None], whole)
-    return whole
 
 
 @triton.jit
