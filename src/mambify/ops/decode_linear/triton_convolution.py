@@ -2,7 +2,8 @@
 
 Letters: C channels, K width, R places of the ring, S slots, T tokens of a slot, M = S·T rows; ROWS, M padded.
 """
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls, disable-error-code="assignment, misc"
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: disable-error-code="assignment, misc"
 
 from __future__ import annotations
 
