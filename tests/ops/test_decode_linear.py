@@ -134,7 +134,7 @@ def test_tensor_cores(
 
 
 @needs_triton
-@pytest.mark.parametrize(("rows", "inputs"), [(1, 576), (3, 200), (5, 77), (8, 1100)])
+@pytest.mark.parametrize(("rows", "inputs"), [(1, 576), (3, 200), (5, 77), (8, 1100), (13, 200)])
 @pytest.mark.parametrize(
     ("heights", "gated", "normed", "biased", "adds"),
     [([24, 7, 7], False, True, True, False), ([40], False, False, False, True), ([21, 21], True, True, True, False)],
@@ -196,10 +196,11 @@ def test_which_kernel_multiplies() -> None:
         return way_of(rows, [torch.empty(height, inputs, dtype=dtype, device="meta") for height in heights], **gated)
 
     assert [way(rows, 4096, 1024, 1024) for rows in (1, 2, 3, 5, 16)] == ["rows"] * 2 + ["tiles"] * 3
-    assert [way(rows, 576, 192, 192) for rows in (1, 2, 3, 8, 9)] == ["shared"] * 4 + ["tiles"]
+    assert [way(rows, 576, 192, 192) for rows in (1, 2, 3, 8, 9)] == ["shared"] * 5
+    assert [way(rows, 192, inputs=5120) for rows in (1, 8, 9)] == ["rows", "rows", "tiles"]
     assert way(5, 2112) == "tiles" and way(5, 2096) == "shared"
     assert way(5, 1200, 1200) == "tiles" and way(5, 1200, 1200, gated=True) == "shared"
-    assert way(5, 192, inputs=1536) == "shared" and way(5, 192, inputs=5120) == "rows"
+    assert way(5, 192, inputs=1536) == "shared"
     assert [way(rows, height, dtype=torch.float32) for rows in (1, 5) for height in (576, 8192)] == ["rows"] * 4
 
 

@@ -64,9 +64,9 @@ def decode_linear(
             dependent launch, compute capability 9.0 on); everything else it reads after that one has ended.
         backend: "auto", "reference" (PyTorch's own products) or "triton" (up to 8 rows, 16 of half precision,
             contiguous weights of one dtype, no float64). In float32 the order of sums depends on D alone: a row's
-            result is the same to the last bit however many rows there are. In half precision that is so for up to eight
-            rows where there are fewer than some two thousand outputs, of up to 1,536 inputs; else for one and two, and
-            for three to sixteen.
+            result is the same to the last bit however many rows there are. In half precision that is so where there
+            are fewer than some two thousand outputs, of up to 1,536 inputs; else among up to eight rows where there are
+            few outputs and among one and two where there are many, and among those from there on.
 
     Returns:
         y_MO in the weights' dtype, whose rows may lie further apart than O; ``add_to_MO`` where it is given.
@@ -92,7 +92,7 @@ def decode_linear(
     given = (x_MD, weights, biases, norm_D, eps, gated, add_to_MO)
     if chosen == "reference":
         y_MO = reference.decode_linear(*given)
-    elif convolution is None or kernels.way_of(M, weights, gated=gated) == "tiles":
+    elif convolution is None or not convolves(M, weights[0]):
         y_MO = kernels.decode_linear(*given, None, overlap)
     else:
         return kernels.decode_linear(*given, convolution, overlap)

@@ -68,18 +68,18 @@ def way_of(rows: int, weights: Sequence[Tensor], *, gated: bool = False) -> Way:
     """Which kernel multiplies.
 
     In float32 "rows", this one. In half precision "shared" for small weights
-    (:mod:`mambify.ops.decode_linear.triton_shared`), of any number of rows up to eight, so that a row's result is the
-    same alone and among others. "tiles" (:mod:`mambify.ops.decode_linear.triton_dots`) for large ones from three rows
-    on, and for all from nine: a program of that kernel is one warp with a chain of products along all inputs, and
-    weights of few outputs make few such programs.
+    (:mod:`mambify.ops.decode_linear.triton_shared`), of whatever number of rows, so that a row's result is the same
+    alone and among others. "tiles" (:mod:`mambify.ops.decode_linear.triton_dots`) for those of many outputs from three
+    rows on: a program of that kernel is one warp with a chain of products along all inputs, and weights of few outputs
+    make few such programs. What has few outputs and many inputs goes there from nine rows on.
     """
     if weights[0].dtype == torch.float32:
         return "rows"
     heights = map(len, weights[:1] if gated else weights)
     many = triton_dots.num_programs(heights) >= _MULTIPROCESSORS
-    if rows > MOST_ROWS or (many and rows >= triton_dots.FEWEST_ROWS):
-        return "tiles"
-    return "rows" if many or weights[0].shape[1] > triton_shared.MOST_INPUTS else "shared"
+    if not many and weights[0].shape[1] <= triton_shared.MOST_INPUTS:
+        return "shared"
+    return "tiles" if rows >= (triton_dots.FEWEST_ROWS if many else MOST_ROWS + 1) else "rows"
 
 
 def num_warps_of(inputs: int) -> int:

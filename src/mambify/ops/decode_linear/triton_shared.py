@@ -1,10 +1,11 @@
-"""Small linear layers of up to eight rows, their inputs shared among the warps of a program, on tensor cores.
+"""Small linear layers of up to sixteen rows, their inputs shared among the warps of a program, on tensor cores.
 
 A weight of a megabyte is read in less time than a kernel needs to begin and to end, so what counts is the number of
-instructions that follow one another. A program has 16 outputs, and each of its warps a share of their inputs, all of
-which it asks for before it waits for the kernel before. Threads keep what they load: tensor cores sum over inputs, and
-in which order a product has them is free, so they are told apart such that the eight neighbours that a thread loads at
-once are what its own operands need, of weights and of x alike. Nothing goes through shared memory but the warps' sums.
+instructions that follow one another. A program has 16 outputs of up to eight rows, and each of its warps a share of
+their inputs, all of which it asks for before it waits for the kernel before. Threads keep what they load: tensor cores
+sum over inputs, and in which order a product has them is free, so they are told apart such that the eight neighbours
+that a thread loads at once are what its own operands need, of weights and of x alike. Nothing goes through shared
+memory but the warps' sums.
 
 Whatever the number of rows, sums have one order, and a row's result is the same alone and among others: verifying
 tokens gives the very products that plain decoding gave.
@@ -33,7 +34,7 @@ from mambify.ops.decode_linear.triton_convolution import arguments_of, asked_for
 from mambify.ops.overlap import launch_options, wait_for_others
 
 MOST_INPUTS = 1536  # more were not measured, and a thread would hold too much at once
-_OUTPUTS = 16  # of a program
+_OUTPUTS, _ROWS = 16, 8  # of a program
 
 
 def num_warps_of(inputs: int, *, gated: bool) -> int:
@@ -52,16 +53,17 @@ def decode_linear(
     convolution: Convolution | None,
     overlap: bool,
 ) -> Tensor:
-    """See :func:`mambify.ops.decode_linear.decode_linear`; up to eight rows."""
+    """See :func:`mambify.ops.decode_linear.decode_linear`; up to sixteen rows, eight with a convolution."""
     M, D = x_MD.shape
     outputs = Outputs.of(M, weights, biases, add_to_MO, gated=gated)
     y_MO = outputs.y_MO
     if not M:
         return y_MO
+    assert convolution is None or M <= _ROWS
     warps = num_warps_of(D, gated=gated)
     tensors, sizes = arguments_of(convolution, M)
     with torch.cuda.device_of(x_MD):  # Triton launches on the current device
-        _shared[outputs.grid(_OUTPUTS)](
+        _shared[(*outputs.grid(_OUTPUTS), triton.cdiv(M, _ROWS))](
             x_MD, norm_D, y_MO, *outputs.weights, *outputs.biases, *tensors, eps, x_MD.stride(0), y_MO.stride(0),
             M=M, D=D, **outputs.sizes, **sizes, GATED=gated, ADD=add_to_MO is not None, W=warps, num_warps=warps,
             **launch_options(overlap),
@@ -121,7 +123,7 @@ def _outputs(
     M: tl.constexpr, D: tl.constexpr, O: tl.constexpr, FIRST: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
     R: tl.constexpr, T: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """16 outputs of one weight, or of a pair of them; a warp takes 32 inputs of every W · 32."""
+    """16 outputs of one weight, or of a pair of them, of 8 rows; a warp takes 32 inputs of every W · 32."""
     SPAN: tl.constexpr = W * 32
     STEPS: tl.constexpr = (D + SPAN - 1) // SPAN
     low = block * 16 + tl.arange(0, 8)
@@ -137,7 +139,7 @@ def _outputs(
             up_low += (_load(up_ptr + first_half, step * SPAN, d, D, SPAN),)
             up_high += (_load(up_ptr + second_half, step * SPAN, d, D, SPAN),)
     wait_for_others(OVERLAP)  # weights have been asked for: they do not depend on the kernel before, all else may
-    o, m = block * 16 + tl.arange(0, 16), tl.arange(0, 8)
+    o, m = block * 16 + tl.arange(0, 16), tl.program_id(1) * 8 + tl.arange(0, 8)
     past, taps = (), ()
     if C > 0:
         past, taps = asked_for(taps_ptr, ring_ptr, head_ptr, o, FIRST, C, K, R, M // T)
