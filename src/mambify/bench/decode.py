@@ -66,6 +66,7 @@ def _cuda_cases() -> Iterator[Case]:
     for shape in ("8B", "135M", "mamba-7b"):
         yield from (Case("linears", shape, tokens=rows, way=way) for way in linears_of(shape) for rows in (1, 3, 5, 8))
     yield from (Case("tiles", "8B", tokens=rows, way=way) for way in linears_of("8B") for rows in (5, 16))
+    yield from (Case("tiles", "135M", tokens=rows, way=way) for way in linears_of("135M") for rows in (1, 3, 5, 9))
     big = Case("step", "8B")
     yield from (replace(big, way=way) for way in ("fused", "overlap fused", "modules"))
     yield from (replace(big, attention=share, way=way) for share in (1.0, 0.25, 0.0) for way in _OURS)

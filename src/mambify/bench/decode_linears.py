@@ -21,9 +21,10 @@ from mambify.ops.decode_linear import decode_linear
 
 if HAS_TRITON:
     from mambify.ops.decode_linear import triton as kernels
-    from mambify.ops.decode_linear import triton_dots
+    from mambify.ops.decode_linear import triton_dots, triton_shared
 
 _BLOCKS = (2, 4, 8)  # outputs a program
+_WARPS = (2, 4, 8, 16)  # that share a small layer's inputs
 #: outputs, inputs, stages and warps of a program on tensor cores
 _TILES = (
     (16, 256, 3, 1),
@@ -84,7 +85,8 @@ def read_rates(linear: Linear, rows: int, device: str, dtype: torch.dtype, *, ti
     A way that fails has its error in place of a number.
 
     Args:
-        tiles: the kernel on tensor cores with tiles of several sizes instead, and the other one with other blocks.
+        tiles: the kernel on tensor cores with tiles of several sizes instead, the one by rows with other blocks, and
+            of small layers the one whose warps share inputs with several numbers of warps.
     """
     size = sum(linear.heights) * linear.inputs * dtype.itemsize
     copies = max(2, _BYTES[torch.device(device).type] // size)
@@ -114,6 +116,11 @@ def read_rates(linear: Linear, rows: int, device: str, dtype: torch.dtype, *, ti
             x_MD, each, none, norm_D, 1e-5, linear.gated, sum_MO, False, chosen
         )  # fmt: skip
 
+    def shared(warps: int) -> Callable[[list[Tensor]], Tensor]:
+        return lambda each: triton_shared.decode_linear(
+            x_MD, each, none, norm_D, 1e-5, linear.gated, sum_MO, None, False, warps
+        )  # fmt: skip
+
     ways = {"torch": public(backend="reference")}
     if torch.device(device).type == "cuda":
         outputs = linear.heights[0] if linear.gated else sum(linear.heights)
@@ -121,6 +128,8 @@ def read_rates(linear: Linear, rows: int, device: str, dtype: torch.dtype, *, ti
         if tiles:
             ways |= {f"block {block}": streamed(block) for block in _BLOCKS if few}
             ways |= {f"tiles {'×'.join(map(str, shape))}": on_tensor_cores(shape) for shape in _TILES}
+            small = linear.inputs <= triton_shared.MOST_INPUTS
+            ways |= {f"shared by {warps}": shared(warps) for warps in _WARPS if small}
         else:
             ways |= {"ours": public(backend="triton"), "overlap": public(backend="triton", overlap=True)}
             ways |= {"rows": streamed(kernels.block_of(rows, outputs, gated=linear.gated))} if few else {}

@@ -52,15 +52,19 @@ def decode_linear(
     add_to_MO: Tensor | None,
     convolution: Convolution | None,
     overlap: bool,
+    warps: int | None = None,
 ) -> Tensor:
-    """See :func:`mambify.ops.decode_linear.decode_linear`; up to sixteen rows, eight with a convolution."""
+    """See :func:`mambify.ops.decode_linear.decode_linear`; up to sixteen rows, eight with a convolution.
+
+    ``warps``: of a program, by default what suits.
+    """
     M, D = x_MD.shape
     outputs = Outputs.of(M, weights, biases, add_to_MO, gated=gated)
     y_MO = outputs.y_MO
     if not M:
         return y_MO
     assert convolution is None or M <= _ROWS
-    warps = num_warps_of(D, gated=gated)
+    warps = warps or num_warps_of(D, gated=gated)
     tensors, sizes = arguments_of(convolution, M)
     with torch.cuda.device_of(x_MD):  # Triton launches on the current device
         _shared[(*outputs.grid(_OUTPUTS), triton.cdiv(M, _ROWS))](
