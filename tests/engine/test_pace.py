@@ -67,6 +67,24 @@ def test_what_longer_texts_cost_is_followed() -> None:
     assert chosen[0] <= 3 and chosen[1] >= 6
 
 
+def test_a_step_of_the_times_stays_where_it_is() -> None:
+    """Seven tokens are twice as dear as six, as with another kernel: that says nothing of smaller numbers."""
+    seconds = {K: (1.0 if K < 7 else 2.0) + 0.1 * K for K in range(1, 9)}
+    pace, generator = Pace(seconds), random.Random(0)
+    for _ in range(200):
+        K = pace.choose()
+        pace.observe(K, rounds(K, 0.75, 4, generator), seconds[K])
+    assert abs(pace.choose() - best(0.75, seconds)) <= 1
+
+
+def test_readings_that_fall_count_as_their_mean() -> None:
+    """Three tokens in a third of the time of two is not believed: either reading may be the wrong one."""
+    pace = Pace({1: 1.0, 2: 3.0, 3: 1.0})
+    for _ in range(100):
+        pace.observe(3, [4, 2, 1, 1])  # every other one is kept
+    assert pace.choose() == 1
+
+
 def test_one_number_is_not_chosen() -> None:
     assert Pace({4: 0.0}).choose() == 4
     assert Pace({0: 0.0}).choose() == 0

@@ -3,9 +3,10 @@
 A round that drafts K tokens gives 1 + a_1 + a_1·a_2 + … + a_1⋯a_K of them, where a_k is the chance that the k-th is
 kept if all before it were. The chances are counted in the rounds themselves, older ones fading away. A place that was
 seldom reached is taken to be like the one before it: so a longer draft is tried as soon as shorter ones are kept well,
-without rounds being spent on trials. The time of a round is measured once for each K, before the first text, and a
-straight line put through these times: one reading may be off. What rounds take longer than that as the texts grow is
-taken to be the same for every K, and followed as they are seen.
+without rounds being spent on trials. The time of a round is measured once for each K, before the first text. A larger K
+takes no less time, so readings that say otherwise count as their mean; steps are left, for another kernel may begin at
+some K. What rounds take longer than that as the texts grow is taken to be the same for every K, and followed as they
+are seen.
 
 All this happens on the host, between rounds, from counts that it has fetched anyway.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import TypeAlias
 
 from mambify.errors import InvalidOptionError
@@ -48,12 +50,15 @@ def draft_counts(num_draft_tokens: DraftCount) -> tuple[int, ...]:
     return tuple(range(low, high + 1))
 
 
-def _on_a_line(seconds: Mapping[int, float]) -> dict[int, float]:
-    """The readings by K, moved onto the line through them that rises and fits best."""
-    middle, mean = (sum(values) / len(seconds) for values in (seconds.keys(), seconds.values()))
-    spread = sum((K - middle) ** 2 for K in seconds)
-    rise = sum((K - middle) * (t - mean) for K, t in seconds.items()) / spread if spread else 0.0
-    return {K: mean + max(rise, 0.0) * (K - middle) for K in seconds}
+def _never_falling(seconds: Mapping[int, float]) -> dict[int, float]:
+    """The readings by K, moved as little as makes none smaller than one before it (isotonic regression)."""
+    pools: list[list[float]] = []
+    for K in sorted(seconds):
+        pools.append([seconds[K]])
+        while len(pools) > 1 and fmean(pools[-2]) >= fmean(pools[-1]):
+            last = pools.pop()
+            pools[-1] += last
+    return dict(zip(sorted(seconds), (fmean(pool) for pool in pools for _ in pool), strict=True))
 
 
 class Pace:
@@ -65,7 +70,7 @@ class Pace:
 
     def __init__(self, seconds: Mapping[int, float]) -> None:
         most = max(seconds)
-        self._seconds, self._longer = _on_a_line(seconds), 0.0
+        self._seconds, self._longer = _never_falling(seconds), 0.0
         self._tried, self._kept = [0.0] * most, [0.0] * most
 
     def chances(self) -> list[float]:
