@@ -35,6 +35,7 @@ from mambify.ops.decode_linear import triton_dots, triton_shared
 from mambify.ops.decode_linear.convolution import Convolution
 from mambify.ops.decode_linear.outputs import Outputs
 from mambify.ops.decode_linear.triton_convolution import arguments_of, asked_for, convolved
+from mambify.ops.decode_linear.triton_ends import biased_and_gated, written_to
 from mambify.ops.overlap import launch_options, wait_for_others
 
 MOST_ROWS = 8
@@ -248,19 +249,10 @@ def _rows_of(
         scale_1M = tl.rsqrt(tl.sum(_side_by_side(squares, ROWS), 1) / D + eps)
         y *= scale_1M
         up_y *= scale_1M
-    if b_ptr is not None:
-        y += tl.load(b_ptr + o, mask=o < O, other=0.0).to(tl.float32)[:, None]
-    if up_b_ptr is not None:
-        up_y += tl.load(up_b_ptr + o, mask=o < O, other=0.0).to(tl.float32)[:, None]
-    if GATED:
-        y = y * tl.sigmoid(y) * up_y
+    y = biased_and_gated(y, up_y, b_ptr, up_b_ptr, o, O, GATED)
     if C > 0:
         y = convolved(y, taps, past, conv_bias_ptr, ring_ptr, head_ptr, active_ptr, o, m, FIRST, C, K, R, T, M, BLOCK_O)
-    target = y_ptr + m[None, :] * y_row + o[:, None]
-    written = (m < M)[None, :] & here
-    if ADD:
-        y += tl.load(target, mask=written, other=0.0).to(tl.float32)
-    tl.store(target, y.to(y_ptr.dtype.element_ty), mask=written)
+    written_to(y_ptr, y, o, m, y_row, M, O, ADD)
 
 
 @triton.jit

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mambify.ops.decode_linear.outputs import Outputs
+from mambify.ops.decode_linear.triton_ends import biased_and_gated, written_to
 from mambify.ops.overlap import launch_options, wait_for_others
 
 FEWEST_ROWS, MOST_ROWS = 3, 16
@@ -156,17 +157,8 @@ def _outputs(
         scale_M = tl.rsqrt(tl.sum(squares, 1) / D + eps)[None, :]
         y *= scale_M
         up_y *= scale_M
-    if b_ptr is not None:
-        y += tl.load(b_ptr + o, mask=o < O, other=0.0).to(tl.float32)[:, None]
-    if up_b_ptr is not None:
-        up_y += tl.load(up_b_ptr + o, mask=o < O, other=0.0).to(tl.float32)[:, None]
-    if GATED:
-        y = y * tl.sigmoid(y) * up_y
-    target = y_ptr + m[None, :] * y_row + o[:, None]
-    written = (m < M)[None, :] & (o < O)[:, None]
-    if ADD:
-        y += tl.load(target, mask=written, other=0.0).to(tl.float32)
-    tl.store(target, y.to(y_ptr.dtype.element_ty), mask=written)
+    y = biased_and_gated(y, up_y, b_ptr, up_b_ptr, o, O, GATED)
+    written_to(y_ptr, y, o, m, y_row, M, O, ADD)
 
 
 @triton.jit
