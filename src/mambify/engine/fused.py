@@ -9,8 +9,8 @@ kernel of its own. For up to sixteen rows (S·T; eight in float32) a layer is
 
 with one kernel between bars: five, five and six, and one more for an attention of many parts. Where tokens may yet be
 rejected, Mamba1's middle replays its rings in the same kernel; Mamba2's is the replay, with a gated norm behind it for
-heads of more than 64 channels, and the convolution is part of in_proj, or a kernel of its own where that product is a large
-one for tensor cores. Layers of pure Mamba models, which have no MLP, are four:
+heads of more than 64 channels, and the convolution is part of in_proj, or a kernel of its own where that product is a
+large one for tensor cores. Layers of pure Mamba models, which have no MLP, are four:
 
     stock Mamba1  norm + in_proj + conv | x_proj | dt_proj, state or replay, gate | out_proj + sum
     stock Mamba2  norm + in_proj + conv | replay | gated norm | out_proj + sum
