@@ -93,6 +93,8 @@ def test_refusals(run: Run, teacher: Path, rows: Path, tmp_path: Path, options: 
 def test_a_share_and_a_size(run: Run, teacher: Path, rows: Path) -> None:
     result = run("select", teacher, "--text", rows, "--budget", "0.5", "--max-memory", "1B")
     assert_refused(result, "--budget and --max-memory", "give one")
+    result = run("select", teacher, "--text", rows, "--memory-context", "4096")
+    assert_refused(result, "--memory-context is the context length of --max-memory")
 
 
 def test_a_hybrid_has_chosen_already(run: Run, student: Path, rows: Path) -> None:

@@ -26,6 +26,7 @@ from mambify.errors import (
 from mambify.export.gguf import export_gguf, tensors
 from mambify.export.gguf.modelfile import modelfile
 from mambify.export.gguf.tokenizer import vocabulary
+from mambify.families.load import LoadedModel
 from tiny import PRE_TOKENIZERS, byte_tokenizer, sentencepiece_tokenizer
 
 Make = Callable[..., HybridForCausalLM]
@@ -221,6 +222,14 @@ def test_modelfile_of_a_known_chat_format(tmp_path: Path, tiny_hybrid: Make) -> 
     assert lines[:2] == ["FROM ./model.gguf", "PARAMETER num_ctx 128"]
     assert lines[-1] == 'PARAMETER stop "<|im_end|>"'
     assert any(line.startswith('TEMPLATE """{{ if .System }}<|im_start|>system') for line in lines)
+
+
+def test_modelfile_has_the_system_message_of_the_template(smollm2: LoadedModel) -> None:
+    """Where conversations without one get one; the template itself as before, and none where there is none."""
+    text = modelfile(Path("a.gguf"), smollm2.tokenizer, 128)
+    assert text.endswith('SYSTEM """You are a helpful AI assistant named SmolLM, trained by Hugging Face"""\n')
+    assert '\nTEMPLATE """{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n' in text
+    assert "SYSTEM" not in modelfile(Path("a.gguf"), byte_tokenizer(), 128)
 
 
 @pytest.mark.parametrize(

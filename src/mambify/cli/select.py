@@ -37,7 +37,9 @@ def select(
     max_memory: Annotated[
         str | None, typer.Option(help="Bytes one sequence may hold instead: 40M; at --memory-context tokens.")
     ] = None,
-    memory_context: Annotated[str, typer.Option(help="Context length that --max-memory speaks of.")] = "32768",
+    memory_context: Annotated[
+        str | None, typer.Option(help="Context length that --max-memory speaks of; 32768 by default.")
+    ] = None,
     method: Annotated[
         str, typer.Option(help="restore-one, leave-one-out, trial, greedy, uniform; or all but greedy: all.")
     ] = "all",
@@ -63,10 +65,12 @@ def select(
     if out is not None:
         require_writable_file(out)
     tokens = 0 if align_tokens.strip() == "0" else options.parse_tokens(align_tokens)
-    scored, context = options.parse_tokens(score_tokens), options.parse_tokens(memory_context)
+    scored, context = options.parse_tokens(score_tokens), options.parse_tokens(memory_context or "32768")
     most = None if max_memory is None else options.parse_tokens(max_memory)
     if budget is not None and most is not None:
         raise InvalidOptionError("--budget and --max-memory both say how much attention there may be: give one")
+    if memory_context is not None and most is None:
+        raise InvalidOptionError("--memory-context is the context length of --max-memory: give that too")
     if scored < 2 * context_length:
         raise InvalidOptionError(f"--score-tokens {scored} is too little: two blocks are {2 * context_length}")
     share = 0.5 if budget is None and most is None else budget

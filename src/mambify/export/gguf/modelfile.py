@@ -1,4 +1,5 @@
-"""A Modelfile, with which Ollama takes a GGUF file in: the turns of a chat in Go's template language, where they stop.
+"""A Modelfile, with which Ollama takes a GGUF file in: the turns of a chat in Go's template language, where they stop,
+and the system message of conversations that bring none.
 
 Ollama does not run the Jinja template that stands in the GGUF file. What the template makes of a probe conversation is
 compared with formats that are known here; one that is none of them is left to Ollama, which knows some by itself.
@@ -14,10 +15,8 @@ from pathlib import Path
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-_PROBE = [
-    {"role": "system", "content": "Probe system."},
-    {"role": "user", "content": "Probe question."},
-]
+_SYSTEM = "Probe system."
+_PROBE = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": "Probe question."}]
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,8 @@ def modelfile(gguf: Path, tokenizer: PreTrainedTokenizerBase, context_length: in
     known = _known_turns(tokenizer)
     if known is not None:
         lines += [f'TEMPLATE """{known.template}"""', f"PARAMETER stop {json.dumps(known.stop)}"]
+        system = _default_system(tokenizer, known)
+        lines += [f'SYSTEM """{system}"""'] if system else []
     elif tokenizer.chat_template is not None:
         lines.append(f"# The chat template is none of {', '.join(_KNOWN)}: say it here in Ollama's TEMPLATE.")
     return "\n".join(lines) + "\n"
@@ -78,9 +79,22 @@ def _known_turns(tokenizer: PreTrainedTokenizerBase) -> _Turns | None:
     if tokenizer.chat_template is None:
         return None
     try:
-        text = tokenizer.apply_chat_template(_PROBE, tokenize=False, add_generation_prompt=True)
+        text = _rendered(tokenizer, _PROBE)
     except TemplateError:
         return None  # it takes no system message, say: none of the known ones
-    assert isinstance(text, str)
-    text = text.removeprefix(tokenizer.bos_token or "") if text not in {t.rendered for t in _KNOWN.values()} else text
     return next((turns for turns in _KNOWN.values() if turns.rendered == text), None)
+
+
+def _default_system(tokenizer: PreTrainedTokenizerBase, turns: _Turns) -> str:
+    """What the template says for a system message where a conversation has none; "" for nothing."""
+    before, behind = turns.rendered.split(_SYSTEM)
+    text = _rendered(tokenizer, _PROBE[1:])
+    return text[len(before) : -len(behind)] if text.startswith(before) and text.endswith(behind) else ""
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    """Without the token that begins every text."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert isinstance(text, str)
+    known = any(text.startswith(turns.rendered.split(_SYSTEM)[0]) for turns in _KNOWN.values())
+    return text if known else text.removeprefix(tokenizer.bos_token or "")
