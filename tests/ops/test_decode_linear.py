@@ -188,6 +188,20 @@ def test_a_convolution_of_outputs_whose_inputs_are_shared(slots: int, new: int, 
 
 
 @needs_triton
+def test_more_rows_than_a_program_convolves() -> None:
+    """Ten in half precision: the product, and the convolution by a kernel of its own."""
+    weight, taps = torch.randn(40, 72, device=DEVICE).half() / 8, torch.randn(24, 4, device=DEVICE).half()
+    place = RingPlace.empty(2, 5, device=DEVICE)
+    ring = torch.randn(2, place.capacity, 24, device=DEVICE).half()
+    rings, x = (ring, ring.clone()), torch.randn(10, 72, device=DEVICE).half()
+    found = decode_linear(x, [weight], convolution=Convolution(8, taps, None, rings[0], place), backend="triton")
+    wanted = decode_linear(x, [weight], backend="triton")
+    part = wanted[:, 8:32]
+    part.copy_(conv_replay(part.view(2, 5, 24), taps, None, rings[1], place).flatten(0, 1))
+    assert torch.equal(found, wanted) and torch.equal(*rings)
+
+
+@needs_triton
 def test_which_kernel_multiplies() -> None:
     """Large weights and small ones, by rows and by outputs; small ones in one way whatever the number of rows."""
     from mambify.ops.decode_linear.triton import way_of
