@@ -36,7 +36,7 @@ from mambify.model import HybridForCausalLM
 REST = "acceptance and bookkeeping"
 DRAFT, TARGET = "draft", "target"
 PRODUCTS, MIXERS = "target: products", "target: mixers and the rest"
-_OWN_PRODUCTS = ("_stream", "_products")  # in whole: "_replay_products" is none
+_OWN_PRODUCTS = ("_stream", "_shared", "_products")  # in whole: "_replay_products" is none
 _PRODUCTS = (
     "gemm",
     "gemv",
