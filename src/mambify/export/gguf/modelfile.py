@@ -33,6 +33,12 @@ class _Turns:
     template: str
     stop: str
 
+    @property
+    def around_system(self) -> tuple[str, str]:
+        """What it puts before a system message, and all that comes behind it in the probe."""
+        before, _, behind = self.rendered.partition(_SYSTEM)
+        return before, behind
+
 
 _KNOWN: Mapping[str, _Turns] = {
     "ChatML": _Turns(
@@ -87,7 +93,7 @@ def _known_turns(tokenizer: PreTrainedTokenizerBase) -> _Turns | None:
 
 def _default_system(tokenizer: PreTrainedTokenizerBase, turns: _Turns) -> str:
     """What the template says for a system message where a conversation has none; "" for nothing."""
-    before, behind = turns.rendered.split(_SYSTEM)
+    before, behind = turns.around_system
     text = _rendered(tokenizer, _PROBE[1:])
     return text[len(before) : -len(behind)] if text.startswith(before) and text.endswith(behind) else ""
 
@@ -96,5 +102,5 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
     """Without the token that begins every text."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert isinstance(text, str)
-    known = any(text.startswith(turns.rendered.split(_SYSTEM)[0]) for turns in _KNOWN.values())
+    known = any(text.startswith(turns.around_system[0]) for turns in _KNOWN.values())
     return text if known else text.removeprefix(tokenizer.bos_token or "")
