@@ -32,7 +32,7 @@ def products_by_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
             return decode_linear(*given, **settings | {"backend": "triton"})
 
         monkeypatch.setattr("mambify.engine.fused_parts.decode_linear", by_its_kernel)
-        monkeypatch.setattr("mambify.ops.decode_linear.triton.block_of", lambda *_, gated: 64)  # fewer programs
+        monkeypatch.setattr("mambify.ops.decode_linear.triton_rows.block_of", lambda *_, gated: 64)  # fewer programs
         monkeypatch.setattr("mambify.engine.tower.packs", lambda _: False)
 
     return begin

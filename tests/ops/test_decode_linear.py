@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -34,6 +34,40 @@ def expected(
     return y if add is None else add.double() + y
 
 
+class Drawn(NamedTuple):
+    """What a layer is made of, and what it reads and is added to."""
+
+    x: Tensor
+    weights: list[Tensor]
+    biases: list[Tensor | None]
+    norm: Tensor | None
+    add: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        rows: int,
+        inputs: int,
+        heights: list[int],
+        *,
+        gated: bool,
+        normed: bool,
+        biased: bool,
+        adds: bool,
+        dtype: torch.dtype = torch.float32,
+    ) -> Drawn:
+        def drawn(*sizes: int) -> Tensor:
+            return torch.randn(sizes, device=DEVICE).to(dtype)
+
+        return cls(
+            drawn(rows, inputs),
+            [drawn(height, inputs) / inputs**0.5 for height in heights],
+            [drawn(height) if biased else None for height in heights],
+            drawn(inputs) if normed else None,
+            drawn(rows, heights[0] if gated else sum(heights)) if adds else None,
+        )
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("rows", "inputs"), [(1, 200), (2, 64), (3, 200), (8, 512)])
 @pytest.mark.parametrize(
@@ -51,12 +85,10 @@ def expected(
 def test_it_is_the_linear_layer(
     backend: str, rows: int, inputs: int, heights: list[int], gated: bool, normed: bool, biased: bool, adds: bool
 ) -> None:
-    x = torch.randn(rows, inputs, device=DEVICE)
-    weights = [torch.randn(height, inputs, device=DEVICE) / inputs**0.5 for height in heights]
-    biases = [torch.randn(height, device=DEVICE) if biased else None for height in heights]
-    norm = torch.randn(inputs, device=DEVICE) if normed else None
     outputs = heights[0] if gated else sum(heights)
-    add = torch.randn(rows, outputs, device=DEVICE) if adds else None
+    x, weights, biases, norm, add = Drawn.of(
+        rows, inputs, heights, gated=gated, normed=normed, biased=biased, adds=adds
+    )
     wanted = expected(x, weights, biases, norm, gated, add)
     found = decode_linear(x, weights, biases, norm_D=norm, eps=1e-5, gated=gated, add_to_MO=add, backend=backend)
     assert found.shape == (rows, outputs)
@@ -123,11 +155,9 @@ def test_tensor_cores(
     """The kernel that half precision of several rows takes, in the float32 that an interpreter can do."""
     from mambify.ops.decode_linear import triton_dots
 
-    x = torch.randn(rows, inputs, device=DEVICE)
-    weights = [torch.randn(height, inputs, device=DEVICE) / inputs**0.5 for height in heights]
-    biases = [torch.randn(height, device=DEVICE) if biased else None for height in heights]
-    norm = torch.randn(inputs, device=DEVICE) if normed else None
-    add = torch.randn(rows, heights[0] if gated else sum(heights), device=DEVICE) if adds else None
+    x, weights, biases, norm, add = Drawn.of(
+        rows, inputs, heights, gated=gated, normed=normed, biased=biased, adds=adds
+    )
     wanted = expected(x, weights, biases, norm, gated, add)
     found = triton_dots.decode_linear(x, weights, biases, norm, 1e-5, gated, add, False)
     assert (found.double() - wanted).abs().max() < 1e-5
@@ -145,13 +175,9 @@ def test_inputs_shared_among_warps(
     """The kernel that small weights in half precision take, and that a row's result is the same in any company."""
     from mambify.ops.decode_linear import triton_shared
 
-    def half(*sizes: int) -> Tensor:
-        return torch.randn(sizes, device=DEVICE).half()
-
-    x, weights = half(rows, inputs), [half(height, inputs) / inputs**0.5 for height in heights]
-    biases = [half(height) if biased else None for height in heights]
-    norm = half(inputs) if normed else None
-    add = half(rows, heights[0] if gated else sum(heights)) if adds else None
+    x, weights, biases, norm, add = Drawn.of(
+        rows, inputs, heights, gated=gated, normed=normed, biased=biased, adds=adds, dtype=torch.float16
+    )
     wanted = expected(x, weights, biases, norm, gated, add)
 
     def found(first: int, last: int) -> Tensor:

@@ -20,8 +20,7 @@ from mambify.ops.backends import HAS_TRITON
 from mambify.ops.decode_linear import decode_linear
 
 if HAS_TRITON:
-    from mambify.ops.decode_linear import triton as kernels
-    from mambify.ops.decode_linear import triton_dots, triton_shared
+    from mambify.ops.decode_linear import triton_dots, triton_rows, triton_shared
 
 _BLOCKS = (2, 4, 8)  # outputs a program
 _WARPS = (2, 4, 8, 16)  # that share a small layer's inputs
@@ -106,7 +105,7 @@ def read_rates(linear: Linear, rows: int, device: str, dtype: torch.dtype, *, ti
     none = [None] * len(linear.heights)
 
     def streamed(block: int) -> Callable[[list[Tensor]], Tensor]:
-        return lambda each: kernels.decode_linear(
+        return lambda each: triton_rows.decode_linear(
             x_MD, each, none, norm_D, 1e-5, linear.gated, sum_MO, None, False, block
         )  # fmt: skip
 
@@ -124,7 +123,7 @@ def read_rates(linear: Linear, rows: int, device: str, dtype: torch.dtype, *, ti
     ways = {"torch": public(backend="reference")}
     if torch.device(device).type == "cuda":
         outputs = linear.heights[0] if linear.gated else sum(linear.heights)
-        few = rows <= kernels.MOST_ROWS
+        few = rows <= triton_rows.MOST_ROWS
         if tiles:
             ways |= {f"block {block}": streamed(block) for block in _BLOCKS if few}
             ways |= {f"tiles {'×'.join(map(str, shape))}": on_tensor_cores(shape) for shape in _TILES}
@@ -132,7 +131,7 @@ def read_rates(linear: Linear, rows: int, device: str, dtype: torch.dtype, *, ti
             ways |= {f"shared by {warps}": shared(warps) for warps in _WARPS if small}
         else:
             ways |= {"ours": public(backend="triton"), "overlap": public(backend="triton", overlap=True)}
-            ways |= {"rows": streamed(kernels.block_of(rows, outputs, gated=linear.gated))} if few else {}
+            ways |= {"rows": streamed(triton_rows.block_of(rows, outputs, gated=linear.gated))} if few else {}
             ways |= {"tensor cores": on_tensor_cores(None)}
     found: dict[str, Any] = {}
     with torch.inference_mode():

@@ -5,8 +5,8 @@ Here a warp by itself has 16 outputs and goes along all inputs, its next tiles o
 memory while the present one is multiplied with all rows at once. A tile of 16 × 8 is the least that tensor cores make,
 so weights are the left factor, and rows of x, few as they are, the columns of the right one.
 
-As in the kernel for fewer rows (:mod:`mambify.ops.decode_linear.triton`), nothing is put together from parts, and an
-RMSNorm before is a factor at the end. Norm times x is rounded to the weights' dtype, as it is where the norm is a
+As in the kernel for fewer rows (:mod:`mambify.ops.decode_linear.triton_rows`), nothing is put together from parts, and
+an RMSNorm before is a factor at the end. Norm times x is rounded to the weights' dtype, as it is where the norm is a
 kernel of its own.
 
 Letters: M rows, D inputs, O outputs; in kernels BLOCK_O × BLOCK_D is a tile of a weight, COLUMNS what M is padded to.
